@@ -83,6 +83,8 @@ def parse_args(
     specs = _specs(cls)
     if positional is not None and positional not in specs:
         raise AssertionError(f"{cls.__name__} has no field {positional!r} to be positional")
+    # argparse would list every flag here: thirty of them say less than the groups below.
+    parser.usage = "%(prog)s [options]" + (f" [{positional}]" if positional else "")
     _add_arguments(parser, specs, positional)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -223,7 +225,9 @@ def _add_switch(group: Any, name: str, spec: _Spec, text: str) -> None:
         # The flag that repeats the default is accepted (scripts like to be explicit) but hidden.
         hidden = turns_on and spec.field.default is True
         group.add_argument(flag, dest=name, action="store_true" if turns_on else "store_false",
-                           default=argparse.SUPPRESS, help=argparse.SUPPRESS if hidden else text)
+                           default=argparse.SUPPRESS,
+                           help=argparse.SUPPRESS if hidden else
+                           text if turns_on else f"turn off: {text}")
 
 
 def _help_text(spec: _Spec) -> str:
