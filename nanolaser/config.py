@@ -1,4 +1,4 @@
-"""A dataclass of options becomes a command line: the fields *are* the flags and their documentation.
+"""A dataclass of options becomes a command line: its fields *are* the flags and their help.
 
     @dataclass
     class Options:
@@ -181,7 +181,7 @@ def _specs(cls: type) -> dict[str, _Spec]:
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
-    """The type of one value and whether several are taken: `tuple[int, ...] | None` -> int, True."""
+    """The type of one value, and whether several are taken: `tuple[int, ...]` -> int, True."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         # None is "not given" and str beside a number is there for its `words`; neither decides
         # what is parsed.

@@ -1,0 +1,667 @@
+"""What a set of solutions says about a model: accuracy, self-verification, votes.
+
+Pure functions of numbers, numpy only.  A *solution* is one sampled response; `right` is its r_v (1
+right, 0 wrong), `score` its r_s, and its *class* the id of its answer among the answers of the
+same problem, where equivalent answers share an id and -1 stands for no answer at all.
+
+Three conventions hold throughout:
+- What is undefined (the AUROC of solutions that are all right, a standard error from one problem)
+  is None, which JSON writes as null.  Never NaN: it is not JSON, and it compares as false.
+- Ranks are taken of r_s as it is; probabilities and vote weights are r_s clipped to [0, 1].
+- A solution that was cut off has no r_s (None).  It counts as judged wrong, weighs nothing in a
+  vote, and is left out where the quality of r_s itself is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Above this many subsets, votes of k out of n solutions are averaged over DRAWS random subsets
+# instead of over all of them.  C(16, 4) = 1820 is still exact; C(32, 4) = 35960 is not.  The error
+# of 1000 draws on one problem is at most 0.016 (one standard deviation) and averages out over the
+# problems: under 0.001 for 500 of them, far below the sampling error of the solutions.
+EXACT_SUBSETS = 2000
+DRAWS = 1000
+# Sums of the same weights in another order differ in the last bits: below this they are a tie.
+TIE = 1e-9
+
+NO_ANSWER = -1
+
+
+# ---------------------------------------------------------------- is r_s right about the solutions?
+
+
+class VerificationF1(NamedTuple):
+    """The paper's F1 and the two accuracies it is made of, each in [0, 1] or None."""
+
+    f1: float | None
+    accuracy_correct: float | None
+    accuracy_wrong: float | None
+
+
+def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> VerificationF1:
+    """Harmonic mean of the verdict's accuracy on right and on wrong solutions (paper, evaluation).
+
+    right, score: (N,); the verdict is "right" where score > threshold, a missing score is "wrong".
+    Not the usual F1: both classes count the same, so always answering "right" gets 0 however
+    accurate the model is.  None where there is no solution of one of the kinds.
+    """
+    right, score = _as_right(right), _as_scores(score)
+    _same_length(right, score)
+    with np.errstate(invalid="ignore"):
+        verdict = score > threshold                        # NaN (no score) compares as False
+    correct, wrong = _mean(verdict[right]), _mean(~verdict[~right])
+    if correct is None or wrong is None:
+        return VerificationF1(None, correct, wrong)
+    f1 = 2 * correct * wrong / (correct + wrong) if correct + wrong else 0.0
+    return VerificationF1(f1, correct, wrong)
+
+
+def auroc(right: Any, score: Any) -> float | None:
+    """Probability that a right solution scores above a wrong one, ties counting half; in [0, 1].
+
+    right, score: (N,).  None where one of the kinds is missing.
+    """
+    right, score = _as_right(right), _no_gaps(score)
+    _same_length(right, score)
+    wins, pairs = _wins(right, score)
+    return wins / pairs if pairs else None
+
+
+def auroc_within(right: Any, score: Any, problem: Any) -> float | None:
+    """AUROC over the pairs of a right and a wrong solution of the same problem; in [0, 1].
+
+    right, score, problem: (N,), problem holds ids.  Every pair counts the same.  Plain AUROC can be
+    high by telling easy problems from hard ones; only this one says that r_s tells solutions
+    apart, which is what a vote needs.  None where no problem has both kinds.
+    """
+    right, score, problem = _as_right(right), _no_gaps(score), np.asarray(problem)
+    _same_length(right, score, problem)
+    wins, pairs = _wins_by_problem(right, score, problem)
+    return float(wins.sum() / pairs.sum()) if pairs.sum() else None
+
+
+def reliability(right: Any, score: Any, bins: int = 10) -> list[dict[str, Any]]:
+    """The reliability diagram: per equal-width bin of clipped score its count and two means.
+
+    right, score: (N,).  Returns `bins` dicts {low, high, count, score, accuracy}; the means of an
+    empty bin are None.  Bins are (low, high], the first one also holds 0, so that a score of
+    exactly 0.5 lies on the same side as the verdict `score > 0.5` puts it.
+    """
+    right, score = _as_right(right), _clip(_no_gaps(score))
+    _same_length(right, score)
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.searchsorted(edges[1:-1], score, side="left")
+    table = []
+    for b in range(bins):
+        inside = index == b
+        table.append({"low": float(edges[b]), "high": float(edges[b + 1]),
+                      "count": int(inside.sum()), "score": _mean(score[inside]),
+                      "accuracy": _mean(right[inside])})
+    return table
+
+
+def ece(right: Any, score: Any, bins: int = 10) -> float | None:
+    """Expected calibration error of the clipped score: mean |accuracy - score| over bins; [0, 1].
+
+    right, score: (N,); bins are equal in width and weigh by their counts.  None without solutions.
+    """
+    table = [row for row in reliability(right, score, bins) if row["count"]]
+    total = sum(row["count"] for row in table)
+    gaps = sum(row["count"] * abs(row["accuracy"] - row["score"]) for row in table)
+    return gaps / total if total else None
+
+
+def brier(right: Any, score: Any) -> float | None:
+    """Mean squared difference of the clipped score and the truth; in [0, 1], None without any."""
+    right, score = _as_right(right), _clip(_no_gaps(score))
+    _same_length(right, score)
+    return _mean((score - right) ** 2)
+
+
+def spearman(x: Any, y: Any) -> float | None:
+    """Rank correlation of x and y, both (N,), ties at their mean rank; in [-1, 1].
+
+    None where one of them does not vary: there is no order to agree with.
+    """
+    x, y = _midranks(_no_gaps(x)), _midranks(_no_gaps(y))
+    _same_length(x, y)
+    if len(x) < 2:
+        return None
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    # Rounding can carry a perfect correlation past 1.
+    return max(-1.0, min(1.0, float(x @ y) / scale)) if scale else None
+
+
+def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, float | None]:
+    """Mean of values (N,) and its standard error, clustered by problem (N,) where given.
+
+    Solutions of one problem are alike: taking 32 of each for independent would make the error up
+    to sqrt(32) times too small.  The clustered error sums the deviations per problem first (the
+    sandwich estimator with the P / (P - 1) correction).  None where there are too few to tell.
+    """
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return None, None
+    mean = float(values.mean())
+    if problem is None:
+        cluster = np.arange(len(values))
+    else:
+        _same_length(values, problem)
+        cluster = np.unique(np.asarray(problem), return_inverse=True)[1]
+    sums = np.bincount(cluster, weights=values - mean)     # (P,)
+    if len(sums) < 2:
+        return mean, None
+    correction = len(sums) / (len(sums) - 1)
+    return mean, math.sqrt(float(sums @ sums) * correction) / len(values)
+
+
+# ---------------------------------------------------------------- one decision from many solutions
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One distinct answer of a problem: who gave it and what it weighs."""
+
+    answer_class: int    # id, NO_ANSWER for the solutions without an answer
+    votes: int           # solutions that gave it
+    weight: float        # the sum of their clipped r_s
+    first: int           # index of the first of them
+
+
+def answer_classes(answers: Sequence[str | None],
+                   equivalent: Callable[[str, str], bool]) -> np.ndarray:
+    """Class ids (n,) of the answers of one problem: 0, 1, ... as first seen, -1 for None.
+
+    `equivalent` decides whether an answer is the same as the first of a class, so that 1/2 and 0.5
+    vote together.  Equality is not always transitive (rounded decimals); each answer joins the
+    oldest class that takes it, which is a definite result for a given order.
+    """
+    seen: dict[str, int] = {}          # exact repeats, the common case, cost no comparison
+    founders: list[str] = []
+    classes = np.full(len(answers), NO_ANSWER)
+    for i, answer in enumerate(answers):
+        if answer is None:
+            continue
+        if answer not in seen:
+            matches = (c for c, founder in enumerate(founders) if equivalent(answer, founder))
+            seen[answer] = next(matches, len(founders))
+            if seen[answer] == len(founders):
+                founders.append(answer)
+        classes[i] = seen[answer]
+    return classes
+
+
+def tally(classes: Any, score: Any = None) -> list[Candidate]:
+    """The candidates of one problem in the order they were first seen; no answer is one of them.
+
+    classes: (n,) ids; score: (n,) r_s, clipped here; without it every weight is 0.
+    """
+    classes = np.asarray(classes, dtype=int)
+    weights = np.zeros(len(classes)) if score is None else _clip(_as_scores(score))
+    _same_length(classes, weights)
+    candidates = []
+    for c in dict.fromkeys(classes.tolist()):
+        members = np.flatnonzero(classes == c)
+        candidates.append(Candidate(c, len(members), math.fsum(weights[members]), int(members[0])))
+    return candidates
+
+
+def majority_vote(classes: Any) -> int:
+    """The class with the most votes; ties go to the one seen first.  -1 where none has an answer.
+
+    One fixed decision for one set of solutions.  How well such votes do is `votes_at_k`'s matter.
+    """
+    return _winner(tally(classes), lambda c: (c.votes,))
+
+
+def weighted_vote(classes: Any, score: Any) -> int:
+    """The class with the largest sum of clipped r_s, then of votes, then seen first; -1 if none.
+
+    The second criterion matters when no solution is believed at all (every weight is 0): the vote
+    then falls back to the majority instead of to an arbitrary answer.
+    """
+    return _winner(tally(classes, score), lambda c: (round(c.weight / TIE), c.votes))
+
+
+def best_of(score: Any, classes: Any = None) -> int:
+    """Index of the solution with the highest r_s (unclipped), the first one of equals.
+
+    Solutions without an answer (class -1) or without a score lose against all that have them.
+    ValueError where there is no solution.
+    """
+    score = _as_scores(score)
+    if not len(score):
+        raise ValueError("best_of needs at least one solution")
+    return int(np.argmax(_rank_key(score, classes)))
+
+
+# ---------------------------------------------------------------- how good are votes of k out of n?
+
+
+def vote_sizes(n: int) -> list[int]:
+    """The k at which votes are reported: powers of two up to n, and n."""
+    return sorted({2 ** i for i in range(n.bit_length()) if 2 ** i <= n} | ({n} if n else set()))
+
+
+def pass_at_k(right: Any, k: int) -> float:
+    """Probability that k of the n solutions hold a right one: 1 - C(n - c, k) / C(n, k).
+
+    right: (n,).  The unbiased estimator of Chen et al. (2021), equation 1.  ValueError if k > n.
+    """
+    right = _as_right(right)
+    n, wrong = _sized(right, k), int((~right).sum())
+    return 1.0 - math.comb(wrong, k) / math.comb(n, k)
+
+
+def best_of_at_k(right: Any, score: Any, k: int, classes: Any = None) -> float:
+    """Expected accuracy of the highest-scored of k of the n solutions, exact for any n; in [0, 1].
+
+    right, score, classes: (n,).  Solutions of equal score are picked evenly.  ValueError if k > n.
+    """
+    right, key = _as_right(right), _rank_key(_as_scores(score), classes)
+    n = _sized(right, k)
+    # The best of a subset has score s if it holds somebody with s and nobody above: of the subsets
+    # that avoid the `above` better ones, take away those that avoid s as well.
+    value, above = 0.0, 0
+    for s in np.unique(key)[::-1]:
+        tied = right[key == s]
+        subsets = math.comb(n - above, k) - math.comb(n - above - len(tied), k)
+        value += subsets / math.comb(n, k) * float(tied.mean())
+        above += len(tied)
+    return value
+
+
+def votes_at_k(classes: Any, right: Any, score: Any, k: int, draws: int = DRAWS,
+               seed: int = 0) -> tuple[float, float]:
+    """Expected accuracy of the majority and of the weighted vote over k of the n solutions.
+
+    classes, right, score: (n,).  Over all subsets of size k where there are at most EXACT_SUBSETS,
+    else over `draws` random ones; both votes see the same subsets, so that their difference is not
+    blurred by the draw.  Tied classes share the win evenly.  That is the expectation of breaking
+    ties at random, and also of taking the first seen (equal counts make every tied class equally
+    often the first): no luck of the order is left, so the mean over subsets is unbiased and k = 1
+    is exactly the accuracy.  ValueError if k > n.
+    """
+    classes, right = np.asarray(classes, dtype=int), _as_right(right)
+    weight = _clip(_as_scores(score))
+    _same_length(classes, right, weight)
+    subsets = _subsets(_sized(right, k), k, draws, seed)               # (S, n) of 0 and 1
+    ids, column = np.unique(classes, return_inverse=True)
+    member = np.eye(len(ids))[column]                                  # (n, M), M answers
+    votes = subsets @ member                                           # (S, M)
+    weights = subsets @ (member * weight[:, None])                     # (S, M)
+    rights = subsets @ (member * right[:, None])                       # (S, M)
+    # A class outside the subset cannot win.  "No answer" wins only where there is nothing else, so
+    # it gets less than any answer can have: half a vote, a negative weight.
+    standing = np.where(votes > 0, votes, -np.inf)
+    weights = np.where(votes > 0, weights, -np.inf)
+    if ids[0] == NO_ANSWER:
+        standing[:, 0] = np.where(votes[:, 0] > 0, 0.5, -np.inf)
+        weights[:, 0] = np.where(votes[:, 0] > 0, -1.0, -np.inf)
+    # What a class is worth: the share of its members in the subset that are right.  All of them or
+    # none, save where the checker's equality is not transitive.
+    worth = rights / np.maximum(votes, 1)
+    by_majority = standing == standing.max(axis=1, keepdims=True)
+    by_weight = weights >= weights.max(axis=1, keepdims=True) - TIE
+    second = np.where(by_weight, standing, -np.inf)
+    by_weight = second == second.max(axis=1, keepdims=True)
+    return _share(worth, by_majority), _share(worth, by_weight)
+
+
+METHODS = ("majority_vote", "weighted_vote", "best_of", "pass_at")
+
+
+def vote_tables(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool], *,
+                draws: int = DRAWS, seed: int = 0) -> dict[str, dict[int, np.ndarray]]:
+    """Method -> k -> the expected accuracy on each problem (P,), for k of `vote_sizes`.
+
+    rows: rollout rows of one data set.  One number a problem is what means, standard errors
+    (`mean_and_stderr`) and paired comparisons need.  n is the smallest number of solutions that a
+    problem has, so that every k speaks about the same problems.
+    """
+    samples = _group(rows)
+    tables: dict[str, dict[int, np.ndarray]] = {method: {} for method in METHODS}
+    solutions = [(answer_classes(samples.answers_of(p), equivalent), samples.right[where],
+                  samples.score[where]) for p, where in enumerate(samples.where)]
+    for k in vote_sizes(samples.n):
+        values = []
+        for classes, right, score in solutions:
+            values.append((*votes_at_k(classes, right, score, k, draws, seed),
+                           best_of_at_k(right, score, k, classes), pass_at_k(right, k)))
+        for method, column in zip(METHODS, np.array(values).T):
+            tables[method][k] = column
+    return tables
+
+
+# -------------------------------------------------------------- a data set's entry in results.json
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool], *,
+              votes: Mapping[str, Mapping[int, np.ndarray]] | None = None, threshold: float = 0.5,
+              bins: int = 10, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+    """Everything that results.json says about one data set, from its rollout rows.
+
+    A row needs r_v, r_s (None if it was cut off), answer (None if there is none), finished,
+    response_tokens, and prompt_id or problem to tell the problems apart.  `votes` takes a result of
+    `vote_tables` that is there already.  ValueError names a row that lacks something.
+    """
+    samples = _group(rows)
+    if votes is None:
+        votes = vote_tables(rows, equivalent, draws=draws, seed=seed)
+    accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
+    entry: dict[str, Any] = {"problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
+                             "accuracy_stderr": stderr}
+    for method in METHODS:
+        # Text keys, as JSON will have them anyway: what is returned equals what is read back.
+        entry[method] = {str(k): _mean(values) for k, values in votes[method].items()}
+    entry["verification"] = verification(rows, threshold=threshold, bins=bins)
+    entry["mean_response_tokens"] = _mean(samples.tokens)
+    entry["finished_share"] = _mean(samples.finished)
+    return entry
+
+
+def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
+                 bins: int = 10) -> dict[str, float | None]:
+    """How well r_s, or any score that the rows carry as r_s, knows right solutions from wrong.
+
+    f1 is over all solutions, where no answer or no score means "judged wrong"; f1_answered is over
+    those that have both.  All else measures the score itself, over the solutions that have one.
+    """
+    samples = _group(rows)
+    scored = ~np.isnan(samples.score)
+    both = scored & samples.answered
+    everyone = verification_f1(samples.right, np.where(both, samples.score, np.nan), threshold)
+    right, score = samples.right[scored], samples.score[scored]
+    return {
+        "f1": everyone.f1,
+        "accuracy_correct": everyone.accuracy_correct,
+        "accuracy_wrong": everyone.accuracy_wrong,
+        "f1_answered": verification_f1(samples.right[both], samples.score[both], threshold).f1,
+        "auroc": auroc(right, score),
+        "auroc_within": auroc_within(right, score, samples.problem[scored]),
+        "ece": ece(right, score, bins),
+        "brier": brier(right, score),
+        "spearman_length": spearman(score, samples.tokens[scored]),
+        "mean_r_s_correct": _mean(score[right]),
+        "mean_r_s_wrong": _mean(score[~right]),
+    }
+
+
+# ---------------------------------------------------------------- two runs on the same problems
+
+
+class Difference(NamedTuple):
+    """A metric of two runs: b - a with its interval; None where it is undefined."""
+
+    a: float | None
+    b: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+def paired_bootstrap(statistic_a: Callable[[np.ndarray], float | None],
+                     statistic_b: Callable[[np.ndarray], float | None], problems: int,
+                     draws: int = 1000, seed: int = 0, level: float = 0.95) -> Difference:
+    """The difference b - a of a statistic and its percentile interval, resampling problems.
+
+    A statistic takes indices of problems (with repeats) and gives a number or None.  Both runs see
+    the same resampled problems: hard ones are hard for both, and that shared part cancels.  Draws
+    that leave a statistic undefined are skipped; the interval is None if most are.
+    """
+    everything = np.arange(problems)
+    a, b = (statistic_a(everything), statistic_b(everything)) if problems else (None, None)
+    if a is None or b is None:
+        return Difference(a, b, None, None, None)
+    rng = np.random.default_rng(seed)
+    differences = []
+    for _ in range(draws):
+        index = rng.integers(problems, size=problems)
+        pair = statistic_a(index), statistic_b(index)
+        if None not in pair:
+            differences.append(pair[1] - pair[0])
+    # One problem resampled is the same problem every time: no spread, but no certainty either.
+    if problems < 2 or len(differences) <= draws / 2:
+        return Difference(a, b, b - a, None, None)
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(a, b, b - a, float(low), float(high))
+
+
+def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]],
+            equivalent: Callable[[str, str], bool], *, draws: int = 1000, seed: int = 0,
+            level: float = 0.95) -> tuple[int, dict[str, Difference]]:
+    """Two runs on one data set: the number of problems both have, and metric -> Difference.
+
+    Problems are matched by their text, else by prompt_id.  Votes are over n solutions, the smaller
+    n of the two.  ValueError where the runs have no problem in common.
+    """
+    groups = [_by_key(rows) for rows in (rows_a, rows_b)]
+    common = [key for key in groups[0] if key in groups[1]]
+    if not common:
+        raise ValueError("the two runs have no problem in common: nothing to compare")
+    n = min(len(group[key]) for group in groups for key in common)
+    sides = [_statistics([row for key in common for row in group[key]], n, equivalent)
+             for group in groups]
+    return len(common), {name: paired_bootstrap(sides[0][name], sides[1][name], len(common),
+                                                draws, seed, level) for name in sides[0]}
+
+
+def _statistics(rows: Sequence[Mapping[str, Any]], n: int,
+                equivalent: Callable[[str, str], bool]) -> dict[str, Callable]:
+    """Metric -> statistic (indices of problems -> number or None) for one run."""
+    samples = _group(rows, by_text=True)
+    scored = ~np.isnan(samples.score)
+    both = np.where(scored & samples.answered, samples.score, np.nan)
+    wins, pairs = _wins_by_problem(samples.right[scored], samples.score[scored],
+                                   samples.problem[scored], len(samples.where))
+
+    def pooled(metric: Callable, only_scored: bool) -> Callable:
+        # A statistic over the pooled solutions of the chosen problems.
+        def statistic(index: np.ndarray) -> float | None:
+            chosen = np.concatenate([samples.where[p] for p in index])
+            chosen = chosen[scored[chosen]] if only_scored else chosen
+            return metric(chosen)
+        return statistic
+
+    right, score = samples.right, samples.score
+    statistics = {"accuracy": pooled(lambda i: _mean(right[i]), False)}
+    for method, values in _votes_of_n(samples, n, equivalent).items():
+        statistics[f"{method}@{n}"] = lambda index, values=values: float(values[index].mean())
+    statistics |= {
+        "f1": pooled(lambda i: verification_f1(right[i], both[i]).f1, False),
+        "auroc": pooled(lambda i: auroc(right[i], score[i]), True),
+        "auroc_within": lambda index: (float(wins[index].sum() / pairs[index].sum())
+                                       if pairs[index].sum() else None),
+        "ece": pooled(lambda i: ece(right[i], score[i]), True),
+        "brier": pooled(lambda i: brier(right[i], score[i]), True),
+        "response_tokens": pooled(lambda i: _mean(samples.tokens[i]), False),
+    }
+    return statistics
+
+
+def _votes_of_n(samples: _Samples, n: int,
+                equivalent: Callable[[str, str], bool]) -> dict[str, np.ndarray]:
+    """Method -> expected accuracy at k = n on each problem (P,); a part of `vote_tables`."""
+    values = []
+    for p, where in enumerate(samples.where):
+        classes = answer_classes(samples.answers_of(p), equivalent)
+        right, score = samples.right[where], samples.score[where]
+        values.append((*votes_at_k(classes, right, score, n),
+                       best_of_at_k(right, score, n, classes)))
+    return dict(zip(METHODS, np.array(values).T))
+
+
+# ---------------------------------------------------------------- rows to arrays
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The rows of one data set as arrays over N solutions, and who belongs to which problem."""
+
+    right: np.ndarray         # (N,) bool
+    score: np.ndarray         # (N,) r_s as it is, NaN where there is none
+    answered: np.ndarray      # (N,) bool
+    tokens: np.ndarray        # (N,) length of the response
+    finished: np.ndarray      # (N,) bool
+    problem: np.ndarray       # (N,) 0 .. P-1
+    answers: list             # N texts or None
+    where: list[np.ndarray]   # P arrays of row indices, in the order of the rows
+
+    @property
+    def n(self) -> int:
+        return min((len(w) for w in self.where), default=0)
+
+    def answers_of(self, p: int) -> list:
+        return [self.answers[i] for i in self.where[p]]
+
+
+def _group(rows: Sequence[Mapping[str, Any]], by_text: bool = False) -> _Samples:
+    """Rows -> arrays; ValueError names the first row that lacks a key."""
+    for i, row in enumerate(rows):
+        for key in ("r_v", "r_s", "answer", "finished", "response_tokens"):
+            if key not in row or (key == "r_v" and row[key] is None):
+                raise ValueError(f"row {i + 1} has no {key}: metrics need it for every solution")
+    where: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        where.setdefault(_key(row, i, by_text), []).append(i)
+    problem = np.zeros(len(rows), dtype=int)
+    for p, members in enumerate(where.values()):
+        problem[members] = p
+    answers = [row["answer"] for row in rows]
+    return _Samples(
+        right=_as_right([row["r_v"] for row in rows]),
+        score=_as_scores([row["r_s"] for row in rows]),
+        answered=np.array([answer is not None for answer in answers], dtype=bool),
+        tokens=np.array([row["response_tokens"] for row in rows], dtype=float),
+        finished=np.array([bool(row["finished"]) for row in rows], dtype=bool),
+        problem=problem, answers=answers,
+        where=[np.array(members) for members in where.values()])
+
+
+def _key(row: Mapping[str, Any], i: int, by_text: bool) -> Any:
+    """What tells the problems of a file apart: prompt_id within a run, the text across runs."""
+    for name in ("problem", "prompt_id") if by_text else ("prompt_id", "problem"):
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"row {i + 1} has neither prompt_id nor problem: whose solution is it?")
+
+
+def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[Any, list[Mapping[str, Any]]]:
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(_key(row, i, by_text=True), []).append(row)
+    return groups
+
+
+def _as_right(right: Any) -> np.ndarray:
+    """(N,) bool from 0/1, floats or booleans."""
+    return np.asarray(right, dtype=float).reshape(-1) > 0.5
+
+
+def _as_scores(score: Any) -> np.ndarray:
+    """(N,) float; None becomes NaN, the mark of a missing score inside this file."""
+    return np.array([math.nan if s is None else s for s in np.asarray(score).reshape(-1).tolist()],
+                    dtype=float)
+
+
+def _no_gaps(score: Any) -> np.ndarray:
+    """(N,) float with every score there: a NaN would be ranked as if it were a number."""
+    score = _as_scores(score)
+    if np.isnan(score).any():
+        raise ValueError("a solution has no score; leave those without one out first")
+    return score
+
+
+def _clip(score: np.ndarray) -> np.ndarray:
+    return np.clip(np.nan_to_num(score, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+
+
+def _same_length(*arrays: Any) -> None:
+    if len({len(array) for array in arrays}) > 1:
+        raise ValueError(f"arrays differ in length: {[len(array) for array in arrays]}")
+
+
+def _sized(right: np.ndarray, k: int) -> int:
+    """The number n of solutions, once it is clear that k of them can be taken."""
+    if not 1 <= k <= len(right):
+        raise ValueError(f"cannot take k = {k} of n = {len(right)} solutions")
+    return len(right)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+# ---------------------------------------------------------------- ranks, pairs, subsets
+
+
+def _midranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs; (N,) -> (N,)."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[index]
+
+
+def _wins(right: np.ndarray, score: np.ndarray) -> tuple[float, int]:
+    """Pairs won by the right solution (a tie is half a win) and pairs in all."""
+    # Mann-Whitney: the rank sum of the right ones, less what they would have among themselves.
+    m = int(right.sum())
+    wins = float(_midranks(score)[right].sum()) - m * (m + 1) / 2
+    return wins, m * (len(right) - m)
+
+
+def _wins_by_problem(right: np.ndarray, score: np.ndarray, problem: np.ndarray,
+                     problems: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Won pairs and pairs of each problem, (P,) each; P is given where ids are 0 .. P-1."""
+    ids = np.unique(problem) if problems is None else np.arange(problems)
+    order = np.argsort(problem, kind="stable")             # one sort, then slices
+    starts = np.searchsorted(problem[order], ids, side="left")
+    stops = np.searchsorted(problem[order], ids, side="right")
+    table = [_wins(right[order[i:j]], score[order[i:j]]) for i, j in zip(starts, stops)]
+    wins, pairs = np.array(table, dtype=float).reshape(-1, 2).T
+    return wins, pairs
+
+
+def _rank_key(score: np.ndarray, classes: Any) -> np.ndarray:
+    """(n,) whole numbers that best-of-n sorts by: has an answer, then has a score, then r_s."""
+    key = np.unique(np.where(np.isnan(score), -np.inf, score), return_inverse=True)[1]
+    if classes is not None:
+        key = key + len(key) * (np.asarray(classes) != NO_ANSWER)      # an answer beats any score
+    return key
+
+
+def _winner(candidates: Iterable[Candidate], rank: Callable[[Candidate], tuple]) -> int:
+    """The class of the highest rank; max keeps the first of equals, i.e. the first seen."""
+    answered = [c for c in candidates if c.answer_class != NO_ANSWER]
+    return max(answered, key=rank).answer_class if answered else NO_ANSWER
+
+
+def _share(worth: np.ndarray, tied: np.ndarray) -> float:
+    """Mean over subsets of the mean worth of the tied winners; worth, tied: (S, M)."""
+    return float(((worth * tied).sum(axis=1) / tied.sum(axis=1)).mean())
+
+
+@functools.lru_cache(maxsize=64)
+def _subsets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
+    """(S, n) of 0 and 1, a row a subset of size k: all of them, or `draws` random ones.
+
+    Problems share the subsets: the solutions of each are drawn independently, so the errors of
+    two problems are independent all the same, and the table is built once.
+    """
+    if math.comb(n, k) <= EXACT_SUBSETS:
+        chosen = np.array(list(itertools.combinations(range(n), k)))
+    else:
+        rng = np.random.default_rng([seed, n, k])
+        chosen = rng.random((draws, n)).argsort(axis=1)[:, :k]
+    subsets = np.zeros((len(chosen), n))
+    np.put_along_axis(subsets, chosen, 1.0, axis=1)
+    return subsets
