@@ -78,6 +78,8 @@ def parse_args(
     `positional` names the one field that is given without a flag.  Bad input, a ValueError of the
     class's own `__post_init__` included, ends the program with one line and exit code 2.
     """
+    # No abbreviations: --save would silently mean --save-every until the day --save-all is added.
+    # No usual -h: it would come first, under a heading of its own (see _add_arguments).
     parser = _Parser(description=description, allow_abbrev=False, add_help=False,
                      formatter_class=_formatter)
     specs = _specs(cls)
@@ -102,10 +104,13 @@ def apply_preset(options: Options, given: Iterable[str], preset: Mapping[str, An
     This is how defaults depend on the model: the user's word first, then the model's preset, then
     the dataclass.  A preset key that is no option raises ValueError: it would be a dead setting.
     """
+    # Checked first, so that a preset with a typo fails on every machine and not only where the
+    # user left that option open.
     names = {field.name for field in dataclasses.fields(options)}
     unknown = sorted(set(preset) - names)
     if unknown:
         raise ValueError(f"preset sets unknown options: {', '.join(unknown)}")
+    # By name, not by comparing with the default: `--lr 1e-6` is meant even if 1e-6 is the default.
     changes = {name: value for name, value in preset.items() if name not in set(given)}
     return dataclasses.replace(options, **changes)
 
@@ -122,11 +127,12 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         # Flushed here, so that a reader who went away is met inside the try.
         sys.stdout.flush()
     except KeyboardInterrupt:
+        # Ctrl-C is how a long run is ended: no traceback.  128 + SIGINT is what shells expect.
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # `sample.py ... | head` has seen enough: no message.  stdout must point somewhere, or the
-        # interpreter complains when it flushes it once more at exit.
+        # interpreter complains when it flushes it once more at exit.  141 is 128 + SIGPIPE.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except (ValueError, OSError) as error:
@@ -198,6 +204,7 @@ def _kind(hint: Any) -> tuple[type, bool]:
 def _add_arguments(parser: argparse.ArgumentParser, specs: Mapping[str, _Spec],
                    positional: str | None) -> None:
     """Give argparse every field, grouped under its heading."""
+    # A heading appears where its first field does; later fields of the same group join it there.
     groups: dict[str, Any] = {}
     for name, spec in specs.items():
         heading = spec.get("group") or "options"
@@ -265,6 +272,8 @@ def _metavar(spec: _Spec) -> str:
 
 def _converter(spec: _Spec) -> Callable[[str], Any]:
     """The function that turns an option's text into its value, or says why it cannot."""
+    # argparse reports an ArgumentTypeError as "argument --x: <our words>" and any other exception
+    # as "invalid <function name> value", hence that type throughout.
     def convert(text: str) -> Any:
         if not spec.many:
             return _value(text, spec)
@@ -278,6 +287,7 @@ def _converter(spec: _Spec) -> Callable[[str], Any]:
 
 def _value(text: str, spec: _Spec) -> Any:
     """One value, checked against the choices and bounds of its option."""
+    # Words come before numbers, and as they are: `auto` stays text for the script to resolve.
     if text in (spec.get("words") or ()):
         return text
     try:
@@ -334,9 +344,11 @@ def _normalise(argv: list[str], specs: Mapping[str, _Spec], positional: str | No
         elif equals or not takes_value[flag]:
             tied.append(word)
         elif not rest or rest[0].startswith("--"):
+            # One dash may begin a value, two are far likelier the next flag.
             raise ValueError(f"{flag} needs a value")
         else:
             tied.append(f"{flag}={rest.pop(0)}")
+    # Too many words are nearly always one text whose quotes were forgotten: 2 + 3 = ?
     allowed = 0 if positional is None else 1
     if len(loose) > allowed:
         hint = "quote a text that has spaces" if allowed else "options start with --"
@@ -346,6 +358,7 @@ def _normalise(argv: list[str], specs: Mapping[str, _Spec], positional: str | No
 
 def _unknown(flag: str, known: Iterable[str], positional: str | None) -> str:
     """What to say about a flag that does not exist."""
+    # --max_new_tokens is the Python name of an option: the guess should find the dashed one.
     guesses = near(flag.replace("_", "-"), [*known, "--help"])
     if guesses:
         return f"unknown option {flag}; did you mean {' or '.join(guesses)}?"

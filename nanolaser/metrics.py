@@ -55,8 +55,10 @@ def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> Verificat
     """
     right, score = _as_right(right), _as_scores(score)
     _same_length(right, score)
+    # NaN (no score) compares as False, which is the verdict wanted; numpy need not warn of it.
     with np.errstate(invalid="ignore"):
-        verdict = score > threshold                        # NaN (no score) compares as False
+        verdict = score > threshold
+    # The accuracies are means over each kind alone: how many there are of it does not enter.
     correct, wrong = _mean(verdict[right]), _mean(~verdict[~right])
     if correct is None or wrong is None:
         return VerificationF1(None, correct, wrong)
@@ -71,6 +73,7 @@ def auroc(right: Any, score: Any) -> float | None:
     """
     right, score = _as_right(right), _no_gaps(score)
     _same_length(right, score)
+    # By ranks in N log N, not by the N^2 pairs of the definition: benchmarks have 16000 solutions.
     wins, pairs = _wins(right, score)
     return wins / pairs if pairs else None
 
@@ -84,6 +87,8 @@ def auroc_within(right: Any, score: Any, problem: Any) -> float | None:
     """
     right, score, problem = _as_right(right), _no_gaps(score), np.asarray(problem)
     _same_length(right, score, problem)
+    # Sums before the division: a problem with 16 pairs says more than one with a single pair, and
+    # one without pairs (all right, all wrong) says nothing and drops out by itself.
     wins, pairs = _wins_by_problem(right, score, problem)
     return float(wins.sum() / pairs.sum()) if pairs.sum() else None
 
@@ -98,6 +103,7 @@ def reliability(right: Any, score: Any, bins: int = 10) -> list[dict[str, Any]]:
     right, score = _as_right(right), _clip(_no_gaps(score))
     _same_length(right, score)
     edges = np.linspace(0, 1, bins + 1)
+    # Only the inner edges: whatever lies left of the first or right of the last is in that bin.
     index = np.searchsorted(edges[1:-1], score, side="left")
     table = []
     for b in range(bins):
@@ -115,6 +121,8 @@ def ece(right: Any, score: Any, bins: int = 10) -> float | None:
     """
     table = [row for row in reliability(right, score, bins) if row["count"]]
     total = sum(row["count"] for row in table)
+    # The gap is between two means of one bin, so that errors inside a bin cancel: with few bins
+    # the ECE flatters.  That is why the number of bins belongs beside every ECE.
     gaps = sum(row["count"] * abs(row["accuracy"] - row["score"]) for row in table)
     return gaps / total if total else None
 
@@ -135,6 +143,8 @@ def spearman(x: Any, y: Any) -> float | None:
     _same_length(x, y)
     if len(x) < 2:
         return None
+    # Spearman is Pearson's correlation of the ranks; with ties the short formula in squared rank
+    # differences would be wrong.
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))
     # Rounding can carry a perfect correlation past 1.
@@ -153,6 +163,7 @@ def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, flo
         return None, None
     mean = float(values.mean())
     if problem is None:
+        # Every value its own cluster: the formula below becomes the ordinary standard error.
         cluster = np.arange(len(values))
     else:
         _same_length(values, problem)
@@ -192,6 +203,8 @@ def answer_classes(answers: Sequence[str | None],
         if answer is None:
             continue
         if answer not in seen:
+            # Lazily: the search ends at the first class that takes the answer, since each
+            # comparison may cost a millisecond of parsing.
             matches = (c for c, founder in enumerate(founders) if equivalent(answer, founder))
             seen[answer] = next(matches, len(founders))
             if seen[answer] == len(founders):
@@ -209,8 +222,11 @@ def tally(classes: Any, score: Any = None) -> list[Candidate]:
     weights = np.zeros(len(classes)) if score is None else _clip(_as_scores(score))
     _same_length(classes, weights)
     candidates = []
+    # dict.fromkeys keeps the order of first appearance, which np.unique would lose: it is what
+    # decides ties.
     for c in dict.fromkeys(classes.tolist()):
         members = np.flatnonzero(classes == c)
+        # fsum rounds once: the order of the solutions cannot make or break a tie.
         candidates.append(Candidate(c, len(members), math.fsum(weights[members]), int(members[0])))
     return candidates
 
@@ -244,6 +260,39 @@ def best_of(score: Any, classes: Any = None) -> int:
     return int(np.argmax(_rank_key(score, classes)))
 
 
+def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int = 2000,
+                            seed: int = 0) -> float:
+    """Estimated probability that `remaining` more solutions would change the weighted vote.
+
+    classes, score: (n,) of the solutions so far.  Exactly 0 where nothing could change it: each new
+    solution weighs at most 1.  Otherwise the future is drawn from the past (a Bayesian bootstrap:
+    every seen solution, and one that nobody has seen, recurs with a random share).  The unseen one
+    is the worst case, always the same new answer at weight 1, so that stopping errs on the side of
+    going on.  1 while there is no answer to keep.
+    """
+    table = [c for c in tally(classes, score) if c.answer_class != NO_ANSWER]
+    if not table:
+        return 1.0 if remaining else 0.0
+    leader = weighted_vote(classes, score)
+    # Columns: the answers so far, and last the one that may still turn up.
+    total = np.array([c.weight for c in table] + [0.0])
+    ahead = next(i for i, c in enumerate(table) if c.answer_class == leader)
+    rivals = np.arange(len(total)) != ahead
+    if total[ahead] - total[rivals].max() > remaining + TIE or not remaining:
+        return 0.0
+    classes, weight = np.asarray(classes, dtype=int), _clip(_as_scores(score))
+    # What one more copy of each solution adds: (n + 1, answers + 1), no answer adds nothing.
+    adds = np.zeros((len(classes) + 1, len(total)))
+    for i, c in enumerate(table):
+        adds[:-1, i] = weight * (classes == c.answer_class)
+    adds[-1, -1] = 1.0
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.ones(len(adds)), size=draws)             # (draws, n + 1)
+    final = total + rng.multinomial(remaining, shares) @ adds          # (draws, answers + 1)
+    # A tie with the leader counts as a change: who wins it would be a matter of votes and order.
+    return float((final[:, rivals].max(axis=1) >= final[:, ahead] - TIE).mean())
+
+
 # ---------------------------------------------------------------- how good are votes of k out of n?
 
 
@@ -258,6 +307,7 @@ def pass_at_k(right: Any, k: int) -> float:
     right: (n,).  The unbiased estimator of Chen et al. (2021), equation 1.  ValueError if k > n.
     """
     right = _as_right(right)
+    # math.comb is exact, and 0 where k > wrong: then every subset holds a right one.
     n, wrong = _sized(right, k), int((~right).sum())
     return 1.0 - math.comb(wrong, k) / math.comb(n, k)
 
@@ -294,6 +344,8 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int, draws: int = DRAWS,
     classes, right = np.asarray(classes, dtype=int), _as_right(right)
     weight = _clip(_as_scores(score))
     _same_length(classes, right, weight)
+    # All subsets at once as matrix products: a loop over 1000 subsets of 500 problems would take
+    # minutes in Python, and this takes a second.
     subsets = _subsets(_sized(right, k), k, draws, seed)               # (S, n) of 0 and 1
     ids, column = np.unique(classes, return_inverse=True)
     member = np.eye(len(ids))[column]                                  # (n, M), M answers
@@ -310,8 +362,10 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int, draws: int = DRAWS,
     # What a class is worth: the share of its members in the subset that are right.  All of them or
     # none, save where the checker's equality is not transitive.
     worth = rights / np.maximum(votes, 1)
+    # Votes are whole numbers and tie exactly; weights are sums of fractions and need room.
     by_majority = standing == standing.max(axis=1, keepdims=True)
     by_weight = weights >= weights.max(axis=1, keepdims=True) - TIE
+    # The same second criterion as in `weighted_vote`.
     second = np.where(by_weight, standing, -np.inf)
     by_weight = second == second.max(axis=1, keepdims=True)
     return _share(worth, by_majority), _share(worth, by_weight)
@@ -329,6 +383,7 @@ def vote_tables(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, st
     problem has, so that every k speaks about the same problems.
     """
     samples = _group(rows)
+    # Merging answers is the expensive part (it calls the checker): once a problem, not once a k.
     tables: dict[str, dict[int, np.ndarray]] = {method: {} for method in METHODS}
     solutions = [(answer_classes(samples.answers_of(p), equivalent), samples.right[where],
                   samples.score[where]) for p, where in enumerate(samples.where)]
@@ -355,6 +410,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
     `vote_tables` that is there already.  ValueError names a row that lacks something.
     """
     samples = _group(rows)
+    # Callers that draw `plots.vote_curves` have the tables already.
     if votes is None:
         votes = vote_tables(rows, equivalent, draws=draws, seed=seed)
     accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
@@ -377,6 +433,8 @@ def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
     those that have both.  All else measures the score itself, over the solutions that have one.
     """
     samples = _group(rows)
+    # Two questions, two sets: does the *system* judge its solutions well (f1: everything that came
+    # out, and no box is a reason to say "wrong"), and is the *score* any good (where it exists)?
     scored = ~np.isnan(samples.score)
     both = scored & samples.answered
     everyone = verification_f1(samples.right, np.where(both, samples.score, np.nan), threshold)
@@ -418,6 +476,7 @@ def paired_bootstrap(statistic_a: Callable[[np.ndarray], float | None],
     the same resampled problems: hard ones are hard for both, and that shared part cancels.  Draws
     that leave a statistic undefined are skipped; the interval is None if most are.
     """
+    # Problems, not solutions, are what is drawn anew: a new benchmark would bring new problems.
     everything = np.arange(problems)
     a, b = (statistic_a(everything), statistic_b(everything)) if problems else (None, None)
     if a is None or b is None:
@@ -445,6 +504,7 @@ def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, A
     n of the two.  ValueError where the runs have no problem in common.
     """
     groups = [_by_key(rows) for rows in (rows_a, rows_b)]
+    # In the order of run a, for both: pairing is by position from here on.
     common = [key for key in groups[0] if key in groups[1]]
     if not common:
         raise ValueError("the two runs have no problem in common: nothing to compare")
@@ -461,6 +521,7 @@ def _statistics(rows: Sequence[Mapping[str, Any]], n: int,
     samples = _group(rows, by_text=True)
     scored = ~np.isnan(samples.score)
     both = np.where(scored & samples.answered, samples.score, np.nan)
+    # Pairs never cross problems, so their counts can be taken before any resampling.
     wins, pairs = _wins_by_problem(samples.right[scored], samples.score[scored],
                                    samples.problem[scored], len(samples.where))
 
@@ -530,6 +591,7 @@ def _group(rows: Sequence[Mapping[str, Any]], by_text: bool = False) -> _Samples
         for key in ("r_v", "r_s", "answer", "finished", "response_tokens"):
             if key not in row or (key == "r_v" and row[key] is None):
                 raise ValueError(f"row {i + 1} has no {key}: metrics need it for every solution")
+    # Grouped by name, not by position: rows written as they finish come in any order.
     where: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         where.setdefault(_key(row, i, by_text), []).append(i)
@@ -569,6 +631,7 @@ def _as_right(right: Any) -> np.ndarray:
 
 def _as_scores(score: Any) -> np.ndarray:
     """(N,) float; None becomes NaN, the mark of a missing score inside this file."""
+    # Element by element, since numpy would make an array of objects out of a list with a None.
     return np.array([math.nan if s is None else s for s in np.asarray(score).reshape(-1).tolist()],
                     dtype=float)
 
@@ -582,6 +645,7 @@ def _no_gaps(score: Any) -> np.ndarray:
 
 
 def _clip(score: np.ndarray) -> np.ndarray:
+    # r_s is a log-ratio and leaves [0, 1] on both sides: a weight below 0 would be a vote against.
     return np.clip(np.nan_to_num(score, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
 
 
@@ -607,6 +671,7 @@ def _mean(values: np.ndarray) -> float | None:
 def _midranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, equal values sharing the mean of theirs; (N,) -> (N,)."""
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # `last` is the rank of the last one of each group of equals; the mean lies half a group before.
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[index]
 
@@ -660,6 +725,7 @@ def _subsets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
     if math.comb(n, k) <= EXACT_SUBSETS:
         chosen = np.array(list(itertools.combinations(range(n), k)))
     else:
+        # Sorting random numbers shuffles every row; the first k places are a fair subset.
         rng = np.random.default_rng([seed, n, k])
         chosen = rng.random((draws, n)).argsort(axis=1)[:, :k]
     subsets = np.zeros((len(chosen), n))

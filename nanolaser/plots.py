@@ -65,6 +65,7 @@ def curves(path: str | Path, metrics_rows: Sequence[Mapping[str, Any]],
     curves.  The background tells the phase.  Rows may lack keys: a panel without data says so.
     """
     figure = _figure(12.5, 6.6)
+    # One step axis for all: what happens at a border of phases is read down the column.
     axes = figure.subplots(2, 3, sharex=True)
     phases = _phase_spans(metrics_rows)
     for axis, (name, label, lines) in zip(axes.flat, _PANELS):
@@ -102,7 +103,7 @@ def _phase_spans(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, 
     for row in rows:
         phase = row.get("phase")
         if phase is None or row.get("step") is None:
-            continue
+            continue                                       # an incomplete line says nothing
         if not spans or spans[-1][2] != phase:
             if spans:
                 spans[-1][1] = row["step"] - 0.5
@@ -133,6 +134,7 @@ def _draw_series(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, legend:
 
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over about `width` steps, fewer at both ends; (N,) -> (N,)."""
+    # Centred, not trailing: a trailing mean would show every change later than it happened.
     half = width // 2
     return np.array([values[max(0, i - half):i + half + 1].mean() for i in range(len(values))])
 
@@ -145,6 +147,7 @@ def _draw_evals(axis: Any, rows: Sequence[Mapping[str, Any]], key: Sequence[str]
     points = [p for p in points if p[0] is not None and math.isfinite(p[1])]
     if not points:
         return
+    # Few and exact, against the many noisy batches: points with bars, above the curves.
     steps, values, errors = np.array(points, dtype=float).T
     axis.errorbar(steps, values, yerr=np.nan_to_num(errors), color=RIGHT, marker="o", ms=5,
                   lw=1.2, elinewidth=1.2, capsize=2.5, label="held out", zorder=5)
@@ -174,6 +177,7 @@ def _phase_legend(figure: Any, phases: Sequence[tuple[float, float, str]]) -> No
     """What the tints mean, once for the whole figure; nothing where there is one phase only."""
     from matplotlib.patches import Patch
 
+    # Outside the panels, where no curve can run under it.
     names = list(dict.fromkeys(phase for _, _, phase in phases))
     if len(names) > 1:
         patches = [Patch(facecolor=PHASES.get(name, "#ffffff"), edgecolor="#9aa0a8", lw=0.6,
@@ -193,6 +197,7 @@ def reliability_diagram(path: str | Path, right: Any, score: Any, bins: int = 10
     counts, on a log scale since most solutions sit at the ends.
     """
     right, score = _scored(right, score)
+    # Empty bins have no point: a zero there would read as "always wrong".
     table = [row for row in reliability(right, score, bins) if row["count"]]
     figure = _figure(5.2, 5.8)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -205,6 +210,7 @@ def reliability_diagram(path: str | Path, right: Any, score: Any, bins: int = 10
         top.vlines(x, x, y, color=WRONG, lw=2.5, alpha=0.45, zorder=2, label="gap")
         top.errorbar(x, y, yerr=errors, color=RIGHT, marker="o", ms=6, lw=1.5, capsize=2.5,
                      label=f"r_s (ECE {ece(right, score, bins):.3f})", zorder=3)
+        # The bars stand at the middle of their bins, the points at the mean score inside them.
         middles = [(row["low"] + row["high"]) / 2 for row in table]
         bars = bottom.bar(middles, counts, width=0.9 / bins, color=RIGHT, alpha=0.75, zorder=2)
         bottom.bar_label(bars, fontsize=7.5, padding=1.5, color=NEUTRAL)
@@ -233,6 +239,7 @@ def score_histogram(path: str | Path, right: Any, score: Any, title: str | None 
         # A far-off score would squeeze all others into one bar: the outermost half per cent is
         # drawn in the last bar on its side.
         low, high = np.quantile(score, [0.005, 0.995])
+        # Never narrower than [0, 1], the range r_s is trained towards.
         low, high = min(low, 0.0), max(high, 1.0)
         edges = np.linspace(low, high, 41)
         for kind, name, colour in ((right, "right", RIGHT), (~right, "wrong", WRONG)):
@@ -267,6 +274,7 @@ def score_against_length(path: str | Path, right: Any, score: Any, tokens: Any,
     shown = np.random.default_rng(seed).permutation(len(score))[:4000]
     # The fewer the points, the larger and the less transparent.
     alpha, size = (0.25, 9) if len(shown) > 500 else (0.6, 20)
+    # The line is a median: one r_s of -3 would pull a mean out of the crowd it stands for.
     for kind, name, colour in ((right, "right", RIGHT), (~right, "wrong", WRONG)):
         some = shown[kind[shown]]
         x, y = _medians(tokens[kind], score[kind])
@@ -334,7 +342,9 @@ def vote_curves(path: str | Path, tables: Mapping[str, Mapping[int, Any]],
                       marker=marker, ms=5, lw=1.7, elinewidth=1.1, capsize=2.5, zorder=3)
     ks = sorted({k for method in drawn for k in tables[method]})
     if ks:
+        # Doubling the samples is the question asked, so each doubling takes the same room.
         axis.set_xscale("log", base=2)
+        # The values themselves as labels: "2^3" is how a log axis would write 8.
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.minorticks_off()
     _dress(axis, title or "Accuracy of votes", "accuracy")
@@ -387,11 +397,14 @@ def _save(figure: Any, path: str | Path) -> None:
 
     (checkpoint.write_atomic does the same, but would import torch to draw a picture.)
     """
+    # Drawing comes before anything touches the disk: an error in it leaves no trace.
     path = Path(path)
     buffer = io.BytesIO()
     # No version string inside: the same numbers give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within one file system; with the process id,
+    # so that two runs cannot write into one temporary file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -17,7 +17,8 @@ from nanolaser import metrics
 from nanolaser.metrics import (
     answer_classes, auroc, auroc_within, best_of, best_of_at_k, brier, compare, ece, majority_vote,
     mean_and_stderr, paired_bootstrap, pass_at_k, reliability, spearman, summarise, tally,
-    verification, verification_f1, vote_sizes, vote_tables, votes_at_k, weighted_vote)
+    verification, verification_f1, vote_change_probability, vote_sizes,
+    vote_tables, votes_at_k, weighted_vote)
 
 
 def same(a, b):
@@ -236,6 +237,36 @@ def test_votes_by_hand():
     assert best_of([9.0, 1.7, 1.2], [-1, 0, 1]) == 1    # ranks are of the unclipped score
     with pytest.raises(ValueError):
         best_of([])
+
+
+def test_vote_change_probability_by_hand():
+    # 3.0 against 0.5: two more solutions of weight 1 cannot turn it, four can.
+    classes, score = [0, 0, 0, 1], [1.0, 1.0, 1.0, 0.5]
+    assert vote_change_probability(classes, score, 2) == 0.0
+    assert 0.0 < vote_change_probability(classes, score, 4) < 0.2
+    assert vote_change_probability(classes, score, 0) == 0.0
+    assert vote_change_probability([-1, -1], [1.0, 1.0], 5) == 1.0     # no answer to keep yet
+    assert vote_change_probability([], [], 0) == 0.0
+    # A close race is open; a long lead is safer with more solutions behind it.
+    assert vote_change_probability([0, 1], [0.6, 0.5], 30) > 0.4
+    few, many = (vote_change_probability([0] * n, [0.9] * n, 16) for n in (2, 16))
+    assert few > 0.05 > many
+
+
+def test_stopping_early_keeps_its_promise():
+    """Stop at an estimate of 5 %: at most 5 % of the votes would have come out otherwise."""
+    rng = np.random.default_rng(0)
+    stopped = changed = 0
+    for _ in range(300):
+        shares = rng.dirichlet([1.0, 0.7, 0.5, 0.3])
+        classes = rng.choice(4, size=32, p=shares)
+        score = np.clip(rng.normal(0.4 + 0.3 * (classes == 0), 0.3), 0, 1)
+        for n in range(4, 32, 4):
+            if vote_change_probability(classes[:n], score[:n], 32 - n, draws=400) <= 0.05:
+                stopped += 1
+                changed += weighted_vote(classes[:n], score[:n]) != weighted_vote(classes, score)
+                break
+    assert stopped > 200 and changed <= 0.05 * stopped
 
 
 # ---------------------------------------------------------------- votes of k out of n
