@@ -1,0 +1,444 @@
+"""
+The language model: a Qwen2 / LLaMA decoder whose parameters carry Hugging Face's own names, so
+that a checkpoint is loaded by name, strictly, with no table of renamings in between.
+
+    hidden = model(input_ids)                  # (B, T) -> (B, T, C), after the final norm
+    logits = hidden @ model.lm_head_weight.T   # only where somebody needs them: see readout.py
+
+The model returns hidden states, not logits.  With a vocabulary of 152,064 the logits of a batch
+are by far its largest tensor, and nobody needs all of them: the sampler wants the last position,
+training wants one number per token.
+
+Shapes, in the one alphabet that every file here uses:
+    B rows          T tokens            C hidden size     L layers
+    H query heads   K key-value heads   D head size       V vocabulary   S cached tokens
+
+Rows are padded on the RIGHT.  A causal model never looks right, so padding cannot change a real
+token: no padding mask, no position arithmetic, nothing to get wrong (left padding needs both).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------
+# configuration: what config.json says, under the names it says it with
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder; field names are those of Hugging Face's config.json."""
+
+    model_type: str  # "qwen2" or "llama"
+    vocab_size: int  # V; may exceed the tokenizer's size (Qwen2.5-7B pads it to 152,064)
+    hidden_size: int  # C
+    intermediate_size: int  # width of the SwiGLU
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K; each is shared by H/K query heads (grouped-query attention)
+    head_dim: int  # D; usually C/H, but checkpoints may say otherwise
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # None, or Llama 3's: see `inverse_frequencies`
+    max_position_embeddings: int = 2048  # what it was trained on; a warning, not a limit
+    tie_word_embeddings: bool = False  # the output matrix IS the embedding matrix
+    attention_bias: bool = False  # biases on q, k and v
+    attention_output_bias: bool = False  # bias on o (LLaMA's attention_bias has it, Qwen2 not)
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    eos_token_id: tuple[int, ...] = ()  # config.json may name one or several
+    bos_token_id: int | None = None
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Read a parsed config.json, old dialect or transformers 5; ValueError names what this
+        decoder does not implement, so that nothing is ever silently computed differently."""
+        kind = raw.get("model_type")
+        if kind not in ("qwen2", "llama"):
+            named = ", ".join(raw.get("architectures") or []) or "?"
+            raise ValueError(
+                f"config.json: model_type {kind!r} ({named}) is not supported; "
+                "this decoder implements qwen2 and llama"
+            )
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported (silu)")
+        # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
+        layer_types = raw.get("layer_types") or []
+        sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
+        if sliding or any(t != "full_attention" for t in layer_types):
+            raise ValueError("config.json: sliding-window attention is switched on; not supported")
+        try:
+            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+            required = {
+                name: raw[name]
+                for name in ("vocab_size", "intermediate_size", "num_hidden_layers")
+            }
+        except KeyError as missing:
+            raise ValueError(f"config.json: the field {missing} is missing") from None
+        theta, scaling = _rope_from_hf(raw)
+        eos = raw.get("eos_token_id")
+        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        bias = bool(raw.get("attention_bias", False))
+        return cls(
+            model_type=kind,
+            hidden_size=hidden,
+            **required,
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            # transformers leaves out what equals the family's default, and both say False
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one
+            # switch means all four.
+            attention_bias=True if kind == "qwen2" else bias,
+            attention_output_bias=False if kind == "qwen2" else bias,
+            mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
+            initializer_range=raw.get("initializer_range", 0.02),
+            eos_token_id=eos,
+            bos_token_id=raw.get("bos_token_id"),
+        )
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
+        name = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]
+        scaling = dict(self.rope_scaling) if self.rope_scaling else None
+        raw = {
+            "architectures": [name],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+            # both dialects: the old pair, and transformers 5's rope_parameters
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {
+                **(scaling or {"rope_type": "default"}),
+                "rope_theta": self.rope_theta,
+            },
+            "torch_dtype": dtype,
+            "dtype": dtype,
+            "use_cache": True,
+        }
+        if self.model_type == "llama":
+            raw |= {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
+        else:
+            raw |= {"use_sliding_window": False}
+        if self.eos_token_id:
+            many = len(self.eos_token_id) > 1
+            raw["eos_token_id"] = list(self.eos_token_id) if many else self.eos_token_id[0]
+        if self.bos_token_id is not None:
+            raw["bos_token_id"] = self.bos_token_id
+        return raw
+
+
+def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
+    """rope_theta and rope_scaling out of either dialect; ValueError for a type we lack."""
+    new = raw.get("rope_parameters") or {}
+    scaling = dict(raw.get("rope_scaling") or new)
+    theta = float(new.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    scaling.pop("rope_theta", None)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(
+            f"config.json: rope type {kind!r} is not supported (only default and llama3)"
+        )
+    scaling.pop("type", None)
+    return theta, {**scaling, "rope_type": "llama3"}
+
+
+# ---------------------------------------------------------------------------------------------
+# rotary position embedding
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """(D/2,) fp32 angular frequencies in radians per token, Llama 3's rescaling applied."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
+    if config.rope_scaling is None:
+        return inv_freq
+    # Llama 3.1+: a context longer than in pre-training, by slowing the slow waves only.
+    # Wavelengths that repeat often within the old context stay; those that never complete a
+    # turn in it are stretched by `factor`; between the two bounds a linear blend.
+    s = config.rope_scaling
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    turns = s["original_max_position_embeddings"] * inv_freq / (2 * torch.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretch fully, 1: leave alone
+    return inv_freq * (blend + (1 - blend) / s["factor"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles."""
+    # Hugging Face pairs the two halves of a head, not neighbours; the weights assume it.
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+# ---------------------------------------------------------------------------------------------
+# KV cache
+
+
+class KVCache:
+    """Keys and values of R rows, each with its own length, right-padded to a common capacity.
+
+    One tensor (R, K, S, D) per layer for keys and one for values.  The capacity S grows in
+    blocks as rows get longer, so memory follows the longest row alive and not the longest one
+    allowed.  Rows are dropped with `keep`, and filled from another cache with `join`.
+    """
+
+    BLOCK = 64  # tokens by which the capacity grows: few reallocations, little waste
+
+    def __init__(self, config: ModelConfig, rows: int, device="cpu", dtype=torch.float32):
+        empty = (rows, config.num_key_value_heads, 0, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(empty, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.empty(empty, device=device, dtype=dtype) for _ in layers]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (R,) tokens held
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of token slots that every row has."""
+        return self.keys[0].shape[2]
+
+    def reserve(self, tokens: int) -> None:
+        """Grow the capacity, in whole blocks, until `tokens` fit."""
+        missing = tokens - self.capacity
+        if missing > 0:
+            missing = -(-missing // self.BLOCK) * self.BLOCK
+            self.keys = [F.pad(k, (0, 0, 0, missing)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, missing)) for v in self.values]
+
+    def keep(self, rows: Tensor, capacity: int | None = None) -> None:
+        """Become the rows with these indices (repeats allowed: a prompt fanned out to its
+        group), trimmed to `capacity` slots where that is given."""
+        self.keys = [k[rows, :, :capacity] for k in self.keys]
+        self.values = [v[rows, :, :capacity] for v in self.values]
+        self.lengths = self.lengths[rows]
+
+    def join(self, other: KVCache) -> None:
+        """Append the rows of another cache."""
+        capacity = max(self.capacity, other.capacity)
+        self.reserve(capacity)
+        other.reserve(self.capacity)
+        self.reserve(other.capacity)
+        self.keys = [torch.cat(pair) for pair in zip(self.keys, other.keys)]
+        self.values = [torch.cat(pair) for pair in zip(self.values, other.values)]
+        self.lengths = torch.cat((self.lengths, other.lengths))
+
+    def append(self, layer: int, key: Tensor, value: Tensor, positions: Tensor):
+        """Write new keys and values (R, K, T, D) at `positions` (R, T) of their rows and return
+        the layer's whole (R, K, S, D) pair; what lies beyond a row's length is never read."""
+        rows = torch.arange(key.shape[0], device=key.device)[:, None]  # (R, 1)
+        # advanced indices on dims 0 and 2 put (R, T) first: hence the transposed (R, T, K, D)
+        self.keys[layer][rows, :, positions] = key.transpose(1, 2)
+        self.values[layer][rows, :, positions] = value.transpose(1, 2)
+        return self.keys[layer], self.values[layer]
+
+
+# ---------------------------------------------------------------------------------------------
+# the decoder
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, the mean square taken in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A bf16 mean over thousands of squares would lose the very digits that normalise.
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: H query heads share K key-value heads."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        if H % K:
+            raise ValueError(f"config.json: {H} query heads cannot share {K} key-value heads")
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_output_bias)
+
+    def forward(self, x: Tensor, rope, step: CacheStep | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # noqa: E731
+        q = rotate(heads(self.q_proj(x)), *rope)  # (B, H, T, D)
+        k = rotate(heads(self.k_proj(x)), *rope)  # (B, K, T, D)
+        v = heads(self.v_proj(x))  # (B, K, T, D)
+        if step is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            k, v = step.cache.append(layer, k, v, step.positions)  # (B, K, S, D)
+            if T == 1:
+                # One new token: the H/K query heads that share keys become H/K *queries* of
+                # that key head, so the cache is read as it lies and never repeated.
+                q = q.view(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K, D)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask)
+                y = y.view(B, -1, 1, self.head_dim)  # (B, H, 1, D)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(C, width, bias=bias)
+        self.up_proj = nn.Linear(C, width, bias=bias)
+        self.down_proj = nn.Linear(width, C, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope, step: CacheStep | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, step, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm: what Hugging Face calls `model` inside the language model."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+@dataclass
+class CacheStep:
+    """What the layers need to know of one forward pass over a cache."""
+
+    cache: KVCache
+    positions: Tensor  # (B, T) where each new token lies in its row
+    mask: Tensor  # (B, 1, T, S) bool, True where a new token may look
+
+
+class CausalLM(nn.Module):
+    """The language model; state_dict() has exactly the names of a Hugging Face checkpoint."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Recompute each layer in the backward pass instead of keeping its activations: about a
+        # third more arithmetic for memory that no longer grows with the number of layers.
+        self.gradient_checkpointing = False
+        # Kept in fp32 whatever the model's dtype: bf16 cannot tell position 4096 from 4100.
+        self._inv_freq: Tensor | None = None
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """The (V, C) output matrix, tied to the embedding or not."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the forward pass computes in."""
+        return self.model.norm.weight.dtype
+
+    def init_weights(self, seed: int) -> CausalLM:
+        """Fill every weight for training from nothing: normal(0, initializer_range), the
+        projections back into the residual stream scaled down by sqrt(2 L), biases zero."""
+        g = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        # 2 L branches are added to the stream: without the factor its variance grows with L
+        branch = std / (2 * self.config.num_hidden_layers) ** 0.5
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if name.endswith("bias"):
+                    p.zero_()
+                elif p.dim() == 2:
+                    back = name.endswith(("o_proj.weight", "down_proj.weight"))
+                    p.normal_(0.0, branch if back else std, generator=g)
+        return self
+
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, T) token ids -> (B, T, C) hidden states after the final norm.
+
+        With a cache each row goes on where it ended, and `lengths` (B,) says how many of the T
+        new tokens are real.  Without one, `lengths` changes nothing: a causal model cannot see
+        right padding, so hidden states at real tokens are right whatever the padding holds.
+        """
+        B, T = input_ids.shape
+        step, start = None, torch.zeros(1, dtype=torch.long, device=input_ids.device)
+        if cache is not None:
+            start = cache.lengths
+            cache.reserve(int(start.max()) + T)
+        positions = start[:, None] + torch.arange(T, device=input_ids.device)  # (B or 1, T)
+        if cache is not None:
+            slots = torch.arange(cache.capacity, device=input_ids.device)  # (S,)
+            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+            step = CacheStep(cache, positions, mask)
+
+        x = self.model.embed_tokens(input_ids)  # (B, T, C)
+        rope = self._rope(positions, x.dtype)
+        for i, layer in enumerate(self.model.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, step, i, use_reentrant=False)
+            else:
+                x = layer(x, rope, step, i)
+        if cache is not None:
+            cache.lengths = start + (T if lengths is None else lengths)
+        return self.model.norm(x)
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, 1, T, D) of every token's angles, computed in fp32."""
+        if self._inv_freq is None or self._inv_freq.device != positions.device:
+            self._inv_freq = inverse_frequencies(self.config).to(positions.device)
+        angles = positions[..., None].float() * self._inv_freq  # (B, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, D)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
