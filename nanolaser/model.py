@@ -200,60 +200,68 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of R rows, each with its own length, right-padded to a common capacity.
+    """Keys and values of up to `max_rows` rows, each with its own length, right-padded.
 
-    One tensor (R, K, S, D) per layer for keys and one for values.  The capacity S grows in
-    blocks as rows get longer, so memory follows the longest row alive and not the longest one
-    allowed.  Rows are dropped with `keep`, and filled from another cache with `join`.
+    One tensor (max_rows, K, S, D) per layer for keys and one for values; the first `rows` rows
+    are alive.  The capacity S grows in blocks as rows get longer, so memory follows the longest
+    row alive and not the longest one allowed.  Rows come in from a prefilled cache with `admit`
+    and leave with `drop`; neither touches the rows that stay.
     """
 
     BLOCK = 64  # tokens by which the capacity grows: few reallocations, little waste
 
-    def __init__(self, config: ModelConfig, rows: int, device="cpu", dtype=torch.float32):
-        empty = (rows, config.num_key_value_heads, 0, config.head_dim)
+    def __init__(self, config: ModelConfig, max_rows: int, device="cpu", dtype=torch.float32):
+        empty = (max_rows, config.num_key_value_heads, 0, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.empty(empty, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.empty(empty, device=device, dtype=dtype) for _ in layers]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (R,) tokens held
-
-    @property
-    def capacity(self) -> int:
-        """S, the number of token slots that every row has."""
-        return self.keys[0].shape[2]
+        self.lengths = torch.zeros(max_rows, dtype=torch.long, device=device)  # tokens held
+        self.rows = 0  # how many are alive
+        self.longest = 0  # upper bound of the live lengths, known without asking the device
 
     def reserve(self, tokens: int) -> None:
-        """Grow the capacity, in whole blocks, until `tokens` fit."""
-        missing = tokens - self.capacity
+        """Grow the capacity, in whole blocks, until rows of `tokens` fit."""
+        missing = tokens - self.keys[0].shape[2]
         if missing > 0:
             missing = -(-missing // self.BLOCK) * self.BLOCK
+            # zeros, not garbage: a masked slot still enters softmax @ values as 0 * value, and
+            # 0 * nan would be nan
             self.keys = [F.pad(k, (0, 0, 0, missing)) for k in self.keys]
             self.values = [F.pad(v, (0, 0, 0, missing)) for v in self.values]
 
-    def keep(self, rows: Tensor, capacity: int | None = None) -> None:
-        """Become the rows with these indices (repeats allowed: a prompt fanned out to its
-        group), trimmed to `capacity` slots where that is given."""
-        self.keys = [k[rows, :, :capacity] for k in self.keys]
-        self.values = [v[rows, :, :capacity] for v in self.values]
-        self.lengths = self.lengths[rows]
+    def admit(self, prompts: KVCache, sources: Tensor) -> None:
+        """Append a copy of rows `sources` (n,) of another cache; a prompt prefilled once is
+        fanned out to its whole group by naming it repeatedly."""
+        self.reserve(prompts.longest)
+        n, S = slice(self.rows, self.rows + len(sources)), prompts.longest
+        for mine, theirs in zip(self.keys + self.values, prompts.keys + prompts.values):
+            mine[n, :, :S] = theirs[sources, :, :S]
+        self.lengths[n] = prompts.lengths[sources]
+        self.rows, self.longest = n.stop, max(self.longest, S)
 
-    def join(self, other: KVCache) -> None:
-        """Append the rows of another cache."""
-        capacity = max(self.capacity, other.capacity)
-        self.reserve(capacity)
-        other.reserve(self.capacity)
-        self.reserve(other.capacity)
-        self.keys = [torch.cat(pair) for pair in zip(self.keys, other.keys)]
-        self.values = [torch.cat(pair) for pair in zip(self.values, other.values)]
-        self.lengths = torch.cat((self.lengths, other.lengths))
+    def drop(self, dead: list[int]) -> list[tuple[int, int]]:
+        """Remove rows: the last live rows move into the holes, so only they are copied.
+        Returns the moves (from, to); the caller's own per-row state must move likewise."""
+        gone, left = set(dead), self.rows - len(dead)
+        movers = [r for r in range(left, self.rows) if r not in gone]
+        moves = list(zip(movers, (r for r in dead if r < left)))
+        if moves:
+            source, target = (torch.tensor(x, device=self.lengths.device) for x in zip(*moves))
+            for tensor in (*self.keys, *self.values, self.lengths):
+                tensor[target] = tensor[source]
+        self.rows = left
+        return moves
 
     def append(self, layer: int, key: Tensor, value: Tensor, positions: Tensor):
-        """Write new keys and values (R, K, T, D) at `positions` (R, T) of their rows and return
-        the layer's whole (R, K, S, D) pair; what lies beyond a row's length is never read."""
-        rows = torch.arange(key.shape[0], device=key.device)[:, None]  # (R, 1)
-        # advanced indices on dims 0 and 2 put (R, T) first: hence the transposed (R, T, K, D)
+        """Write new keys and values (B, K, T, D) at `positions` (B, T) of the live rows; return
+        the layer's (B, K, S, D) views up to the longest row.  Beyond its own length a row's
+        slots are masked, so what they hold does not matter."""
+        B, S = key.shape[0], self.longest
+        rows = torch.arange(B, device=key.device)[:, None]  # (B, 1)
+        # advanced indices on dims 0 and 2 put (B, T) first: hence the transposed (B, T, K, D)
         self.keys[layer][rows, :, positions] = key.transpose(1, 2)
         self.values[layer][rows, :, positions] = value.transpose(1, 2)
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer][:B, :, :S], self.values[layer][:B, :, :S]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -416,11 +424,14 @@ class CausalLM(nn.Module):
         B, T = input_ids.shape
         step, start = None, torch.zeros(1, dtype=torch.long, device=input_ids.device)
         if cache is not None:
-            start = cache.lengths
-            cache.reserve(int(start.max()) + T)
+            cache.rows = cache.rows or B  # the first tokens into an empty cache make its rows
+            assert cache.rows == B, f"{B} rows of tokens for a cache of {cache.rows}"
+            start = cache.lengths[:B]
+            cache.longest += T
+            cache.reserve(cache.longest)
         positions = start[:, None] + torch.arange(T, device=input_ids.device)  # (B or 1, T)
         if cache is not None:
-            slots = torch.arange(cache.capacity, device=input_ids.device)  # (S,)
+            slots = torch.arange(cache.longest, device=input_ids.device)  # (S,)
             mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
             step = CacheStep(cache, positions, mask)
 
@@ -432,7 +443,7 @@ class CausalLM(nn.Module):
             else:
                 x = layer(x, rope, step, i)
         if cache is not None:
-            cache.lengths = start + (T if lengths is None else lengths)
+            cache.lengths[:B] += T if lengths is None else lengths
         return self.model.norm(x)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,263 @@
+"""
+One step of training, between the sampler and the optimizer: rollouts -> rewards -> advantages
+-> loss -> update.  train.py calls these functions in this order, top to bottom.
+
+The loss of a batch of N rollouts with M response tokens in all (class weights w):
+
+    1/M * sum over tokens of the clipped surrogate  +  alpha/(N_c + N_i) * sum of w (r_s - r_v)^2
+
+M, N_c and N_i are counted over the whole batch before it is cut into micro-batches, so the
+gradient does not depend on the cut.  alpha = tau = 0 is plain GRPO, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import laser
+from .checker import extract_answer, is_equivalent
+from .model import CausalLM
+from .readout import token_logprobs
+from .sampler import Rollout, pad
+
+# ---------------------------------------------------------------------------------------------
+# rollouts -> rows with rewards
+
+
+def check(rollouts: list[Rollout], problems: list, tokenizer, strict: bool = False) -> list[dict]:
+    """One row a rollout, as samples.jsonl writes it: r_v from the rule-based checker, r_s from
+    log pi(z_c) (None where there is no end, or c_ref is unknown).
+
+    strict is the paper's training reward: exactly one \\boxed{}, else 0.
+    """
+    rows = []
+    # In a group many solutions end in the same answer: each distinct one is judged once.
+    verdicts: dict[tuple[str, str], bool] = {}
+    for rollout in rollouts:
+        problem = problems[rollout.prompt_id]
+        response = tokenizer.decode(rollout.response_tokens)
+        answer = extract_answer(response, strict=strict)
+        if answer is not None and (answer, problem.answer) not in verdicts:
+            verdicts[answer, problem.answer] = is_equivalent(answer, problem.answer)
+        r_s = None
+        if rollout.logp_zc is not None and tokenizer.c_ref is not None:
+            r_s = laser.self_reward(rollout.logp_zc, tokenizer.c_ref, tokenizer.beta_v)
+        rows.append(
+            {
+                "problem": problem.problem,
+                "gold": problem.answer,
+                "response": response,
+                "answer": answer,
+                "r_v": float(answer is not None and verdicts[answer, problem.answer]),
+                "r_s": r_s,
+                "logp_zc": rollout.logp_zc,
+                "finished": rollout.finished,
+                "response_tokens": len(rollout.response_tokens),
+                "prompt_id": rollout.prompt_id,
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# rows -> batch
+
+
+@dataclass
+class Batch:
+    """What one update needs, a row a rollout; everything on the CPU until its micro-batch."""
+
+    rollouts: list[Rollout]
+    advantages: Tensor  # (N,)
+    r_v: Tensor  # (N,) in {0, 1}
+    finished: Tensor  # (N,) bool: has an end, hence a z_c readout
+    weights: Tensor  # (N,) class weights, 0 on truncated rows
+    tokens: int  # M, response tokens of the whole batch
+    ended: int  # N_c + N_i, finished rollouts of the whole batch
+
+
+def make_batch(
+    rollouts: list[Rollout], rows: list[dict], group_size: int, tau: float, min_std: float
+) -> Batch:
+    """Group-normalise the rewards of P * G rollouts (in prompt-major order) and count."""
+    r_v = torch.tensor([row["r_v"] for row in rows])  # (N,)
+    finished = torch.tensor([row["finished"] for row in rows])
+    groups = lambda x: x.view(-1, group_size)  # noqa: E731  (N,) -> (P, G)
+    if tau:
+        r_s = torch.tensor([row["r_s"] if row["finished"] else 0.0 for row in rows])
+        advantages = laser.mixed_advantages(
+            groups(r_v), groups(r_s), groups(finished), tau, min_std
+        )
+    else:
+        advantages = laser.group_advantages(groups(r_v))
+    return Batch(
+        rollouts=rollouts,
+        advantages=advantages.flatten(),
+        r_v=r_v,
+        finished=finished,
+        weights=laser.class_weights(r_v, finished),
+        tokens=sum(len(r.response_tokens) for r in rollouts),
+        ended=int(finished.sum()),
+    )
+
+
+def micro_batches(rollouts: list[Rollout], budget: int) -> Iterator[list[int]]:
+    """Row indices of each micro-batch: neighbours in length, at most `budget` padded tokens."""
+    # Sorted by length, a micro-batch holds rows of nearly one length: little padding is computed.
+    length = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
+    rows: list[int] = []
+    for i in sorted(range(len(rollouts)), key=length.__getitem__, reverse=True):
+        # the first row of a micro-batch is its longest, so it alone decides the padded width
+        if rows and length[rows[0]] * (len(rows) + 1) > budget:
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
+
+
+# ---------------------------------------------------------------------------------------------
+# batch -> gradient
+
+
+@dataclass
+class Targets:
+    """Which hidden states of a padded micro-batch are read, and what for.
+
+    One flat list for both readouts: first the M response tokens of all rows, then z_c of the
+    rows that have an end.  Hidden state t predicts token t + 1, so the tokens of a response
+    that starts at `p` are read at p - 1 .. p + n - 2, and z_c at p + n - 1: at the stop token.
+    """
+
+    row: Tensor  # (M + E,) row in the micro-batch
+    position: Tensor  # (M + E,) hidden state to read
+    target: Tensor  # (M + E,) token whose log-prob is wanted
+    temperature: Tensor  # (M + E,) the sampling temperature for tokens, 1 for z_c
+    responses: int  # M: the first M entries are response tokens
+
+    @classmethod
+    def of(cls, rollouts: list[Rollout], z_c_id: int, temperature: float) -> Targets:
+        """Lay out the targets of these rollouts, rows in the order given."""
+        row, position, target = [], [], []
+        for b, r in enumerate(rollouts):
+            p, n = len(r.prompt_tokens), len(r.response_tokens)
+            row += [b] * n
+            position += range(p - 1, p + n - 1)
+            target += r.response_tokens
+        responses = len(row)
+        for b, r in enumerate(rollouts):
+            if r.finished:
+                row.append(b)
+                position.append(len(r.prompt_tokens) + len(r.response_tokens) - 1)
+                target.append(z_c_id)
+        heat = torch.ones(len(row))
+        heat[:responses] = temperature
+        return cls(*map(torch.tensor, (row, position, target)), heat, responses)
+
+
+def read(
+    model: CausalLM, rollouts: list[Rollout], z_c_id: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of all response tokens (M,), entropies (M,) and log pi(z_c) of the finished rows
+    (E,), in nats, from one forward pass over right-padded rows."""
+    tokens, _ = pad([r.prompt_tokens + r.response_tokens for r in rollouts], model.device)
+    hidden = model(tokens)  # (B, T, C)
+    t = Targets.of(rollouts, z_c_id, temperature)
+    picked = hidden[t.row.to(hidden.device), t.position.to(hidden.device)]  # (M + E, C)
+    logprobs, entropy = token_logprobs(
+        picked,
+        model.lm_head_weight,
+        t.target.to(hidden.device),
+        t.temperature.to(hidden.device),
+        with_entropy=True,
+    )
+    return logprobs[: t.responses], entropy[: t.responses], logprobs[t.responses :]
+
+
+@dataclass
+class Loss:
+    """What the loss needs besides the batch; the names are the paper's."""
+
+    alpha: float = 0.1
+    beta_v: float = 0.1
+    c_ref: float = 0.0
+    z_c_id: int = 0
+    temperature: float = 1.0
+    kind: str = "mse"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+
+
+@dataclass
+class Sums:
+    """Statistics of one update, summed over micro-batches and divided once, at the end."""
+
+    policy_loss: float = 0.0
+    self_reward_loss: float = 0.0
+    clip_fraction: float = 0.0
+    approx_kl: float = 0.0
+    entropy: float = 0.0
+    sampler_gap: float = 0.0  # a maximum, not a sum
+    padded_tokens: int = 0
+    real_tokens: int = 0
+    logprobs: list = field(default_factory=list)
+
+
+def accumulate_gradients(
+    model: CausalLM,
+    batch: Batch,
+    loss: Loss,
+    micro_batch_tokens: int,
+    old_logprobs: dict[int, Tensor] | None = None,
+) -> Sums:
+    """Add the gradient of the whole batch's loss to the parameters' .grad, by micro-batches.
+
+    old_logprobs maps a row to its log-probs under the policy that sampled it; None means that
+    the model still IS that policy (the first update of a batch): then the ratio is exactly 1.
+    """
+    s = Sums()
+    for rows in micro_batches(batch.rollouts, micro_batch_tokens):
+        rollouts = [batch.rollouts[i] for i in rows]
+        counts = torch.tensor([len(r.response_tokens) for r in rollouts])
+        logprobs, entropy, logp_zc = read(model, rollouts, loss.z_c_id, loss.temperature)
+        # one advantage a rollout -> one a token
+        advantages = batch.advantages[rows].repeat_interleave(counts).to(logprobs.device)
+        old = logprobs.detach()
+        if old_logprobs is not None:
+            old = torch.cat([old_logprobs[i] for i in rows]).to(logprobs.device)
+        policy, clipped, kl = laser.policy_loss(
+            logprobs, old, advantages, loss.clip_low, loss.clip_high, loss.dual_clip
+        )
+        # z_c lies outside the response: it has no advantage and no part in the policy loss
+        total = policy / batch.tokens
+        reward_loss = torch.zeros((), device=logprobs.device)
+        if loss.alpha and len(logp_zc):
+            ended = [i for i in rows if batch.finished[i]]
+            r_v, w = (x[ended].to(logp_zc.device) for x in (batch.r_v, batch.weights))
+            reward_loss = laser.self_reward_loss(
+                logp_zc, r_v, w, loss.c_ref, loss.beta_v, loss.kind
+            ) / max(batch.ended, 1)
+            total = total + loss.alpha * reward_loss
+        total.backward()
+        s.policy_loss += policy.item() / batch.tokens
+        s.self_reward_loss += reward_loss.item()
+        s.clip_fraction += clipped.item() / batch.tokens
+        s.approx_kl += kl.item() / batch.tokens
+        s.entropy += entropy.sum().item() / batch.tokens
+        sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
+        gap = (sampled - logprobs.detach().cpu()).abs().max().item()
+        s.sampler_gap = max(s.sampler_gap, gap)
+        lengths = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
+        s.padded_tokens += max(lengths) * len(rows)
+        s.real_tokens += sum(lengths)
+    return s
+
+
+def clip_gradients(parameters, max_norm: float) -> float:
+    """Scale gradients to a global L2 norm of at most max_norm; returns the norm before."""
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))

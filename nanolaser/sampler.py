@@ -1,0 +1,246 @@
+"""
+Sampling: problems in, rollouts out, each with log pi(z_c) read one token after its end.
+
+    waiting prompts --prefill once--> fan out to the group's rows --one token a row a turn-->
+        row drew a stop token  -> that token is fed once more; the model's next-token
+                                  distribution there gives log pi(z_c); the row leaves
+        row reached its limit  -> truncated: it has no end, so no z_c; the row leaves
+
+Rows leave the batch in the turn they end and waiting prompts take their places (continuous
+batching), so the cost follows the tokens really produced.  Reading z_c costs one token in the
+same batch: no second model, no second pass.
+
+Randomness: the n-th token of a rollout is drawn with a number that depends on (seed, rollout,
+n) alone.  So the same seed gives the same text whatever rows happen to share the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .model import CausalLM, KVCache
+from .readout import token_logprobs
+
+
+@dataclass
+class Rollout:
+    """One sampled solution: token ids in, token ids out, nothing decoded and re-encoded."""
+
+    prompt_id: int  # index of its problem among the prompts given
+    prompt_tokens: list[int]
+    response_tokens: list[int] = field(default_factory=list)  # the stop token included
+    logprobs: list[float] = field(default_factory=list)  # nats, of what was drawn as it was drawn
+    logp_zc: float | None = None  # nats, at temperature 1; None: truncated, there is no end
+    finished: bool = False  # ended with a stop token
+
+
+# ---------------------------------------------------------------------------------------------
+# randomness without generators
+
+# SplitMix64's constants, as signed 64-bit integers (torch has no full unsigned arithmetic).
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX2 = 0x94D049BB133111EB - 2**64
+
+
+def _splitmix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser: int64 -> int64, every input bit stirs every output bit."""
+    shift = lambda y, n: (y >> n) & ((1 << (64 - n)) - 1)  # noqa: E731  logical, not arithmetic
+    x = (x ^ shift(x, 30)) * _MIX1
+    x = (x ^ shift(x, 27)) * _MIX2
+    return x ^ shift(x, 31)
+
+
+def uniforms(seed: int, rows: Tensor, steps: Tensor) -> Tensor:
+    """Float64 in [0, 1), one for each (seed, row, step): the same on every device, in any order.
+
+    A counter-based generator: no state to carry for a row that moves, waits or is started anew.
+    """
+    key = _splitmix(torch.full_like(rows, seed) * _GOLDEN + _GOLDEN)
+    key = _splitmix(key + rows * _GOLDEN)
+    bits = _splitmix(key + steps * _GOLDEN)
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token id a row (R,) from logits (R, V) and uniforms (R,), by inverting the CDF.
+
+    temperature 0 is argmax.  Nothing is sorted unless top_p < 1 asks for it.
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    order = None
+    if top_p < 1.0:
+        # the smallest set of tokens whose probability reaches top_p; the most likely always in
+        probs, order = probs.sort(-1, descending=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    cdf = probs.cumsum(-1)
+    # Scaled by the CDF's own last entry (fp32 sums end near 1, not at 1); a token of probability
+    # zero has an interval of width zero, and right=True never lands in one.
+    target = (uniform * cdf[:, -1].double()).to(cdf.dtype)[:, None]
+    token = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1)
+    # fp32 may round the target up to the very end of the CDF: step back to the last real token
+    last = (probs > 0).cumsum(-1).argmax(-1, keepdim=True)
+    token = torch.minimum(token, last)
+    return (token if order is None else order.gather(1, token))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# the sampler
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    tokenizer,
+    prompts: list[str] | list[list[int]],
+    n: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_rows: int = 256,
+    on_tokens: Callable[[int], None] | None = None,
+    on_finish: Callable[[Rollout], None] | None = None,
+) -> list[Rollout]:
+    """n solutions of each prompt (problem text, or ready token ids): P * n rollouts, in order.
+
+    `on_tokens(k)` hears of every turn's k new tokens, `on_finish(rollout)` of every rollout as
+    it ends.  At most max_rows solutions are in flight.  ValueError for n or max_new_tokens < 1.
+    """
+    if n < 1 or max_new_tokens < 1:
+        raise ValueError(f"n ({n}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+    ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
+    rollouts = [Rollout(i, prompt) for i, prompt in enumerate(ids) for _ in range(n)]
+    batch = _Batch(model, tokenizer, rollouts, max_rows, temperature, top_p, seed)
+    while batch.waiting or batch.live:
+        batch.admit()
+        ended = batch.turn(max_new_tokens)
+        if on_tokens is not None:
+            on_tokens(len(batch.live))
+        for rollout in ended:
+            if on_finish is not None:
+                on_finish(rollout)
+        batch.feed()
+    return rollouts
+
+
+class _Batch:
+    """The rollouts in flight: row r of the cache belongs to rollouts[live[r]]."""
+
+    def __init__(self, model, tokenizer, rollouts, max_rows, temperature, top_p, seed):
+        self.model, self.tokenizer, self.rollouts = model, tokenizer, rollouts
+        self.max_rows = min(max_rows, len(rollouts))
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.stop_ids = set(tokenizer.stop_ids)
+        self.waiting = list(range(len(rollouts)))[::-1]  # a stack: the first prompts go first
+        self.live: list[int] = []
+        self.cache = KVCache(model.config, self.max_rows, model.device, model.dtype)
+        self.hidden = torch.empty(0)  # (R, C) each row's hidden state at its last token
+
+    def admit(self) -> None:
+        """Prefill waiting prompts into the free rows, each distinct prompt once."""
+        # Few large prefills beat many small ones: wait until a quarter of the rows is free.
+        free = self.max_rows - len(self.live)
+        if not self.waiting or (self.live and free < self.max_rows // 4):
+            return
+        taken = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        problems = sorted({self.rollouts[i].prompt_id for i in taken})
+        place = {problem: row for row, problem in enumerate(problems)}
+        sources = [place[self.rollouts[i].prompt_id] for i in taken]
+        prompts = {self.rollouts[i].prompt_id: self.rollouts[i].prompt_tokens for i in taken}
+        tokens, lengths = pad([prompts[p] for p in problems], self.model.device)
+        cache = KVCache(self.model.config, len(problems), self.model.device, self.model.dtype)
+        hidden = self.model(tokens, lengths, cache)  # (P, T, C)
+        last = hidden[torch.arange(len(problems)), lengths - 1]  # (P, C)
+        source = torch.tensor(sources, device=self.model.device)
+        self.cache.admit(cache, source)
+        self.hidden = torch.cat((self.hidden, last[source])) if self.live else last[source]
+        self.live += taken
+
+    def turn(self, max_new_tokens: int) -> list[Rollout]:
+        """Draw one token for every row that goes on, read z_c of every row that has ended;
+        returns the rollouts that left."""
+        # fp32 logits, at the last position only
+        logits = self.hidden.float() @ self.model.lm_head_weight.float().T  # (R, V)
+        steps = torch.tensor([len(self.rollouts[i].response_tokens) for i in self.live])
+        rows = torch.tensor(self.live)
+        uniform = uniforms(self.seed, rows, steps).to(logits.device)
+        # Output rows beyond the tokenizer are padding of the matrix: never drawn.
+        tokens = draw(logits[:, : self.tokenizer.size], uniform, self.temperature, self.top_p)
+        # The log-prob recorded is that of the distribution drawn from (before top-p).
+        scaled = logits / self.temperature if self.temperature else logits
+        chosen = scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
+        zc = logits[:, self.tokenizer.z_c_id] - logits.logsumexp(-1)  # temperature 1, always
+        # One transfer to the host a turn: what was drawn, and what it means for each row.
+        ended = []
+        facts = zip(self.live, tokens.tolist(), chosen.tolist(), zc.tolist())
+        for row, (i, token, logprob, logp_zc) in enumerate(facts):
+            rollout = self.rollouts[i]
+            if rollout.finished:  # its stop token was fed last turn: this is the readout
+                rollout.logp_zc = logp_zc
+                ended.append(row)
+                continue
+            rollout.response_tokens.append(token)
+            rollout.logprobs.append(logprob)
+            rollout.finished = token in self.stop_ids
+            if not rollout.finished and len(rollout.response_tokens) == max_new_tokens:
+                ended.append(row)  # truncated
+        left = [self.rollouts[self.live[row]] for row in ended]
+        for source, target in self.cache.drop(ended):
+            self.live[target] = self.live[source]
+        del self.live[len(self.live) - len(ended) :]
+        return left
+
+    def feed(self) -> None:
+        """Run the model over every live row's newest token."""
+        if not self.live:
+            self.cache.longest = 0
+            return
+        newest = [[self.rollouts[i].response_tokens[-1]] for i in self.live]
+        tokens = torch.tensor(newest, device=self.model.device)  # (R, 1)
+        self.cache.longest = max(
+            len(self.rollouts[i].prompt_tokens) + len(self.rollouts[i].response_tokens) - 1
+            for i in self.live
+        )
+        self.hidden = self.model(tokens, cache=self.cache)[:, 0]
+
+
+def pad(rows: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
+    """Token lists -> ids (B, T) padded with zeros on the right, and lengths (B,)."""
+    lengths = torch.tensor([len(r) for r in rows])
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens.to(device), lengths.to(device)
+
+
+@torch.no_grad()
+def score(
+    model: CausalLM,
+    z_c_id: int,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    batch_tokens: int = 16_384,
+) -> list[float]:
+    """log pi(z_c | x, y) in nats of given solutions (responses end with their stop token).
+
+    The sampler's own number for the same tokens, from one plain forward pass.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    scores = [0.0] * len(prompts)
+    while order:
+        # the longest first: memory is needed at once or never
+        length = len(prompts[order[-1]]) + len(responses[order[-1]])
+        batch = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // length)))]
+        tokens, lengths = pad([prompts[i] + responses[i] for i in batch], model.device)
+        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]  # (B, C)
+        target = torch.full((len(batch),), z_c_id, device=model.device)
+        for i, value in zip(batch, token_logprobs(hidden, model.lm_head_weight, target).tolist()):
+            scores[i] = value
+    return scores
