@@ -12,17 +12,18 @@ gradient does not depend on the cut.  alpha = tau = 0 is plain GRPO, exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import laser
+from . import laser, metrics
 from .checker import extract_answer, is_equivalent
 from .model import CausalLM
 from .readout import token_logprobs
-from .sampler import Rollout, pad
+from .sampler import Rollout, generate, pad
 
 # ---------------------------------------------------------------------------------------------
 # rollouts -> rows with rewards
@@ -205,7 +206,6 @@ class Sums:
     sampler_gap: float = 0.0  # a maximum, not a sum
     padded_tokens: int = 0
     real_tokens: int = 0
-    logprobs: list = field(default_factory=list)
 
 
 def accumulate_gradients(
@@ -258,6 +258,210 @@ def accumulate_gradients(
     return s
 
 
-def clip_gradients(parameters, max_norm: float) -> float:
-    """Scale gradients to a global L2 norm of at most max_norm; returns the norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+def update(
+    model: CausalLM,
+    optimizer: Optimizer,
+    batch: Batch,
+    loss: Loss,
+    micro_batch_tokens: int,
+    grad_clip: float,
+    updates: int = 1,
+) -> tuple[Sums, float, int]:
+    """`updates` optimizer steps on one batch: (statistics and gradient norm of the last one, how
+    many were skipped because a gradient was not finite)."""
+    old_logprobs, skipped = None, 0
+    if updates > 1:
+        # From the second step on the model is no longer the one that sampled: keep its log-probs.
+        # (The sampler's own would do but for rounding: scored by one code, the first ratio is 1.)
+        old_logprobs = {}
+        with torch.no_grad():
+            for rows in micro_batches(batch.rollouts, micro_batch_tokens):
+                rollouts = [batch.rollouts[i] for i in rows]
+                logprobs, _, _ = read(model, rollouts, loss.z_c_id, loss.temperature)
+                counts = [len(r.response_tokens) for r in rollouts]
+                old_logprobs |= zip(rows, logprobs.cpu().split(counts))
+    for _ in range(updates):
+        sums = accumulate_gradients(model, batch, loss, micro_batch_tokens, old_logprobs)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(optimizer.parameters, grad_clip))
+        if math.isfinite(grad_norm):
+            optimizer.step()
+        else:
+            skipped += 1  # one bad batch must not poison the weights and both moments for good
+        optimizer.zero_grad()
+    return sums, grad_norm, skipped
+
+
+# ---------------------------------------------------------------------------------------------
+# the optimizer
+
+
+class Optimizer:
+    """AdamW on fp32 master weights, whatever the model computes in.
+
+    At lr 1e-6 a bf16 weight (8 bits of mantissa) would never move: every update is rounded away.
+    A float32 model is its own master, and then nothing is copied.
+    """
+
+    def __init__(self, model: CausalLM, lr: float, weight_decay: float):
+        self.parameters = list(model.parameters())
+        self.names = [name for name, _ in model.named_parameters()]
+        same = model.dtype == torch.float32
+        self.master = [p if same else p.detach().float().requires_grad_() for p in self.parameters]
+        self.adam = torch.optim.AdamW(
+            self.master, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
+        )
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """AdamW's own, to set the learning rate in."""
+        return self.adam.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One AdamW step on the masters, then the model's weights are rounded from them."""
+        for master, p in zip(self.master, self.parameters):
+            if master is not p:
+                master.grad = p.grad.float()
+        self.adam.step()
+        for master, p in zip(self.master, self.parameters):
+            if master is not p:
+                p.copy_(master)
+                master.grad = None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients (set to None: the next backward pass makes them anew)."""
+        for p in self.parameters:
+            p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything an exact resume needs, as named tensors."""
+        tensors = {}
+        for name, master, p in zip(self.names, self.master, self.parameters):
+            for key, value in self.adam.state[master].items():  # step, exp_avg, exp_avg_sq
+                tensors[f"{name}.{key}"] = value
+            if master is not p:
+                tensors[f"{name}.master"] = master.detach()
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `state` gave; ValueError if it belongs to another model."""
+        for name, master, p in zip(self.names, self.master, self.parameters):
+            keys = ["step", "exp_avg", "exp_avg_sq"] + ([] if master is p else ["master"])
+            missing = [key for key in keys if f"{name}.{key}" not in tensors]
+            if missing:
+                raise ValueError(f"optimizer state: {name}.{missing[0]} is missing")
+            if tensors[f"{name}.exp_avg"].shape != p.shape:
+                raise ValueError(f"optimizer state: {name} has another shape than the model's")
+            # AdamW wants its step count on the CPU unless it is fused on a GPU: let it place all
+            values = {key: tensors[f"{name}.{key}"] for key in keys}
+            if master is not p:
+                master.copy_(values.pop("master"))
+            self.adam.state[master] = {
+                key: value.to(master.device if value.dim() else value.device).clone()
+                for key, value in values.items()
+            }
+
+
+# ---------------------------------------------------------------------------------------------
+# looking at a step
+
+
+def statistics(rows: list[dict], group_size: int) -> dict:
+    """What the rows of one step say, under the names of metrics.jsonl; None where undefined."""
+    r_v = torch.tensor([row["r_v"] for row in rows]).view(-1, group_size)  # (P, G)
+    ended = [row for row in rows if row["r_s"] is not None]
+    right = [row["r_s"] for row in ended if row["r_v"] > 0.5]
+    wrong = [row["r_s"] for row in ended if row["r_v"] <= 0.5]
+    mean = lambda x: sum(x) / len(x) if x else None  # noqa: E731
+    spread = r_v.std(1)  # (P,)
+    return {
+        "reward": r_v.mean().item(),
+        "reward_std": spread.mean().item(),
+        "r_s_correct": mean(right),
+        "r_s_wrong": mean(wrong),
+        "verification_f1": metrics.verification_f1(
+            [row["r_v"] > 0.5 for row in rows], [row["r_s"] for row in rows]
+        ).f1,
+        "response_tokens": mean([row["response_tokens"] for row in rows]),
+        "finished_share": mean([float(row["finished"]) for row in rows]),
+        "boxed_share": mean([float(row["answer"] is not None) for row in rows]),
+        "zero_std_groups": int((spread == 0).sum()),
+    }
+
+
+class Watch:
+    """Notices when there is nothing to learn from, and says the likely cause."""
+
+    PATIENCE = 20  # steps
+
+    def __init__(self):
+        self.degenerate = self.unboxed = self.truncated = 0
+
+    def look(self, m: dict, problems: int) -> list[str]:
+        """Warnings after this step's metrics: none, or one for each thing that has gone on for
+        another PATIENCE steps."""
+        count = lambda n, bad: n + 1 if bad else 0  # noqa: E731
+        self.degenerate = count(self.degenerate, m["zero_std_groups"] == problems)
+        self.unboxed = count(self.unboxed, m["boxed_share"] == 0)
+        self.truncated = count(self.truncated, m["finished_share"] == 0)
+        due = lambda n: n and n % self.PATIENCE == 0  # noqa: E731
+        said = []
+        if due(self.truncated):
+            said.append(
+                f"every solution of {self.truncated} steps was cut off: raise --max-new-tokens"
+            )
+        elif due(self.unboxed):
+            said.append(
+                f"no solution of {self.unboxed} steps had a \\boxed{{}} answer: does this model "
+                "know the format?  Look at samples.jsonl"
+            )
+        elif due(self.degenerate):
+            which = "right: harder" if m["reward"] > 0.5 else "wrong: easier"
+            said.append(
+                f"for {self.degenerate} steps every group was all right or all wrong, so there is "
+                f"nothing to compare; now all {which} --data, or a larger --group-size"
+            )
+        return said
+
+
+# ---------------------------------------------------------------------------------------------
+# c_ref
+
+
+def estimate_c_ref(
+    model: CausalLM, tokenizer, problems: list, pairs: int = 300, **sampling
+) -> tuple[float, float, list[tuple[str, float, float]]]:
+    """Mean and standard deviation, in nats, of log pi(z_c | x, y) of the untouched model over up
+    to `pairs` sampled (problem, solution) pairs (the paper uses 300), and the same for every
+    unused special token, steadiest first: [(token, mean, std), ...].
+
+    ValueError if not one solution was finished.
+    """
+    n = -(-pairs // len(problems))  # solutions of each problem, rounded up
+    prompts = [p.problem for p in problems]
+    rollouts = [r for r in generate(model, tokenizer, prompts, n=n, **sampling) if r.finished]
+    if len(rollouts) < 2:
+        raise ValueError(
+            "c_ref cannot be estimated: no solution came to an end within --max-new-tokens; "
+            "raise it, or give --c-ref a number"
+        )
+    candidates = [tokenizer.z_c_id, *tokenizer.unused_special_ids()]
+    columns = torch.tensor(candidates, device=model.device)
+    values = []
+    with torch.no_grad():
+        for rows in micro_batches(rollouts[:pairs], 8192):
+            picked = [rollouts[i] for i in rows]
+            tokens, lengths = pad([r.prompt_tokens + r.response_tokens for r in picked], model.device)
+            last = torch.arange(len(rows), device=model.device)
+            hidden = model(tokens)[last, lengths - 1]  # (B, C) at the stop tokens
+            # all candidates share one logsumexp: target 0's log-prob is logit[0] - lse
+            logits = hidden.float() @ model.lm_head_weight[columns].float().T  # (B, candidates)
+            zeros = torch.zeros(len(rows), dtype=torch.long, device=model.device)
+            first = hidden.float() @ model.lm_head_weight[0].float()  # (B,)
+            lse = first - token_logprobs(hidden, model.lm_head_weight, zeros)
+            values.append(logits - lse[:, None])
+    values = torch.cat(values)  # (pairs, candidates)
+    mean, std = values.mean(0).tolist(), values.std(0).tolist()
+    others = sorted(zip(tokenizer.tokens(candidates[1:]), mean[1:], std[1:]), key=lambda x: x[2])
+    return mean[0], std[0], others

@@ -1,0 +1,131 @@
+"""
+A run's folder: what is written where, by whom, and what survives a crash.
+
+    runs/NAME/config.json     every option and version: enough to repeat the run
+             /metrics.jsonl   a line a step           /samples.jsonl  some rollouts a step
+             /evals.jsonl     a line an evaluation    /summary.json   before, after, cost
+             /curves.png      (with matplotlib)       /checkpoints/step-000120, .../latest
+
+The .jsonl files grow a line at a time and are cut back to the checkpoint's step on resume;
+everything else is written whole or not at all.  A lock held by the process (not a file that a
+crash would leave behind) keeps two runs out of one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .checkpoint import write_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl: there, runs are not protected from each other
+    fcntl = None
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
+
+
+class RunFolder:
+    """The files of one run; holds the folder's lock as long as the process lives."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path / ".lock", "w")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(
+                    f"{path} is in use by another run; give this one its own --out"
+                ) from None
+
+    @classmethod
+    def create(cls, out: str | None, name: str, config: dict) -> RunFolder:
+        """A new run's folder: `out`, or runs/NAME, runs/NAME-2, ... where none is given.
+        ValueError if `out` holds a run already: results are never overwritten."""
+        path = Path(out) if out else Path("runs") / name
+        count = 1
+        while not out and (path / "config.json").exists():
+            count += 1
+            path = Path("runs") / f"{name}-{count}"
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {path} is a file, not a folder")
+        run = cls(path)
+        if (path / "config.json").exists():
+            raise ValueError(f"{path} holds a run already; --resume {path} continues it")
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        run.write_json("config.json", {"options": config, "versions": versions})
+        return run
+
+    @classmethod
+    def reopen(cls, path: str) -> tuple[RunFolder, dict]:
+        """An existing run's folder and its options; ValueError where there is none."""
+        config = Path(path) / "config.json"
+        if not config.is_file():
+            raise ValueError(f"--resume {path}: no run there (config.json is missing)")
+        try:
+            options = json.loads(config.read_text())["options"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{config} is damaged: {error}") from None
+        return cls(Path(path)), options
+
+    def write_json(self, name: str, value: dict) -> None:
+        """Write a JSON file whole or not at all."""
+        write_atomic(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        """Add lines to one of the logs; every row tells its `step`."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def read(self, name: str) -> list[dict]:
+        """The rows of a log; a last line cut short by a crash is no row."""
+        path, rows = self.path / name, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def cut_back(self, step: int) -> None:
+        """Forget every log line after `step`: those steps are about to be done again."""
+        for name in LOGS:
+            kept = [row for row in self.read(name) if row["step"] <= step]
+            write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.path / "checkpoints" / f"step-{step:06d}"
+
+    def point_latest(self, step: int) -> None:
+        """Name the checkpoint of `step`, whole on disk by now, as the newest."""
+        write_atomic(self.path / "checkpoints" / "latest", self.checkpoint(step).name + "\n")
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None before the first."""
+        pointer = self.path / "checkpoints" / "latest"
+        return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process ever held: on the GPU if it has one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def is_terminal() -> bool:
+    """Is somebody watching?  Progress bars are for terminals; logs get lines."""
+    return sys.stderr.isatty() and "CI" not in os.environ

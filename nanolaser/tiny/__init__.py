@@ -1,0 +1,1 @@
+"""The embedded model: this folder is a Hugging Face checkpoint, and __main__.py its recipe."""

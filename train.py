@@ -1,0 +1,380 @@
+"""
+Train a language model to solve problems AND to know when it is right: LaSeR on top of GRPO.
+
+    python train.py                                   # the embedded model, minutes on a CPU
+    python train.py --algorithm grpo                  # the baseline: no self-reward
+    python train.py --model qwen2.5-7b --data deepmath
+
+Each step, from top to bottom in `train_step` below:
+
+    1. sample     group_size solutions y of each problem x; after each end, log pi(z_c | x, y)
+    2. check      r_v in {0, 1}: does the rule-based checker accept the boxed answer?
+    3. reward     r_s = beta_v (log pi(z_c) - c_ref): what the model itself thinks of y
+    4. compare    advantages within each group: A = (1 - tau) A_v + tau A_s
+    5. update     one AdamW step on  policy loss + alpha * class-weighted mean (r_s - r_v)^2
+
+Three phases: plain GRPO first (reasoning), then the loss on r_s (self-reward), then r_s in the
+advantage as well (integrated).  alpha = tau = 0, or --algorithm grpo, is plain GRPO throughout.
+
+Where this departs from the released code, to follow the paper (PAPER = arXiv 2510.14943):
+*  the mixed advantage reads z_c of its own row, by position; a truncated row counts as r_s = 0
+*  log pi(z_c) is taken at temperature 1, whatever the sampling temperature
+*  sums are divided by the counts of the whole batch, so micro-batches change nothing
+*  the loss on r_s is divided by N_c + N_i, the solutions that have an end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from nanolaser import grpo, laser, metrics, plots
+from nanolaser.checker import is_equivalent, parses
+from nanolaser.checkpoint import load_pretrained, load_state, save_pretrained
+from nanolaser.config import apply_preset, main_guard, option, parse_args
+from nanolaser.problems import Problem, arithmetic_problems, load_problems
+from nanolaser.run import RunFolder, is_terminal, peak_memory_bytes
+from nanolaser.sampler import generate
+
+
+@dataclass
+class Options:
+    """Train with LaSeR or GRPO.  Defaults depend on the model: see PRESETS."""
+
+    model: str = option("tiny", "tiny (embedded), an alias, a hub id or a folder", group="what")
+    data: str | None = option(None, "arithmetic, an alias, or a .jsonl file", group="what", by_model=True)
+    eval_data: str | None = option(None, "held-out problems, named likewise", group="what", by_model=True)
+    algorithm: str = option("laser", "grpo is the baseline: alpha = tau = 0", group="what", choices=("laser", "grpo"))
+    out: str | None = option(None, "the run's folder (default runs/MODEL-ALGORITHM)", group="what")
+    resume: str | None = option(None, "go on with the run in this folder", group="what", metavar="DIR")
+    seed: int = option(0, "of problems and sampling", group="what")
+    device: str = option("auto", "where to compute", group="what", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the forward pass", group="what", choices=("auto", "float32", "bfloat16"))
+
+    steps: int | None = option(None, "updates", group="sampling", min=1, by_model=True)
+    problems_per_step: int | None = option(None, "P", group="sampling", min=1, by_model=True)
+    group_size: int = option(8, "G, solutions per problem", group="sampling", min=2)
+    max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1, by_model=True)
+    max_prompt_tokens: int = option(2048, "longer problems are left out", group="sampling", min=1)
+    temperature: float = option(1.0, "of sampling", group="sampling", above=0)
+    max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
+
+    alpha: float | None = option(None, "weight of the loss on r_s", group="laser", min=0, by_model=True)
+    beta_v: float = option(0.1, "scale of r_s", group="laser", above=0)
+    tau: float = option(0.1, "share of r_s in the advantage", group="laser", min=0, max=1)
+    min_std: float = option(0.1, "a group whose r_s varies less keeps tau = 0", group="laser", min=0)
+    c_ref: float | str = option("auto", "nats; auto estimates it before the first step", group="laser", words=("auto",))
+    z_c: str | None = option(None, "readout token (default by model)", group="laser", metavar="TOKEN")
+    reasoning_warmup: int | None = option(None, "steps of plain GRPO first", group="laser", min=0, by_model=True)
+    self_reward_warmup: int | None = option(None, "steps before r_s enters the advantage", group="laser", min=0, by_model=True)
+    self_reward_loss: str = option("mse", "loss on r_s", group="laser", choices=("mse", "bce", "sft"))
+
+    lr: float | None = option(None, "peak learning rate", group="update", above=0, by_model=True)
+    lr_warmup: int | None = option(None, "steps of rising learning rate", group="update", min=0, by_model=True)
+    lr_final: float | None = option(None, "learning rate at the end, as a share of the peak", group="update", min=0, max=1, by_model=True)
+    weight_decay: float = option(0.01, "of AdamW", group="update", min=0)
+    grad_clip: float = option(1.0, "largest gradient norm", group="update", above=0)
+    updates_per_batch: int = option(1, "optimizer steps on each batch", group="update", min=1)
+    micro_batch_tokens: int | None = option(None, "tokens per forward pass", group="update", min=1, by_model=True)
+
+    eval_every: int | None = option(None, "steps between evaluations", group="output", min=1, by_model=True)
+    eval_problems: int = option(400, "held-out problems before and after (a quarter of them in between)", group="output", min=1)
+    eval_n: int | None = option(None, "solutions per held-out problem", group="output", min=1, by_model=True)
+    save_every: int | None = option(None, "steps between checkpoints", group="output", min=1, by_model=True)
+
+
+# The embedded model learns in minutes; the paper's settings are those of its Qwen2.5-7B script.
+PRESETS = {
+    "tiny": dict(
+        data="arithmetic", eval_data="arithmetic", steps=240, problems_per_step=16,
+        max_new_tokens=96, lr=2e-4, lr_warmup=5, lr_final=0.1, alpha=0.5, reasoning_warmup=10,
+        self_reward_warmup=60, micro_batch_tokens=8192, eval_every=60, eval_n=8, save_every=120,
+    ),
+    "paper": dict(
+        data="deepmath", eval_data="math500", steps=800, problems_per_step=128,
+        max_new_tokens=8192, lr=1e-6, lr_warmup=0, lr_final=1.0, alpha=0.1, reasoning_warmup=200,
+        self_reward_warmup=200, micro_batch_tokens=16384, eval_every=20, eval_n=2, save_every=50,
+    ),
+}  # fmt: skip
+
+MAX_SKIPPED = 5  # non-finite updates in a row after which the run stops
+
+
+# ---------------------------------------------------------------------------------------------
+# one step: the algorithm
+
+
+def train_step(model, tokenizer, optimizer, problems, o: Options, step: int):
+    """Sample, check, reward, compare, update; returns (metrics of the step, rollout rows)."""
+    start = time.perf_counter()
+    phase = laser.phase(step, o.reasoning_warmup, o.self_reward_warmup)
+
+    # 1. Sample.  The seed depends on the step alone: a resumed run draws what it would have drawn.
+    rollouts = generate(
+        model, tokenizer, [p.problem for p in problems], n=o.group_size, seed=o.seed * 1_000_003 + step,
+        max_new_tokens=o.max_new_tokens, temperature=o.temperature, max_rows=o.max_rows,
+    )  # fmt: skip
+    sampled = time.perf_counter()
+
+    # 2. and 3.  r_v from the checker, r_s from the model's own readout.
+    rows = grpo.check(rollouts, problems, tokenizer, strict=True)
+    checked = time.perf_counter()
+
+    # 4. Compare within each group.  r_s has a say only once it has learned to speak.
+    tau = o.tau if phase == "integrated" else 0.0
+    batch = grpo.make_batch(rollouts, rows, o.group_size, tau, o.min_std)
+
+    # 5. Update.
+    loss = grpo.Loss(
+        alpha=o.alpha if phase != "reasoning" else 0.0, beta_v=o.beta_v, c_ref=tokenizer.c_ref,
+        z_c_id=tokenizer.z_c_id, temperature=o.temperature, kind=o.self_reward_loss,
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, o)
+    sums, grad_norm, skipped = grpo.update(
+        model, optimizer, batch, loss, o.micro_batch_tokens, o.grad_clip, o.updates_per_batch
+    )
+    done = time.perf_counter()
+
+    seconds = {
+        "seconds_rollout": sampled - start,
+        "seconds_check": checked - sampled,
+        "seconds_update": done - checked,
+        "tokens_per_second": batch.tokens / (sampled - start),
+    }
+    stats = grpo.statistics(rows, o.group_size)
+    losses = {
+        "loss": sums.policy_loss + loss.alpha * sums.self_reward_loss,
+        "policy_loss": sums.policy_loss,
+        "self_reward_loss": sums.self_reward_loss,
+        "clip_fraction": sums.clip_fraction,
+        "approx_kl": sums.approx_kl,
+        "entropy": sums.entropy,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "sampler_gap": sums.sampler_gap,
+        "padding_share": 1 - sums.real_tokens / sums.padded_tokens,
+        "skipped_updates": skipped,
+        "lr": learning_rate(step, o),
+    }
+    return {"step": step, "phase": phase, **stats, **losses, **seconds}, rows
+
+
+def learning_rate(step: int, o: Options) -> float:
+    """Linear up over lr_warmup steps, then linear down to lr * lr_final at the last step."""
+    warm = min(1.0, step / o.lr_warmup) if o.lr_warmup else 1.0
+    return o.lr * warm * (1 - (1 - o.lr_final) * step / o.steps)
+
+
+# ---------------------------------------------------------------------------------------------
+# what surrounds it: problems, evaluation, checkpoints
+
+
+class ProblemStream:
+    """The problems of each step, as a function of (seed, step): nothing to save, or to get
+    wrong on resume.  Files are shuffled anew each epoch; arithmetic is made up on the spot."""
+
+    def __init__(self, o: Options, tokenizer):
+        self.o = o
+        self.problems: list[Problem] = []
+        if o.data != "arithmetic":
+            problems = load_problems(o.data, split="train", parses=parses)
+            fits = lambda p: len(tokenizer.encode_prompt(p.problem)) <= o.max_prompt_tokens  # noqa: E731
+            self.problems = [p for p in problems if fits(p)]
+            if not self.problems:
+                raise ValueError(f"{o.data}: no problem has at most {o.max_prompt_tokens} tokens")
+
+    def at(self, step: int) -> list[Problem]:
+        """The problems of one step, counted from 1 (step 0: those that estimate c_ref)."""
+        P, total = self.o.problems_per_step, len(self.problems)
+        if not total:
+            return arithmetic_problems(P, seed=self.o.seed * 1_000_003 + step)
+        picked = []
+        for i in range(max(step - 1, 0) * P, max(step, 1) * P):
+            epoch, place = divmod(i, total)
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.o.seed + epoch))
+            picked.append(self.problems[order[place]])
+        return picked
+
+
+def held_out(o: Options) -> list[Problem]:
+    """The problems of the evaluations: never among those trained on."""
+    if o.eval_data == "arithmetic":
+        return arithmetic_problems(o.eval_problems, seed=0, split="test")
+    return load_problems(o.eval_data, split="test", max_problems=o.eval_problems, parses=parses)
+
+
+def evaluate(model, tokenizer, problems, o: Options, label: str) -> dict:
+    """Accuracy, self-verification and votes on held-out problems, as in results.json."""
+    total = len(problems) * o.eval_n
+    with tqdm(total=total, desc=label, leave=False, disable=not is_terminal(), unit="y") as bar:
+        rollouts = generate(
+            model, tokenizer, [p.problem for p in problems], n=o.eval_n, seed=o.seed,
+            max_new_tokens=o.max_new_tokens, temperature=o.temperature, max_rows=o.max_rows,
+            on_finish=lambda _: bar.update(),
+        )  # fmt: skip
+    return metrics.summarise(grpo.check(rollouts, problems, tokenizer), is_equivalent)
+
+
+def describe(step: int, e: dict) -> str:
+    """One evaluation on one line, in per cent."""
+    v, k = e["verification"], str(e["n"])
+    show = lambda x: "  -  " if x is None else f"{100 * x:5.1f}"  # noqa: E731
+    return (
+        f"eval {step:5d}  accuracy {show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}  "
+        f"F1 {show(v['f1'])}  AUROC {show(v['auroc'])} (within problem {show(v['auroc_within'])})  "
+        f"vote@{k}: majority {show(e['majority_vote'][k])}  weighted {show(e['weighted_vote'][k])}"
+    )
+
+
+def line(m: dict, total: int) -> str:
+    """One step on one aligned line."""
+    show = lambda x: "    -" if x is None else f"{x:5.2f}"  # noqa: E731
+    seconds = m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
+    return (
+        f"{m['step']:5d}/{total} {m['phase']:<11} reward {m['reward']:.2f}  "
+        f"r_s right {show(m['r_s_correct'])} wrong {show(m['r_s_wrong'])}  "
+        f"F1 {show(m['verification_f1'])}  loss {m['policy_loss']:+.3f} {m['self_reward_loss']:.3f}  "
+        f"grad {show(m['grad_norm'])}  tokens {m['response_tokens']:5.1f}  {seconds:.2f} s"
+    )
+
+
+def save(run: RunFolder, model, tokenizer, optimizer, step: int) -> None:
+    """Write the checkpoint of a step, whole, and only then point `latest` at it."""
+    folder = run.checkpoint(step)
+    save_pretrained(model, tokenizer, folder, state=grpo.optimizer_state(optimizer, step))
+    run.point_latest(step)
+
+
+class Stop:
+    """Remembers SIGTERM and Ctrl-C, so that the step in progress ends in a checkpoint."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.heard)
+
+    def heard(self, number, _frame):
+        """The first one is a request; the second one means it."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+# ---------------------------------------------------------------------------------------------
+# the run
+
+
+def start(o: Options, given) -> tuple[RunFolder, Options, object]:
+    """Open the run's folder, new or to be resumed: (folder, the run's options, checkpoint)."""
+    if o.resume is None:
+        tiny = o.model == "tiny"
+        o = apply_preset(o, given, PRESETS["tiny" if tiny else "paper"])
+        if o.algorithm == "grpo":
+            o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+        return None, o, None
+    run, saved = RunFolder.reopen(o.resume)
+    # A resumed run is the same run: its own options hold, and a contradiction is refused.
+    for name in sorted(given - {"resume", "device"}):
+        if getattr(o, name) != saved.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {getattr(o, name)} differs from the run's {saved.get(name)}; "
+                "leave it out to resume, or start a new run"
+            )
+    return run, dataclasses.replace(Options(**saved), device=o.device), run.latest()
+
+
+def main() -> int:
+    """Parse, load, train, save; the loop over steps is here."""
+    o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
+    run, o, checkpoint = start(o, given)
+    stop = Stop()
+
+    # The model, its tokenizer, the data: everything that can be wrong fails here, before a
+    # folder is made.
+    model, tokenizer = load_pretrained(
+        str(checkpoint) if checkpoint else o.model, device=o.device, dtype=o.dtype, z_c=o.z_c
+    )
+    stream, test = ProblemStream(o, tokenizer), held_out(o)
+    optimizer = grpo.make_optimizer(model, o.lr, o.weight_decay)
+    if run is None:
+        name = f"{o.model.rstrip('/').split('/')[-1]}-{o.algorithm}"
+        run = RunFolder.create(o.out, name, dataclasses.asdict(o))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{o.model}: {parameters:,} parameters on {model.device} in {model.dtype}; run {run.path}")
+
+    began, before, first, tokens = time.perf_counter(), None, 1, 0
+    if checkpoint:
+        tensors, meta = load_state(checkpoint / "state")
+        first = 1 + grpo.restore_optimizer(optimizer, tensors, meta)
+        run.cut_back(first - 1)
+        before = next((e for e in run.read("evals.jsonl") if e["step"] == 0), None)
+        print(f"resuming after step {first - 1}")
+    else:
+        # c_ref: what the untouched model says at z_c, before anything is learned.
+        tokenizer.beta_v = o.beta_v
+        if o.c_ref == "auto":
+            print(grpo.estimate_c_ref(model, tokenizer, stream.at(0), o))
+        else:
+            tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
+        before = {"step": 0, **evaluate(model, tokenizer, test, o, "before")}
+        run.cut_back(-1)
+        run.append("evals.jsonl", [before])
+        print(describe(0, before))
+
+    watch, skipped_in_a_row = grpo.Watch(), 0
+    bar = tqdm(total=o.steps, initial=first - 1, disable=not is_terminal(), unit="step")
+    for step in range(first, o.steps + 1):
+        m, rows = train_step(model, tokenizer, optimizer, stream.at(step), o, step)
+        run.append("metrics.jsonl", [m])
+        run.append("samples.jsonl", [{"step": step, **row} for row in rows[: o.group_size]])
+        tokens += sum(row["response_tokens"] for row in rows)
+        bar.set_postfix(reward=f"{m['reward']:.2f}", tok_s=f"{m['tokens_per_second']:.0f}")
+        bar.update()
+        tqdm.write(line(m, o.steps))
+        for warning in watch.look(m):
+            tqdm.write(f"warning: {warning}")
+
+        skipped_in_a_row = skipped_in_a_row + 1 if m["skipped_updates"] else 0
+        if skipped_in_a_row == MAX_SKIPPED:
+            run.append("samples.jsonl", [{"step": step, **row} for row in rows])
+            raise RuntimeError(
+                f"{MAX_SKIPPED} updates in a row had non-finite gradients; the last rollouts are "
+                f"in {run.path}/samples.jsonl; lower --lr and --resume {run.path}"
+            )
+        if step % o.eval_every == 0 and step < o.steps:
+            e = {"step": step, **evaluate(model, tokenizer, test[: len(test) // 4 or 1], o, "eval")}
+            run.append("evals.jsonl", [e])
+            tqdm.write(describe(step, e))
+        if step % o.save_every == 0 or step == o.steps or stop.signal:
+            save(run, model, tokenizer, optimizer, step)
+        if stop.signal and step < o.steps:
+            bar.close()
+            print(f"stopped after step {step}; go on with: python train.py --resume {run.path}")
+            return 128 + stop.signal
+    bar.close()
+
+    after = {"step": o.steps, **evaluate(model, tokenizer, test, o, "after")}
+    run.append("evals.jsonl", [after])
+    print(describe(0, before), describe(o.steps, after), sep="\n")
+    run.write_json("summary.json", {
+        "before": before, "after": after, "seconds": time.perf_counter() - began, "tokens": tokens,
+        "c_ref": tokenizer.c_ref, "c_ref_std": tokenizer.c_ref_std,
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+    })  # fmt: skip
+    if plots.available():
+        plots.curves(run.path / "curves.png", run.read("metrics.jsonl"), run.read("evals.jsonl"))
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{minutes:.1f} minutes; everything is in {run.path}.  Now try:")
+    print(f'  python sample.py --model {run.path} --vote "(14+25)*2-9=?"')
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)
