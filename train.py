@@ -175,6 +175,21 @@ def learning_rate(step: int, o: Options) -> float:
 # what surrounds it: problems, evaluation, checkpoints
 
 
+def find_c_ref(model, tokenizer, problems, o: Options) -> None:
+    """Estimate c_ref on the untouched model, and say how steady it is."""
+    mean, std, others = grpo.estimate_c_ref(
+        model, tokenizer, problems, seed=o.seed, max_new_tokens=o.max_new_tokens,
+        temperature=o.temperature, max_rows=o.max_rows,
+    )  # fmt: skip
+    tokenizer.c_ref, tokenizer.c_ref_std = mean, std
+    print(f"c_ref = {mean:.2f} nats, spread {std:.2f} ({tokenizer.z_c})")
+    # The spread is noise in r_s before anything is learned: beta_v * std of a scale of 0 to 1.
+    if std > 0.2 / o.beta_v:
+        better = ", ".join(f"{t} ({m:.1f} +- {s:.2f})" for t, m, s in others[:3] if s < std)
+        print(f"warning: that is a wide spread for --beta-v {o.beta_v}; "
+              f"steadier tokens for --z-c: {better or 'none'}")  # fmt: skip
+
+
 class ProblemStream:
     """The problems of each step, as a function of (seed, step): nothing to save, or to get
     wrong on resume.  Files are shuffled anew each epoch; arithmetic is made up on the spot."""
@@ -247,7 +262,7 @@ def line(m: dict, total: int) -> str:
 def save(run: RunFolder, model, tokenizer, optimizer, step: int) -> None:
     """Write the checkpoint of a step, whole, and only then point `latest` at it."""
     folder = run.checkpoint(step)
-    save_pretrained(model, tokenizer, folder, state=grpo.optimizer_state(optimizer, step))
+    save_pretrained(model, tokenizer, folder, state=(optimizer.state(), {"step": step}))
     run.point_latest(step)
 
 
@@ -302,7 +317,7 @@ def main() -> int:
         str(checkpoint) if checkpoint else o.model, device=o.device, dtype=o.dtype, z_c=o.z_c
     )
     stream, test = ProblemStream(o, tokenizer), held_out(o)
-    optimizer = grpo.make_optimizer(model, o.lr, o.weight_decay)
+    optimizer = grpo.Optimizer(model, o.lr, o.weight_decay)
     if run is None:
         name = f"{o.model.rstrip('/').split('/')[-1]}-{o.algorithm}"
         run = RunFolder.create(o.out, name, dataclasses.asdict(o))
@@ -312,7 +327,8 @@ def main() -> int:
     began, before, first, tokens = time.perf_counter(), None, 1, 0
     if checkpoint:
         tensors, meta = load_state(checkpoint / "state")
-        first = 1 + grpo.restore_optimizer(optimizer, tensors, meta)
+        optimizer.load_state(tensors)
+        first = 1 + meta["step"]
         run.cut_back(first - 1)
         before = next((e for e in run.read("evals.jsonl") if e["step"] == 0), None)
         print(f"resuming after step {first - 1}")
@@ -320,7 +336,7 @@ def main() -> int:
         # c_ref: what the untouched model says at z_c, before anything is learned.
         tokenizer.beta_v = o.beta_v
         if o.c_ref == "auto":
-            print(grpo.estimate_c_ref(model, tokenizer, stream.at(0), o))
+            find_c_ref(model, tokenizer, stream.at(0), o)
         else:
             tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
         before = {"step": 0, **evaluate(model, tokenizer, test, o, "before")}
@@ -338,7 +354,7 @@ def main() -> int:
         bar.set_postfix(reward=f"{m['reward']:.2f}", tok_s=f"{m['tokens_per_second']:.0f}")
         bar.update()
         tqdm.write(line(m, o.steps))
-        for warning in watch.look(m):
+        for warning in watch.look(m, o.problems_per_step):
             tqdm.write(f"warning: {warning}")
 
         skipped_in_a_row = skipped_in_a_row + 1 if m["skipped_updates"] else 0

@@ -28,9 +28,7 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
-import string
-import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..checkpoint import load_pretrained, save_pretrained, write_atomic
+from ..checkpoint import save_pretrained, write_atomic
 from ..config import main_guard, option, parse_args
 from ..model import CausalLM, ModelConfig
 from ..problems import (
@@ -50,13 +48,14 @@ from ..problems import (
     is_held_out,
 )
 from ..sampler import pad
+from ..tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent
 SPECIAL = ["<|user|>", "<|end|>", "<|unk|>"] + [f"<|reserved_{i}|>" for i in range(8)]
 # \boxed{ is one token; then a newline and every printable character of ASCII, so that any
 # problem can be read (what lies beyond becomes <|unk|>), though only arithmetic was learned.
 VOCABULARY = [*SPECIAL, "\\boxed{", "\n", *map(chr, range(32, 127))]
-OPERATIONS = (2, 3, 3, 4, 4, 5, 5)  # per problem; long ones more often, they hold more steps
+OPERATIONS = (1, 2, 3, 4, 5)  # per problem; on short ones checking is learned first
 USER, END = SPECIAL[:2]
 
 
@@ -70,9 +69,9 @@ class Options:
     threads: int = option(1, "processor threads", min=1)
     lr: float = option(2e-3, "peak learning rate", above=0)
     batch: int = option(16, "texts per update", min=1)
-    wrong: float = option(0.15, "share of steps that use a wrong operation", min=0, max=1)
-    checks: float = option(0.6, "share of texts that go on with a check", min=0, max=1)
-    marks: float = option(0.25, "share of texts with marked steps", min=0, max=1)
+    wrong: float = option(0.15, "share of steps that go wrong", min=0, max=1)
+    checks: float = option(0.65, "share of texts that go on with a check", min=0, max=1)
+    marks: float = option(0.2, "share of texts with marked steps", min=0, max=1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -80,18 +79,32 @@ class Options:
 
 
 def solve(expression, rng: random.Random, wrong: float) -> tuple[int, list[tuple[str, bool]]]:
-    """Work out an expression step by step, innermost first, some steps with a wrong operation:
+    """Work out an expression step by step, innermost first, some steps wrong:
     (result, [(text of the step, is it right?), ...])."""
     if isinstance(expression, int):
         return expression, []
     operator, left, right = expression
     (a, before), (b, then) = solve(left, rng, wrong), solve(right, rng, wrong)
-    value = OPERATORS[operator](a, b)
+    x, y, value = a, b, OPERATORS[operator](a, b)
     if rng.random() < wrong:
-        other = {a + b, abs(a - b), a * b} - {value}
-        value = rng.choice(sorted(v for v in other if v <= LARGEST) or [value])
-    right_step = value == OPERATORS[operator](a, b)
-    return value, [*before, *then, (f"{a}{operator}{b}={value}", right_step)]
+        if rng.random() < 0.5:
+            # a slip of the pen: one digit of an operand copied wrongly, then worked out rightly
+            x, y = (slip(a, rng), b) if rng.random() < 0.5 else (a, slip(b, rng))
+            value = OPERATORS[operator](x, y)
+        else:
+            # a wrong operation: the product where the sum is asked for, and so on
+            other = {a + b, abs(a - b), a * b} - {value}
+            value = rng.choice(sorted(v for v in other if v <= LARGEST) or [value])
+    is_right = (x, y, value) == (a, b, OPERATORS[operator](a, b))
+    return value, [*before, *then, (f"{x}{operator}{y}={value}", is_right)]
+
+
+def slip(number: int, rng: random.Random) -> int:
+    """The number with one of its digits replaced by another one."""
+    digits = list(str(abs(number)))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice([d for d in "0123456789" if d != digits[place]])
+    return int("".join(digits)) * (-1 if number < 0 else 1)
 
 
 def text(rng: random.Random, options: Options) -> tuple[str, str]:
@@ -130,3 +143,132 @@ def batches(options: Options, encode):
         for chunk in chunks:
             tokens, lengths = pad([prompt + answer for prompt, answer in chunk])
             yield tokens, lengths, torch.tensor([len(prompt) for prompt, _ in chunk])
+
+
+# ---------------------------------------------------------------------------------------------
+# the checkpoint's files
+
+
+def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json, tokenizer_config.json and laser.json: characters, chat markers, z_c."""
+    special = [
+        {"id": i, "content": token, "special": token in SPECIAL, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for i, token in enumerate(VOCABULARY)
+        if len(token) > 1
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        # byte-pair encoding without a single merge: every character is its own token
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<|unk|>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {token: i for i, token in enumerate(VOCABULARY)},
+            "merges": [],
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "unk_token": "<|unk|>",
+        "clean_up_tokenization_spaces": False,
+        "additional_special_tokens": SPECIAL,
+        "chat_template": (
+            "{% for message in messages %}"
+            f"{{{{ ('{USER}' if message['role'] == 'user' else '') + message['content'] + '{END}' }}}}"
+            "{% endfor %}"
+        ),
+    }
+    z_c = SPECIAL[3]
+    laser = {"z_c": z_c, "z_c_id": 3, "c_ref": None, "c_ref_std": None, "beta_v": 0.1}
+    # The problems need no instruction, and this is how the model was asked for its checks.
+    laser |= {"instruction": "", "verify_prompt": "ok?"}
+    for name, value in (
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", config),
+        ("laser.json", laser),
+    ):
+        write_atomic(folder / name, json.dumps(value, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# the training
+
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=len(VOCABULARY),
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+    eos_token_id=(VOCABULARY.index(END),),
+)
+
+
+def train(model: CausalLM, encode, options: Options) -> None:
+    """Supervised training on random texts for options.minutes; cosine learning rate."""
+    # eps 1e-7: the gradient of a token that never occurs shrinks to nothing, and Adam would
+    # divide it by its own size and go on pushing that token down for ever; so would z_c drift.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True
+    )
+    start, total = time.perf_counter(), 60 * options.minutes
+    for update, (tokens, lengths, prompts) in enumerate(batches(options, encode)):
+        elapsed = time.perf_counter() - start
+        if elapsed > total:
+            return
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * elapsed / total))
+        optimizer.param_groups[0]["lr"] = options.lr * min(1, (update + 1) / 100) * decay
+        # position t predicts token t + 1: learn what comes after the prompt, not the prompt
+        t = torch.arange(tokens.shape[1] - 1)
+        learned = (t >= prompts[:, None] - 1) & (t < lengths[:, None] - 1)  # (B, T-1)
+        logits = model(tokens[:, :-1])[learned] @ model.lm_head_weight.T  # (M, V)
+        loss = F.cross_entropy(logits, tokens[:, 1:][learned])
+        # z-loss (PaLM, section 5): keeps the softmax's normaliser near 1, and so the
+        # log-probability of every unused token nearly the same everywhere.
+        z_loss = 1e-3 * logits.logsumexp(-1).square().mean()
+        (loss + z_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if update % 500 == 0:
+            print(f"{elapsed / 60:5.1f} min  update {update:6d}  loss {loss.item():.3f}", flush=True)
+
+
+def main() -> None:
+    """Write the tokenizer, train, write the model beside it."""
+    options, _ = parse_args(Options, description=__doc__.split("\n\n")[0])
+    torch.set_num_threads(options.threads)
+    model = CausalLM(CONFIG).init_weights(options.seed)
+    # Trained in a folder of its own and copied at the end: the shipped model is replaced by a
+    # whole one or not at all.
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_tokenizer(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        train(model, tokenizer.encode, options)
+        save_pretrained(model, tokenizer, folder / "model")
+        for file in (folder / "model").iterdir():
+            write_atomic(Path(options.out) / file.name, file.read_bytes())
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,137 @@
+"""train.py as a user runs it: by subprocess, on the embedded model, with real and with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+# Small, but through all three phases: reasoning (step 1), self-reward (2), integrated (3, 4).
+SHORT = """--steps 4 --problems-per-step 2 --group-size 4 --eval-problems 4 --eval-n 2 --eval-every 2
+--save-every 2 --reasoning-warmup 1 --self-reward-warmup 1 --max-new-tokens 48""".split()
+
+
+def train(*arguments, cwd=ROOT, **more):
+    """Run train.py; the completed process with its texts."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    env = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, **more)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(row):
+    return {k: v for k, v in row.items() if "second" not in k}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One undisturbed short run, shared by the tests that look at its files."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = train(*SHORT, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_the_files_of_a_run(run):
+    out, done = run
+    metrics = rows(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert [m["phase"] for m in metrics] == ["reasoning", "self-reward", "integrated", "integrated"]
+    # the readout's loss is off in the first phase, and the sampler agrees with the trainer
+    assert metrics[0]["self_reward_loss"] == 0 and metrics[1]["self_reward_loss"] > 0
+    assert max(m["sampler_gap"] for m in metrics) < 1e-3
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) >= {"before", "after", "seconds", "tokens", "c_ref", "c_ref_std"}
+    assert summary["before"]["problems"] == 4 and summary["before"]["n"] == 2
+    assert [e["step"] for e in rows(out / "evals.jsonl")] == [0, 2, 4]
+    assert len(rows(out / "samples.jsonl")) == 4 * 4
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step-000004"
+    laser = json.loads((out / "checkpoints" / "step-000004" / "laser.json").read_text())
+    assert laser["c_ref"] == summary["c_ref"]
+    assert "sample.py --model" in done.stdout  # says what to try next
+
+
+def test_resume_equals_uninterrupted(run, tmp_path):
+    whole, _ = run
+    part = tmp_path / "part"
+    done = train(*SHORT, "--out", part)
+    assert done.returncode == 0, done.stderr
+    # go back to the checkpoint of step 2, as after a crash in step 3
+    (part / "checkpoints" / "latest").write_text("step-000002\n")
+    resumed = train("--resume", part)
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = rows(part / "metrics.jsonl"), rows(whole / "metrics.jsonl")
+    assert [without_time(m) for m in ours] == [without_time(m) for m in theirs]
+    a, b = (load_file(f / "checkpoints/step-000004/model.safetensors") for f in (whole, part))
+    assert all((a[name] == b[name]).all() for name in b)
+
+
+def test_grpo_never_trains_the_readout(tmp_path):
+    done = train(*SHORT, "--algorithm", "grpo", "--out", tmp_path / "grpo")
+    assert done.returncode == 0, done.stderr
+    assert all(m["self_reward_loss"] == 0 for m in rows(tmp_path / "grpo" / "metrics.jsonl"))
+
+
+def test_sigterm_leaves_a_checkpoint_and_says_how_to_resume(tmp_path):
+    out = tmp_path / "stopped"
+    command = [sys.executable, str(ROOT / "train.py"), *SHORT, "--out", str(out)]
+    command[command.index("--steps") + 1] = "200"
+    env = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    deadline = time.time() + 120
+    while not (out / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert f"--resume {out}" in stdout
+    assert (out / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stepz", "3"], "--steps"),
+        (["--model", "qwen2.5-7bb"], "qwen2.5-7b"),
+        (["--group-size", "1"], "group-size"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--data", "empty.jsonl"], "empty.jsonl"),
+        (["--data", "broken.jsonl"], "broken.jsonl:2"),
+        (["--model", "hollow"], "hollow"),
+        (["--z-c", "ab"], "token"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--out", "used"], "--resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tmp_path, arguments, said):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"problem": "1+1", "answer": 2}\n{"problem": oops\n')
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "config.json").write_text("{}")
+    done = train(*SHORT, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "busy"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = train(*SHORT, "--out", out)
+    assert done.returncode == 2 and "in use" in done.stderr
