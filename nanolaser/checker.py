@@ -52,15 +52,15 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from .checker_parse import (MAX_CHARS, ParseError, clean, closing_brace, is_structure, parse,
-                            unbox)
+from .checker_parse import MAX_CHARS, ParseError, clean, is_structure, parse, unbox
 
-MAX_WORK = 30000         # unit: about one microsecond of work on a laptop core
+MAX_WORK = 20000         # unit: about one microsecond of work on a laptop core
 MAX_BITS = 32000         # of an exact numerator or denominator (about 9600 digits)
 MAX_FACTORIAL = 3000     # of the argument of an exact factorial
 MAX_SUM_TERMS = 2000
 FIRST_PRECISION = 50     # digits
 MAX_PRECISION = 1000
+MAX_REAL_ROOT = 100      # (-8)^(1/3) is -2; the exponents of random points are never that short
 
 
 class CannotDecide(ValueError):
@@ -70,9 +70,11 @@ class CannotDecide(ValueError):
 # ---------------------------------------------------------------------------------------------
 # The answer out of a text
 
-_BOX_START = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}")
-_BARE_BOX = re.compile(r"(-?[^\s{}$\\]{1,100})")
-MAX_BOX_TRIES = 20
+_BOX_OR_BRACE = re.compile(r"""(?P<box>\\(?:boxed|fbox)(?![A-Za-z])\s{0,8})(?P<open>\{)?
+                               |\\.|[{}]""", re.X | re.S)
+_BARE = re.compile(r"-?[^\s{}$\\]{1,100}")
+BOX_WINDOW = 2 * MAX_CHARS  # a longer box holds no answer; the window keeps the search short
+MAX_BOX_TRIES = 8
 
 
 def extract_answer(text: str, strict: bool = False) -> str | None:
@@ -84,45 +86,41 @@ def extract_answer(text: str, strict: bool = False) -> str | None:
     """
     if strict and text.count("\\boxed") != 1:
         return None
-    start = len(text)
+    end = len(text)
     for _ in range(MAX_BOX_TRIES):
-        start = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
-        if start < 0:
+        last = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+        if last < 0:
             return None
-        match = _BOX_START.match(text, start)
-        if not match or (strict and text.startswith("\\fbox", start)):
-            continue
-        content = _box_content(text, match.end(), strict)
-        if content is not None and not _inside_box(text, start, match.end()):
+        end = max(0, last - BOX_WINDOW)
+        content = _last_box(text[end:last + BOX_WINDOW], strict)
+        if content is not None:
             return content
     return None
 
 
-def _box_content(text: str, start: int, strict: bool) -> str | None:
-    """What the box whose argument begins at `start` holds, or None if it does not close."""
-    # A box longer than any parsable answer is no answer; the cut keeps the search short.
-    window = text[start:start + 2 * MAX_CHARS]
-    if not window.startswith("{"):
-        match = None if strict else _BARE_BOX.match(window)
-        return match.group().rstrip(".,;") if match else None
-    end = closing_brace(window, 0)
-    if end < 0:
+def _last_box(window: str, strict: bool) -> str | None:
+    """The content of the last box that closes within the window; of nested boxes the outermost."""
+    open_braces, closed = [], []  # starts of open braces (None unless a box's); (start, content)
+    for match in _BOX_OR_BRACE.finditer(window):
+        token = match.group()
+        if match.group("box"):
+            if match.group("open"):
+                counts = not strict or token.startswith("\\boxed")
+                open_braces.append(match.end() if counts else None)
+            elif not strict and (bare := _BARE.match(window, match.end())):
+                closed.append((match.end(), bare.group().rstrip(".,;")))
+        elif token == "{":
+            open_braces.append(None)
+        elif token == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None:
+                while closed and closed[-1][0] > start:  # boxes inside this one
+                    closed.pop()
+                closed.append((start, window[start:match.start()].strip()))
+    if not closed:
         return None
-    content = window[1:end].strip()
-    return unbox(content).strip() if _BOX_START.search(content) else content
-
-
-def _inside_box(text: str, start: int, inner: int) -> bool:
-    r"""Is this box inside another one, as in \boxed{\boxed{5}}? Then the outer one is the answer."""
-    outer = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
-    if outer < 0 or start - outer > MAX_CHARS:
-        return False
-    match = _BOX_START.match(text, outer)
-    window = text[match.end():match.end() + 2 * MAX_CHARS] if match else ""
-    if not window.startswith("{"):
-        return False
-    end = closing_brace(window, 0)
-    return end >= 0 and match.end() + end >= inner
+    content = closed[-1][1]
+    return unbox(content) if "\\boxed" in content or "\\fbox" in content else content
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,6 +299,9 @@ class _Comparison:
             return (self.in_order(_by_name(answer), _by_name(gold)),
                     "coordinates against assignments in the order of their letters")
         if "tuple" in (answer[0], gold[0]):
+            point = gold if gold[0] == "tuple" else answer
+            if point[1:3] != ("(", ")"):
+                return False, "an interval against a list"
             if gold[0] == "tuple":
                 return self.in_order(answers, golds), "the elements of a tuple in order"
             return self.matched(answers, golds), "the same elements in any order"
@@ -391,6 +392,8 @@ class _Comparison:
 
     def two_relations(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         one, other = _assignment(answer), _assignment(gold)
+        if answer[1] == ("in",) and gold[1] != ("in",) and one[0] in gold[2]:
+            return self.same(one[1], gold)  # x in [2, oo) is as good as [2, oo)
         if one and other and one[0] == other[0]:
             equal, rule = self.same(one[1], other[1])
             return equal, f"the same name; {rule}"
@@ -553,6 +556,8 @@ def _peel(node: tuple, kind: str) -> tuple:
     if node[0] == "neg":
         inside, peeled = _peel(node[1], kind)
         return (("neg", inside), peeled) if peeled else (node, "")
+    if node[0] == "deg" and kind == "unit":
+        return node[1], "degree"
     if node[0] != kind:
         return node, ""
     return node[1], node[2] if kind == "unit" else "%"
@@ -603,7 +608,7 @@ def _region(node: tuple, work: "_Work") -> list:
     """The set of reals that a union, interval, finite set or R stands for."""
     work.spend(5)
     if node == ("domain", "R"):
-        return [(_MINUS, False, _PLUS, False)]
+        return [_Ends(_MINUS, False, _PLUS, False)]
     if node[0] == "set":
         return _merge([(end, True, end, True) for end in (_end(x, work) for x in node[1])])
     if node[0] == "tuple" and len(node[3]) == 2 and node[1] in "([" and node[2] in ")]":
@@ -615,6 +620,7 @@ def _region(node: tuple, work: "_Work") -> list:
     if node[0] != "setop":
         raise CannotDecide("not a set of real numbers")
     one, other = _region(node[2], work), _region(node[3], work)
+    work.spend(20 * (len(one) + len(other)))
     if node[1] == "cup":
         return _merge(one + other)
     return _intersection(one, other if node[1] == "cap" else _complement(other))
@@ -670,7 +676,7 @@ def _complement(region: list) -> list:
         pieces.append((low, low_closed, piece.low, not piece.low_closed))
         low, low_closed = piece.high, not piece.high_closed
     pieces.append((low, low_closed, _PLUS, False))
-    return _merge([p for p in pieces if p[0] != p[2] or p[1] and p[3] and p[0] != _PLUS])
+    return _merge(pieces)
 
 
 def _same_region(one: list, other: list) -> bool:
@@ -706,8 +712,8 @@ def _solved(node: tuple, work: "_Work") -> list:
 # ---------------------------------------------------------------------------------------------
 # Letters and the points where expressions are compared
 
-_COUNTING = {"fact", "fact2", "binom", "floor", "ceil", "sum", "prod"}
-_INTEGER_LETTERS = set("ijklmnpqdNMKLTrst")
+_WHOLE = {"fact", "fact2", "binom"}  # what stands in these is a whole number
+_INTEGER_LETTERS = set("ijklmnpqdrstNMKLT")  # in a floor or above -1, these mean whole numbers
 
 
 def _letters(node) -> set:
@@ -730,18 +736,28 @@ def _letters(node) -> set:
     return found
 
 
-def _counts(node) -> bool:
-    """Does an expression count: factorial, binomial, floor, a sum, or a power like (-1)^n?"""
+def _counted(node) -> tuple[set, set]:
+    """(letters that stand for whole numbers, other letters under a floor or ceiling).
+
+    n! and floor(n/2) and (-1)^n are only meant for whole n; floor(x) is meant for all x.
+    """
     if not isinstance(node, tuple) or not node:
-        return False
-    if node[0] in _COUNTING or node[0] == "fn" and node[1] in ("gcd", "lcm"):
-        return True
-    if node[0] == "pow" and node[1][0] == "neg" and not _letters(node[1]) and _letters(node[2]):
-        return True
+        return set(), set()
+    if node[0] in _WHOLE or node[0] == "fn" and node[1] in ("gcd", "lcm"):
+        return _letters(node), set()
+    if node[0] in ("sum", "prod"):
+        return _letters(node[2]) | _letters(node[3]), set()
+    letters = set()
+    if node[0] in ("floor", "ceil"):
+        letters = _letters(node[1])
+    elif node[0] == "pow" and node[1][0] == "neg" and not _letters(node[1]):
+        letters = _letters(node[2])
+    whole = {name for name in letters if name[0] in _INTEGER_LETTERS}
+    stepped = letters - whole if node[0] in ("floor", "ceil") else set()
     for part in node:
-        if _counts(part):
-            return True
-    return False
+        more = _counted(part)
+        whole, stepped = whole | more[0], stepped | more[1]
+    return whole, stepped
 
 
 def _hash(text: str, salt: int) -> int:
@@ -751,21 +767,22 @@ def _hash(text: str, salt: int) -> int:
 
 def _points(letters: set, answer: tuple, gold: tuple) -> list[dict]:
     """Where to compare: rationals of both signs; whole numbers for letters that count."""
-    counting = _counts(answer) or _counts(gold)
-    integer = {x for x in letters if counting and x[0] in _INTEGER_LETTERS}
+    whole, stepped = map(set.union, _counted(answer), _counted(gold))
     points = []
-    for k in range(20 if integer else 4):
+    for k in range(20 if whole or stepped else 4):
         point = {}
         for name in letters:
             bits = _hash(name, k)
-            if name not in integer:
-                value = Fraction(1000 + bits % 8999, 1000 + (bits >> 13) % 8999)
-                # Both signs for every letter, so that sqrt(x^2) and x are told apart.
-                point[name] = value if (bits >> 28) + k & 1 else -value
-            elif len(integer) == 1:
-                point[name] = k + 1 if k < 16 else (25, 32, 64, 100)[k - 16]
+            # Both signs for every letter, so that sqrt(x^2) and x are told apart.
+            sign = 1 if (bits >> 28) + k & 1 else -1
+            if name in whole:
+                # One letter takes all small values and some large: floors differ at few of them.
+                single = k + 1 if k < 16 else (25, 32, 64, 100)[k - 16]
+                point[name] = single if len(whole) == 1 else 1 + bits % 15
+            elif name in stepped and k % 2:
+                point[name] = sign * (bits % 10)  # floor(x) and ceil(x) - 1 differ here only
             else:
-                point[name] = 1 + bits % 15
+                point[name] = sign * Fraction(1000 + bits % 8999, 1000 + (bits >> 13) % 8999)
         points.append(point)
     return points
 
@@ -844,6 +861,8 @@ def _equal_at(point: dict, answer: tuple, gold: tuple, work: _Work) -> tuple[boo
         one, other = evaluator.value(answer), evaluator.value(gold)
         exact = not isinstance(one, Ball) and not isinstance(other, Ball)
         with decimal.localcontext(evaluator.context):
+            if not exact:
+                one, other = evaluator.ball(one), evaluator.ball(other)
             if not _agree(one, other):
                 return False, exact
         if exact or evaluator.need <= precision:
@@ -1049,7 +1068,7 @@ class _Evaluator:
             base = self.real(base)
         real = not (isinstance(base, Ball) and base.im)
         negative = real and (base.re if isinstance(base, Ball) else base) < 0
-        if negative and q % 2:
+        if negative and q % 2 and q < MAX_REAL_ROOT:
             root = self.rational_power(self.neg(base), exponent)
             return self.neg(root) if p % 2 else root
         if not isinstance(base, Ball) and not negative and q <= 64:
@@ -1306,6 +1325,7 @@ class _Evaluator:
             raise CannotDecide(f"a sum of more than {MAX_SUM_TERMS} terms")
         outer, total = self.point, 1 if multiply else 0
         for k in range(low, high + 1):
+            self.work.spend(1)
             self.point = {**outer, name: k}
             term = self.evaluate(body)
             total = self.mul(total, term) if multiply else self.add(total, term)

@@ -37,7 +37,7 @@ from fractions import Fraction
 
 MAX_CHARS = 3000    # a longer text is compared as text only: no benchmark answer has 400
 MAX_TOKENS = 1500
-MAX_DEPTH = 32      # nested groups; each costs about eight Python frames of the 1000 there are
+MAX_DEPTH = 32      # nested groups; each costs about eleven Python frames of the 1000 there are
 MAX_DIGITS = 1000   # of one number; far below CPython's own limit of 4300
 MAX_EXPONENT = 999  # of scientific notation
 
@@ -117,9 +117,12 @@ for _line in ("m meter meters metre metres", "cm centimeter centimeters centimet
               "mile-per-hour", "integers integer", "solution solutions", "student students"):
     for _word in _line.split():
         UNITS[_word] = _line.split()[0]
-# Words that, after a number, turn it into a sentence: never a unit.
+# Words that, after a number, make a sentence or another number of it: never a unit.
 NOT_UNITS = set("if when for where not no and or because with is are was only since so but the "
-                "otherwise then nor to from than either neither".split())
+                "otherwise then nor to from than either neither hundred thousand million billion "
+                "trillion dozen half halves third thirds quarter quarters less more greater fewer "
+                "least most about almost roughly approximately infinity plus minus over divided "
+                "mod modulo base factorial negative positive true false remainder".split())
 SMALL_WORDS = set("no on or in is if of to up it by at so".split())
 CURRENCY = {"$": "dollar"}
 NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
@@ -147,6 +150,7 @@ _UNICODE = str.maketrans({
 # Cleaning: what a page would not show goes away before a token is read.
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_BOXES_IN_A_ROW = re.compile(r"\}\s{0,3}\\(?:boxed|fbox)(?![A-Za-z])")
 _JOIN_THOUSANDS = re.compile(r"(?<=\d)(?:,\s{0,3}\\!\s{0,3}|\{,\}|\\,|\\!)(?=\d{3}(?!\d))")
 _DELIMITERS = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)")
 _BARE_DOLLAR = re.compile(r"(?<!\\)\$")
@@ -167,25 +171,13 @@ _BRACE = re.compile(r"\\.|[{}]", re.S)  # "\\." swallows an escaped brace, so it
 
 
 def unbox(text: str) -> str:
-    r"""Replace every \boxed{X} and \fbox{X} by X; boxes side by side become a comma list."""
-    pieces, position = [], 0
-    for _ in range(64):  # nested or repeated boxes beyond this are no answer
-        match = _BOX.search(text, position)
-        if not match:
+    r"""Take away \boxed and \fbox; their braces stay as groups, boxes side by side are a list."""
+    text = _BOX.sub("", _BOXES_IN_A_ROW.sub("}, ", text)).strip()
+    for _ in range(4):  # {{9}} is 9, so that words in a box are seen as words
+        if not text.startswith("{") or closing_brace(text, 0) != len(text) - 1:
             break
-        start = match.end()
-        while start < len(text) and text[start] == " ":
-            start += 1
-        end = closing_brace(text, start) if text[start:start + 1] == "{" else -1
-        if end < 0:
-            text = text[:match.start()] + " " + text[match.end():]  # \boxed 5: only the command
-            continue
-        inside = unbox(text[start + 1:end]) if _BOX.search(text, start, end) else text[start + 1:end]
-        gap = text[position:match.start()]
-        pieces.append(", " if pieces and not gap.strip() else gap)
-        pieces.append(inside)
-        position = end + 1
-    return "".join(pieces) + text[position:]
+        text = text[1:-1].strip()
+    return text
 
 
 def clean(text: str) -> str:
@@ -194,7 +186,7 @@ def clean(text: str) -> str:
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
     text = text.strip()
     if "\\boxed" in text or "\\fbox" in text:
-        text = unbox(text).strip()
+        text = unbox(text)
     if "$" in text or "\\(" in text or "\\[" in text:
         # An odd number of bare dollars is a currency sign, not a pair of delimiters.
         if len(_BARE_DOLLAR.findall(text)) % 2:
@@ -448,16 +440,12 @@ class _Parser:
         With expand, an item with a plus-minus sign becomes its two values: at the top and in a
         set, but not inside brackets, where arithmetic still goes on.
         """
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ParseError(f"more than {MAX_DEPTH} nested groups")
         found, word = [self.item()], ""
         while self.is_op(",", ";") or self.peek()[0] == "sep":
             while self.is_op(",", ";") or self.peek()[0] == "sep":  # "3, 5, and 8"
                 word = self.peek()[1] if self.peek()[0] == "sep" else word
                 self.at += 1
             found.append(self.item())
-        self.depth -= 1
         if expand and self.signed:
             found = [choice for node in found for choice in expand_signs(node)]
         if len(found) == 1:
@@ -527,7 +515,8 @@ class _Parser:
                 self.at += 3
             elif kind == "text" or (kind == "word" and value.lower() in UNITS):
                 words = value.lower().strip(" .").split()
-                if len(words) > 3 or NOT_UNITS.intersection(words):
+                if len(words) > 3 or NOT_UNITS.intersection(words) or (
+                        not parts and words[0] in ("squared", "cubed")):
                     raise ParseError(f"words after the answer: {value!r}")
                 parts += [UNITS.get(word, word) for word in words]
             else:
@@ -640,9 +629,7 @@ class _Parser:
         if self.peek()[1] == "{" and self.peek(1)[1] == "circ" and self.peek(2)[1] == "}":
             self.at += 3
             return ("deg", node)
-        self.depth += 1  # a^b^c^... recurses here
-        if self.depth > MAX_DEPTH:
-            raise ParseError(f"more than {MAX_DEPTH} nested powers")
+        self.deeper()  # a^b^c^... recurses here
         sign, both = self.signs()
         exponent = self.argument(whole_number=True)
         if self.is_op("^"):
@@ -666,7 +653,20 @@ class _Parser:
         return self.primary()
 
     # -- primaries ----------------------------------------------------------------------------
+    def deeper(self) -> None:
+        """Count one level of nesting: Python's own recursion limit must never be met."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ParseError(f"more than {MAX_DEPTH} nested groups")
+
     def primary(self) -> tuple:
+        """What a factor begins with; all nesting but that of powers comes through here."""
+        self.deeper()
+        node = self.primary_()
+        self.depth -= 1
+        return node
+
+    def primary_(self) -> tuple:
         kind, value, _ = self.peek()
         if kind == "op":
             return self.bracket()
@@ -779,9 +779,10 @@ class _Parser:
                 inside = ("binom", scalar(inside), scalar(self.inner()))
             self.expect("}")
             return inside
-        opening = self.expect("(", "[", "<(", "$")
-        if opening == "$":
-            return self.postfix()  # -\$5: the sign came first
+        if self.is_op("$") and self.peek(1)[0] == "num":  # -\$5: the sign came first
+            self.at += 2
+            return number(self.peek(-1)[1])
+        opening = self.expect("(", "[", "<(")
         inside = self.inner()
         closing = self.expect(*((")>",) if opening == "<(" else (")", "]")))
         if inside[0] in ("list", "or"):
@@ -801,13 +802,9 @@ class _Parser:
 
     def bars_(self) -> tuple:
         self.expect("|")
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ParseError(f"more than {MAX_DEPTH} nested groups")
         self.bars += 1
         inside = self.sum()
         self.bars -= 1
-        self.depth -= 1
         self.expect("|")
         return ("abs", scalar(inside))
 
@@ -839,9 +836,6 @@ class _Parser:
 
     def function_argument(self) -> tuple:
         """The arguments of a function: bracketed, or the factors that follow it."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ParseError(f"more than {MAX_DEPTH} nested functions")
         if self.is_op("(", "[", "{", "|", "\\{", "lfloor", "lceil"):
             inside = self.bracket()
             if inside[0] == "set":
@@ -850,7 +844,6 @@ class _Parser:
             inside = self.term(before_function=True)
             if self.is_op("/") and self.peek(1)[0] != "fn":
                 raise ParseError("a function of an unbracketed fraction is ambiguous")
-        self.depth -= 1
         args = inside[3] if inside[0] == "tuple" else (inside,)
         return tuple(scalar(arg) for arg in args)
 
@@ -860,9 +853,6 @@ class _Parser:
             raise ParseError(f"unknown environment {name}")
         if name == "array" and self.is_op("{"):
             self.raw()
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ParseError(f"more than {MAX_DEPTH} nested groups")
         rows = [[]]
         while self.peek()[0] != "end":
             rows[-1].append(scalar(self.sum()))
@@ -871,7 +861,6 @@ class _Parser:
             elif not self.take("&") and self.peek()[0] != "end":
                 raise ParseError("a matrix row that cannot be read")
         self.at += 1
-        self.depth -= 1
         rows = [tuple(row) for row in rows if row]
         if not rows or any(len(row) != len(rows[0]) for row in rows):
             raise ParseError("matrix rows of different lengths")
@@ -940,6 +929,8 @@ class _Parser:
         self.expect("^")
         high = scalar(self.argument(whole_number=True))
         body = scalar(self.term())
+        if name in "ei":  # the index i is not the imaginary unit
+            body = _replaced(body, ("const", name), ("sym", name))
         return (kind, name, low, high, body)
 
     def cmd_prod(self) -> tuple:
@@ -1031,3 +1022,10 @@ def _choose_sign(node, sign: int):
         inside = _choose_sign(node[2], sign)
         return inside if node[1] * sign > 0 else ("neg", inside)
     return tuple([_choose_sign(part, sign) for part in node])
+
+
+def _replaced(node, old: tuple, new: tuple):
+    """The tree with every `old` in it replaced by `new`."""
+    if node == old or not isinstance(node, tuple):
+        return new if node == old else node
+    return tuple([_replaced(part, old, new) for part in node])
