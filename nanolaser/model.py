@@ -69,6 +69,8 @@ class ModelConfig:
             )
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported (silu)")
+        if raw.get("quantization_config"):
+            raise ValueError("config.json: quantised weights are not supported")
         # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
         layer_types = raw.get("layer_types") or []
         sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")

@@ -1,0 +1,464 @@
+"""
+Checkpoints: a Hugging Face folder or hub id in, a Hugging Face folder out, and the resume state.
+
+    model, tokenizer = load_pretrained("qwen2.5-0.5b")       # alias, hub id or folder
+    save_pretrained(model, tokenizer, "my-model")             # transformers and vLLM load it
+
+What is on disk is safetensors and JSON, nothing else: loading either can execute nothing.  (A .bin
+or .pt checkpoint is a pickle, that is, a program; such files are not read at all.)
+
+Two promises, kept here for the whole project:
+*  Loading is strict.  A tensor that is missing, surplus or of another shape is an error with its
+   name, for a model that runs with a random layer in it looks almost like one that was trained.
+*  What is written is whole or absent.  It goes to a temporary name, is flushed to the disk, and
+   only then takes its real name; a crash or a full disk leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .hub import HUB_ID, fetch
+from .model import CausalLM, ModelConfig
+from .tokenizer import FILES as TOKENIZER_FILES
+from .tokenizer import Tokenizer
+
+# Short names of models: --model qwen2.5-7b.  `tiny` is the folder beside this file.
+ALIASES = {
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
+    "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B",
+    "orz-7b": "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
+    "octothinker-3b": "OctoThinker/OctoThinker-3B-Short-Base",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+TINY = Path(__file__).parent / "tiny"
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# All that is needed of a repository, which may also hold pickles, other formats and pictures.
+NEEDED = (*TOKENIZER_FILES, "config.json", "laser.json", WEIGHTS, INDEX, "model-*-of-*.safetensors")
+SHARD_BYTES = 5_000_000_000  # larger models are split: what hubs and file systems handle well
+CHUNK_BYTES = 256_000_000  # weights that are mapped at a time while loading
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DISK_DTYPES = ("F32", "BF16", "F16", "F64")  # as safetensors calls them; others are quantised
+
+
+# ---------------------------------------------------------------------------------------------
+# in
+
+
+def load_pretrained(
+    name: str | Path, device: str = "cpu", dtype: str = "float32", z_c: str | None = None
+) -> tuple[CausalLM, Tokenizer]:
+    """Model and tokenizer of an alias, a hub id, a checkpoint folder or a run's folder.
+
+    device: auto, cpu, cuda; dtype: auto, float32, bfloat16, float16 (auto: bfloat16 on a GPU, else
+    float32), whatever the dtype on disk.  z_c: another readout token than the checkpoint's.
+    ValueError, FileNotFoundError or OSError, one line, for all that can be wrong with it.
+    """
+    folder = find_checkpoint(name)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
+    # Tokenizer and config first: seconds spent on gigabytes are lost if these are wrong.
+    tokenizer = Tokenizer.from_folder(folder)
+    if z_c is not None:
+        tokenizer.set_z_c(z_c)
+    model = _load_model(folder, torch.device(device), DTYPES[dtype])
+    return model, tokenizer
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint: `tiny`, a local folder (of a checkpoint, or of a run: its newest
+    checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
+    text = str(name)
+    path = TINY if text == "tiny" else Path(text).expanduser()
+    if path.is_dir():
+        return _local(path)
+    if path.exists():
+        raise ValueError(f"{path} is a file; a model is a folder that holds a config.json")
+    hub_id = ALIASES.get(text.lower(), text)
+    if text.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"there is no folder {text}")
+    if not HUB_ID.fullmatch(hub_id):
+        alike = difflib.get_close_matches(text.lower(), ["tiny", *ALIASES], n=3)
+        hint = f"did you mean {' or '.join(alike)}?" if alike else "; ".join(["tiny", *ALIASES])
+        raise FileNotFoundError(f"{text!r} is no folder, no hub id (owner/name) and no alias: {hint}")
+    try:
+        return _local(fetch(hub_id, NEEDED))
+    except OSError as error:
+        # owner/name is also what a mistyped relative path looks like
+        lost = "" if text.lower() in ALIASES else f"there is no folder {text!r} here, and "
+        raise OSError(f"{lost}{error}") from None
+
+
+def _local(path: Path) -> Path:
+    """The checkpoint folder that a local folder is, or points to."""
+    # A run's folder has a config.json too (its options), so this comes first.
+    for pointer in (path / "checkpoints" / "latest", path / "latest"):
+        if pointer.is_file():
+            newest = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+            if (newest / "config.json").is_file():
+                return newest
+    if (path / "evals.jsonl").exists():
+        raise FileNotFoundError(f"{path} is a run that has saved no checkpoint yet")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no config.json there, so this is not a model's folder")
+    return path
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The model's shape out of config.json; ValueError names the file and what is wrong."""
+    try:
+        raw = json.loads((folder / "config.json").read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError("config.json: not a JSON object")
+        return ModelConfig.from_hf(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """Build the model without memory (device meta), then hand it its tensors one by one."""
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    shards = [_header(path) for path in _weight_files(folder)]
+    expected = {name: list(t.shape) for name, t in model.state_dict().items()}
+    _check_names(folder, expected, {k: v for s in shards for k, v in s.tensors.items()}, config)
+    for shard in shards:
+        for names in shard.chunks(expected):
+            # Each chunk is mapped, converted and unmapped: the peak is one copy and one chunk.
+            # A copy also where the dtype is right already: a mapped tensor would change with its
+            # file, and starts at an odd address, on which fast kernels round differently.
+            with _open(shard.path) as file:
+                tensors = {n: file.get_tensor(n).to(device, dtype, copy=True) for n in names}
+            model.load_state_dict(tensors, strict=False, assign=True)
+    _check_tied(model, shards)
+    return model
+
+
+def _check_tied(model: CausalLM, shards: list[_Shard]) -> None:
+    """ValueError if the config ties the output matrix, but the files hold another one: whichever
+    of the two were used, half of those who saved such a checkpoint would have meant the other."""
+    for shard in shards:
+        if model.config.tie_word_embeddings and "lm_head.weight" in shard.tensors:
+            with _open(shard.path) as file:
+                own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
+            if not torch.equal(own, model.lm_head_weight):
+                raise ValueError(
+                    f"{shard.path}: lm_head.weight differs from the embedding that config.json says "
+                    "it is tied to; set tie_word_embeddings to false there to use it"
+                )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or many."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        hint = f" ({pickles[0]} is a pickle, which can run any code and is not read)" if pickles else ""
+        raise FileNotFoundError(f"{folder}: no weights there; {WEIGHTS} is missing{hint}")
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{folder / INDEX} is damaged: no weight_map in it") from None
+    for name in names:
+        # An index is data from elsewhere: it may name files of its own folder, and no others.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file beside it")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: shard {name} is missing; copy or download it again")
+    return [folder / name for name in names]
+
+
+class _Shard:
+    """What the header of one safetensors file says: {name: shape}, and how many bytes each is."""
+
+    def __init__(self, path: Path, tensors: dict[str, list[int]], sizes: dict[str, int]):
+        self.path, self.tensors, self.sizes = path, tensors, sizes
+
+    def chunks(self, wanted) -> Iterator[list[str]]:
+        """The wanted names, in portions of about CHUNK_BYTES."""
+        chunk, size = [], 0
+        for name in self.tensors:
+            if name in wanted:
+                chunk, size = [*chunk, name], size + self.sizes[name]
+            if size > CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+
+def _open(path: Path):
+    """safe_open, with its error turned into a line that names the file."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); copy or download it again") from None
+
+
+def _header(path: Path) -> _Shard:
+    """Read the names, shapes and dtypes of a file, not its tensors."""
+    tensors, sizes = {}, {}
+    with _open(path) as file:
+        for name in file.keys():
+            part = file.get_slice(name)
+            dtype = str(part.get_dtype())
+            if dtype not in DISK_DTYPES:
+                raise ValueError(f"{path}: {name} is {dtype}: quantised weights are not supported")
+            tensors[name] = part.get_shape()
+            sizes[name] = 4 * torch.Size(tensors[name]).numel()
+    return _Shard(path, tensors, sizes)
+
+
+def _check_names(folder: Path, expected: dict, found: dict, config: ModelConfig) -> None:
+    """ValueError unless the file's tensors are the model's: three names of each kind, and a count."""
+    # Two kinds of tensor may be there and are not needed: the duplicate of a tied output matrix,
+    # and the rotary tables that old LLaMA checkpoints carry.
+    duplicate = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    surplus = [
+        n
+        for n in found
+        if n not in expected and n not in duplicate and not n.endswith("rotary_emb.inv_freq")
+    ]
+    missing = [n for n in expected if n not in found]
+    misshapen = [
+        f"{n} {found[n]} instead of {shape}"
+        for n, shape in expected.items()
+        if n in found and found[n] != shape
+    ]
+    problems = [
+        f"{len(names)} {label}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for label, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# out
+
+
+def save_pretrained(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    state: tuple[dict[str, Tensor], dict] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load: config.json,
+    tokenizer files, generation_config.json, model.safetensors, laser.json; with `state`, also
+    what `load_state` reads, in its folder `state/`.
+
+    Weights keep the model's dtype; a tied matrix is written once.  The folder appears whole.  In
+    a folder that exists each file is replaced whole, and foreign files stay.  OSError if the disk
+    is full or read-only; nothing is left behind then.
+    """
+    folder = Path(folder).expanduser().resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A fixed name: what a killed process left half-written is found and removed by the next.
+    temporary = folder.with_name(folder.name + ".incomplete.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        dtype = str(model.dtype).removeprefix("torch.")
+        write_atomic(temporary / "config.json", _json(model.config.to_hf(dtype)))
+        for name, content in tokenizer.files().items():
+            write_atomic(temporary / name, content)
+        _write_weights(model.state_dict(), temporary, shard_bytes)
+        if state is not None:
+            save_state(temporary / "state", *state)
+        _sync_folder(temporary)
+        _move_into_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+
+
+def _write_weights(tensors: dict[str, Tensor], folder: Path, limit: int) -> None:
+    """Write model.safetensors, or shards of at most `limit` bytes (or one tensor) and their index."""
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + tensor.nbytes, total + tensor.nbytes
+    if len(shards) == 1:
+        return _write_tensors(folder / WEIGHTS, tensors)
+    place = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_tensors(folder / file, {name: tensors[name] for name in names})
+        place |= dict.fromkeys(names, file)
+    write_atomic(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": place}))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, flushed to the disk; OSError (not the library's own) if it is full."""
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it: the library would make it private
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for this mark
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"cannot write: {error}", str(path)) from None
+    path.chmod(mode)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name; where that exists, replace its files one by one."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+    else:
+        files = sorted(p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file())
+        for file in files:
+            (folder / file).parent.mkdir(exist_ok=True)
+            os.replace(temporary / file, folder / file)
+        # One file where there were shards, or the other way round: the old weights must go.
+        for pattern in (WEIGHTS, INDEX, "model-*-of-*.safetensors"):
+            for old in folder.glob(pattern):
+                if Path(old.name) not in files:
+                    old.unlink()
+        _sync_folder(folder)
+    _sync_folder(folder.parent)
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: beside it, flushed to the disk, then renamed over it.
+    OSError if the disk is full or read-only; the old file stays as it was."""
+    path = Path(path)
+    # With the process id: two runs never write into one temporary file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries: a rename is on the disk only once its folder is."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _json(value: Any) -> str:
+    # allow_nan=False: NaN is not JSON, and other readers would reject the file
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# resume state
+
+
+def save_state(folder: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Write what resuming needs: tensors (optimizer) into state.safetensors, meta (anything JSON
+    can hold) into state.json, with a checksum of these and of the checkpoint files beside folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = json.loads(_json(meta))  # as it will be read back: tuples are lists, keys are texts
+    _write_tensors(folder / "state.safetensors", tensors)
+    sums = {name: _sha256(folder / name) for name in _guarded(folder)}
+    sums["meta"] = _sha256_of(meta)
+    write_atomic(folder / "state.json", _json({"meta": meta, "sha256": sums}))
+
+
+def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, meta) as they were saved.  FileNotFoundError if there is no state; ValueError
+    names the first file that is missing or not, byte for byte, what was written."""
+    folder = Path(folder)
+    path = folder / "state.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no resume state there (state.json is missing)")
+    try:
+        saved = json.loads(path.read_bytes())
+        meta, sums = saved["meta"], dict(saved["sha256"])
+        intact = sums.pop("meta") == _sha256_of(meta)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} is damaged; resume from an older checkpoint")
+    for name, written in sums.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; resume from an older checkpoint")
+        if _sha256(file) != written:
+            raise ValueError(
+                f"{file} is damaged or was changed: its checksum is not the one it was saved with; "
+                "resume from an older checkpoint"
+            )
+    # Read and copied, not mapped: these tensors are about to be updated in place.
+    with _open(folder / "state.safetensors") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, meta
+
+
+def _guarded(folder: Path) -> list[str]:
+    """The files whose checksums the state keeps, as paths from its folder: its own tensors, and
+    the checkpoint around it, for a state fits those weights and no others."""
+    names = ["state.safetensors"]
+    if (folder.parent / "config.json").is_file():
+        beside = sorted({p.name for pattern in NEEDED for p in folder.parent.glob(pattern)})
+        names += [f"../{name}" for name in beside]
+    return names
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_of(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

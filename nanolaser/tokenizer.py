@@ -1,0 +1,426 @@
+"""
+Text to token ids and back, as the checkpoint's own tokenizer files say.
+
+    tokenizer = Tokenizer.from_folder("path/of/a/checkpoint")
+    tokenizer.encode_prompt("What is 2+3?")   # chat template and instruction: what the model reads
+    tokenizer.stop_ids                        # every token that ends an answer
+    tokenizer.z_c_id                          # the token whose log-probability is the self-reward
+
+The files are Hugging Face's: tokenizer.json (run by the `tokenizers` library), tokenizer_config.json
+(chat template, names of special tokens), chat_template.jinja, generation_config.json and config.json
+(stop ids), and our laser.json (z_c, c_ref, beta_v, instruction).
+
+Three rules keep token ids honest:
+*  Ids in, ids out.  What was sampled is scored as it was sampled; text is decoded for people and
+   for the checker only.  Decoding and encoding again does not give the same ids back.
+*  Nothing is added behind the caller's back.  `encode` adds no BOS and no EOS; a template that
+   writes BOS itself therefore gives one BOS and never two.
+*  Every stop id counts: those of generation_config.json, config.json and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+# The paper's sentence, appended to the problem after a space, in training and evaluation alike.
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+# For base models that come without a chat template.  Plain text of the kind that pre-training is
+# full of: markers such as <|im_start|> would be noise to a model that has never seen them.
+DEFAULT_TEMPLATE = "Question: {{ messages[-1]['content'] }}\n\nAnswer:"
+
+# What `save` copies, byte for byte, from the checkpoint that was loaded.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+# z_c by family, best first: the released runs use <|vision_start|> (Qwen2.5, which reads no
+# images) and 128002, the first reserved token of LLaMA 3.  Then anything that says it is unused.
+PREFERRED_Z_C = ("<|vision_start|>", "<|reserved_special_token_0|>")
+UNUSED_NAME = re.compile(r"reserved|unused|extra|placeholder", re.IGNORECASE)
+# Special, yet not idle: they close documents, fill masks or stand for what cannot be read.
+BUSY_NAME = re.compile(r"pad|unk|mask|sep|cls|bos|eos|endoftext|^</?s>$", re.IGNORECASE)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, its prompts, its stop ids and its z_c.
+
+    size        ids >= size have no text (rows that only pad the matrix): never sampled
+    stop_ids    every id that ends an answer; the first is the tokenizer's own
+    z_c, z_c_id the readout token of r_s, as text and as id
+    c_ref       nats; None until it has been estimated.  c_ref_std: its spread, nats
+    beta_v      scale of r_s (paper: 0.1)
+    instruction sentence appended to every problem; "" for none
+    """
+
+    def __init__(self, files: dict[str, bytes], config: dict | None = None, laser: dict | None = None):
+        """From the contents of the files; use `from_folder`.  ValueError says what is wrong."""
+        self._files = dict(files)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # the library raises nothing more specific than Exception
+            raise ValueError(f"tokenizer.json cannot be read: {error}") from None
+        # Training files may carry truncation or padding: here a text is exactly its own tokens.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._settings = _json_object(files, "tokenizer_config.json")
+        config = config or {}
+        # Usually the matrix has rows to spare; a tokenizer with more ids than rows is cut.
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(vocabulary.values(), default=-1)
+        if isinstance(config.get("vocab_size"), int):
+            self.size = min(self.size, config["vocab_size"])
+        added = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        self._special = {i: t.content for i, t in added if t.special and i < self.size}
+        self._names = self._special_names()
+
+        self.stop_ids = self._find_stop_ids(config)
+        self.instruction = INSTRUCTION
+        self.beta_v = 0.1
+        self.c_ref: float | None = None
+        self.c_ref_std: float | None = None
+        self.z_c, self.z_c_id = "", -1
+        self._set_template()
+        self._read_laser(laser or {})
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Read a checkpoint folder; FileNotFoundError without a tokenizer.json, ValueError (with
+        the folder's name) for files that are damaged or contradict each other."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(
+                f"{folder}: no tokenizer.json; only the fast tokenizer format is read "
+                "(transformers writes it: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            )
+        wanted = (*FILES, "config.json", "laser.json")
+        files = {n: (folder / n).read_bytes() for n in wanted if (folder / n).is_file()}
+        try:
+            config = _json_object(files, "config.json")
+            laser = _json_object(files, "laser.json")
+            return cls({n: files[n] for n in FILES if n in files}, config, laser)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer files, generation_config.json and laser.json into a folder."""
+        # Not one by one whole-or-nothing: save_pretrained renames the whole folder into place.
+        folder = Path(folder)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes: {file name: content}."""
+        # transformers and vLLM must stop where we stop: all ids in the file they read them from.
+        generation = _json_object(self._files, "generation_config.json")
+        stops = list(self.stop_ids)
+        generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        laser = {
+            "z_c": self.z_c,
+            "z_c_id": self.z_c_id,
+            "c_ref": self.c_ref,
+            "c_ref_std": self.c_ref_std,
+            "beta_v": self.beta_v,
+            "instruction": self.instruction,
+        }
+        return self._files | {"generation_config.json": _dump(generation), "laser.json": _dump(laser)}
+
+    # -- text and ids ------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, nothing added; special tokens written out in it are recognised.
+        ValueError if an id lies beyond `size`: the tokenizer is another model's."""
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            # A lone surrogate, half of a UTF-16 pair, is no character and has no bytes.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.size:
+            raise ValueError(
+                f"token {max(ids)} does not exist in this model (it has {self.size}): "
+                "tokenizer.json belongs to another model"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ids, byte for byte; special tokens left out unless asked for."""
+        # No "clean up" of spaces before punctuation, which transformers may do: it makes text
+        # that the model did not write.
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """The name of each id, as in the vocabulary; "" for an id that has none."""
+        return [self._tokenizer.id_to_token(i) or "" for i in ids]
+
+    def streamer(self, skip_special: bool = True) -> Streamer:
+        """A new decoder for ids that come one at a time."""
+        return Streamer(self, skip_special)
+
+    # -- prompts -----------------------------------------------------------------------------
+
+    def prompt_text(self, problem: str) -> str:
+        """What the model is to read: problem and instruction as the user's turn of its template."""
+        content = f"{problem} {self.instruction}" if self.instruction else problem
+        return self._render(content)
+
+    def encode_prompt(self, problem: str) -> list[int]:
+        """The ids of the prompt of a problem, up to where the model's answer begins."""
+        return self.encode(self.prompt_text(problem))
+
+    def _set_template(self) -> None:
+        """Find the chat template, or make the default one this model's; then compile it."""
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several, by name (for tools, for retrieval)
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        if "chat_template.jinja" in self._files:  # the newer place wins
+            template = self._files["chat_template.jinja"].decode("utf-8", "replace")
+        if not template:
+            # Models that were trained with BOS in front miss it badly.  Who adds it is decided
+            # by what the tokenizer does by itself; templates write it, so ours has to as well.
+            start = self._tokenizer.encode("", add_special_tokens=True).ids
+            begins = bool(start) and self._special.get(start[0]) == self._names.get("bos_token")
+            template = ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
+            # Saved along, so that whoever loads what we trained asks it in the same words.
+            self._files["chat_template.jinja"] = template.encode()
+        self._template = str(template)
+        self._render = functools.partial(_render, _compile(self._template), self._names)
+
+    def _special_names(self) -> dict[str, str]:
+        """{"bos_token": "<s>", ...}: what templates may refer to; absent ones are left out."""
+        raw = _json_object(self._files, "special_tokens_map.json") | self._settings
+        names = {}
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
+            value = raw.get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                names[key] = value
+        return names
+
+    # -- where an answer ends ----------------------------------------------------------------
+
+    def _find_stop_ids(self, config: dict) -> tuple[int, ...]:
+        """The union of what tokenizer, generation_config.json and config.json call EOS."""
+        # The tokenizer's own comes first: in chat models it is the one that ends a turn, and the
+        # first is what is appended to a solution that somebody hands in without an end.
+        found = [self._tokenizer.token_to_id(self._names.get("eos_token", ""))]
+        for raw in (_json_object(self._files, "generation_config.json"), config):
+            ids = raw.get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+        # Ids that the tokenizer does not have can never be sampled.
+        stops = [i for i in found if type(i) is int and 0 <= i < self.size]
+        if not stops:
+            raise ValueError(
+                "no stop token: set eos_token in tokenizer_config.json "
+                "or eos_token_id in generation_config.json"
+            )
+        return tuple(dict.fromkeys(stops))
+
+    # -- z_c ---------------------------------------------------------------------------------
+
+    def set_z_c(self, token: str) -> None:
+        """Read r_s at this token from now on; ValueError says why a token cannot be z_c."""
+        reason = self.why_not_z_c(token)
+        if reason:
+            raise ValueError(f"z_c {token!r}: {reason}")
+        if token != self.z_c:
+            self.c_ref = self.c_ref_std = None  # they were another token's
+        self.z_c, self.z_c_id = token, self.encode(token)[0]
+
+    def why_not_z_c(self, token: str) -> str | None:
+        """Why r_s cannot be read at this token, or None if it can."""
+        ids = self.encode(token)
+        if len(ids) != 1:
+            return f"it is {len(ids)} tokens, but has to be exactly one of the vocabulary"
+        if ids[0] in self.stop_ids:
+            # Its probability after an answer is that of stopping (again): anything but unused.
+            return "it is a stop token, and its probability has another meaning already"
+        if self._in_prompt(ids[0], token):
+            return "it occurs in the prompt template, where it has another meaning already"
+        return None
+
+    def _in_prompt(self, token_id: int, token: str) -> bool:
+        return token in self._template or token_id in self._prompt_ids
+
+    @functools.cached_property
+    def _prompt_ids(self) -> frozenset[int]:
+        """The ids that every prompt contains, whatever the problem."""
+        return frozenset(self.encode_prompt(""))
+
+    def unused_special_ids(self) -> list[int]:
+        """Special tokens other than z_c that could be z_c, in the order of their ids."""
+        others = (i for i in self._special if i != self.z_c_id)
+        return [i for i in others if self.why_not_z_c(self._special[i]) is None]
+
+    def _default_z_c(self) -> str:
+        """The family's z_c, else the special token least likely to mean something."""
+
+        def rank(token: str) -> int:
+            return 0 if UNUSED_NAME.search(token) else 2 if BUSY_NAME.search(token) else 1
+
+        special = list(self._special.values())
+        preferred = [t for t in PREFERRED_Z_C if t in special]
+        for token in preferred + sorted(special, key=rank):  # sorted is stable: lowest id first
+            if self.why_not_z_c(token) is None:
+                return token
+        raise ValueError("no unused special token to read r_s at; name a token with --z-c")
+
+    def _read_laser(self, laser: dict) -> None:
+        """Take over laser.json, key by key; ValueError for values that cannot be right."""
+        self.instruction = _typed(laser, "instruction", str, INSTRUCTION)
+        z_c = _typed(laser, "z_c", str, None)
+        self.set_z_c(self._default_z_c() if z_c is None else z_c)
+        z_c_id = laser.get("z_c_id")
+        if z_c is not None and z_c_id not in (None, self.z_c_id):
+            raise ValueError(
+                f"laser.json: z_c {z_c!r} is token {self.z_c_id} here, not {z_c_id}: "
+                "the file belongs to another tokenizer"
+            )
+        self.beta_v = _typed(laser, "beta_v", (int, float), 0.1)
+        if self.beta_v <= 0:
+            raise ValueError(f"laser.json: beta_v is {self.beta_v}, but has to be above 0")
+        self.c_ref = _typed(laser, "c_ref", (int, float), None)
+        self.c_ref_std = _typed(laser, "c_ref_std", (int, float), None)
+
+
+class Streamer:
+    """Decodes ids as they come: `put(id)` returns the text that is certain by now, `end()` the
+    rest; all of it together is the decoded whole.
+
+    A character may be spread over several byte-level tokens.  Until its last byte is there, the
+    text ends in U+FFFD, the replacement character: that is the sign to wait.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
+        # Some decoders treat the first token of a text differently (its space is dropped), so
+        # new tokens are decoded together with some that were shown already.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def put(self, token_id: int) -> str:
+        """Take one more id; the text to show now, often "" in the middle of a character."""
+        self._pending.append(token_id)
+        text = self._new_text()
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def end(self) -> str:
+        """No more ids: the text still held back, broken characters included."""
+        return self._show(self._new_text())
+
+    def _new_text(self) -> str:
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _show(self, text: str) -> str:
+        # Without text (a special token, a dropped space) the old context must stay.
+        self._context = self._pending if text else self._context + self._pending
+        self._pending = []
+        return text
+
+
+# ---------------------------------------------------------------------------------------------
+# chat templates: programs from the internet, run in jinja2's sandbox
+
+
+def _compile(source: str):
+    """A chat template, ready to render; ValueError if it is not a valid one."""
+    import jinja2  # here: only those who load a model wait for it
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks the assistant's words in some templates: render what it holds."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)  # the tag's own name
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(pattern):
+        # Some templates write today's date into the prompt.  A model trained or resumed over
+        # midnight would read another prompt, so it is always the day Llama's templates fall back to.
+        return datetime.date(2024, 7, 26).strftime(pattern)
+
+    def tojson(value, indent=None, **_):
+        # jinja2's own filter escapes < > & for web pages; the model should see the characters
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    # Immutable and sandboxed: no attribute that leads to the interpreter, nothing to modify.
+    # The white-space settings and the extra names are those that templates are written for.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    try:
+        return environment.from_string(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ValueError(f"the chat template is not valid: {error}") from None
+
+
+def _render(template, names: dict[str, str], content: str) -> str:
+    """One user turn, up to where the assistant's begins; ValueError if the template fails, be it
+    by mistake or because the sandbox refused what it tried."""
+    import jinja2
+
+    try:
+        return template.render(
+            messages=[{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tools=None,
+            documents=None,
+            **names,
+        )
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, AttributeError,
+            ValueError, RecursionError) as error:  # fmt: skip
+        raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON files
+
+
+def _json_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    """The parsed JSON object of a file, {} if there is no such file; ValueError if damaged."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON and bad UTF-8 alike
+        raise ValueError(f"{name} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is damaged: not a JSON object")
+    return value
+
+
+def _typed(raw: dict, key: str, kind, default):
+    """raw[key] if it is of that type (and finite), the default if absent or null."""
+    value = raw.get(key)
+    if value is None:
+        return default
+    number = isinstance(value, (int, float))
+    if not isinstance(value, kind) or isinstance(value, bool) or (number and not math.isfinite(value)):
+        raise ValueError(f"laser.json: {key} is {value!r}, which it cannot be")
+    return value
+
+
+def _dump(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
