@@ -64,6 +64,7 @@ class Tokenizer:
     c_ref       nats; None until it has been estimated.  c_ref_std: its spread, nats
     beta_v      scale of r_s (paper: 0.1)
     instruction sentence appended to every problem; "" for none
+    verify_prompt  how the model is asked for a judgement in a second turn; None: by default text
     """
 
     def __init__(self, files: dict[str, bytes], config: dict | None = None, laser: dict | None = None):
@@ -89,6 +90,7 @@ class Tokenizer:
 
         self.stop_ids = self._find_stop_ids(config)
         self.instruction = INSTRUCTION
+        self.verify_prompt: str | None = None
         self.beta_v = 0.1
         self.c_ref: float | None = None
         self.c_ref_std: float | None = None
@@ -135,6 +137,7 @@ class Tokenizer:
             "c_ref_std": self.c_ref_std,
             "beta_v": self.beta_v,
             "instruction": self.instruction,
+            "verify_prompt": self.verify_prompt,
         }
         return self._files | {"generation_config.json": _dump(generation), "laser.json": _dump(laser)}
 
@@ -282,6 +285,7 @@ class Tokenizer:
     def _read_laser(self, laser: dict) -> None:
         """Take over laser.json, key by key; ValueError for values that cannot be right."""
         self.instruction = _typed(laser, "instruction", str, INSTRUCTION)
+        self.verify_prompt = _typed(laser, "verify_prompt", str, None)
         z_c = _typed(laser, "z_c", str, None)
         self.set_z_c(self._default_z_c() if z_c is None else z_c)
         z_c_id = laser.get("z_c_id")
