@@ -193,14 +193,14 @@ def _decide(answer, gold) -> tuple[bool, str]:
         return False, f"cannot decide: {error}"
 
 
-_NOISE = re.compile(r"\\(?:left|right|displaystyle|text|mbox|mathrm|textbf)(?![A-Za-z])"
-                    r"|\\[,;:! ]|[\s{}$]")
+_TEXT_FACE = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s?\{([^{}]*)\}")
+_NOISE = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|[\s$]")
 
 
 def _normalised(text: str) -> str:
-    """A text without spaces, braces and faces, for golds that are prose."""
-    spaced = re.sub(r"(?<=\d)\s+(?=\d)", "_", clean(text))  # 1 000 is not 1000
-    return _NOISE.sub("", spaced).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    """A text without spaces and faces, for golds that are prose; braces stay, they can matter."""
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", clean(text))  # 1 000 is not 1000
+    return _NOISE.sub("", _TEXT_FACE.sub(r"\1", text)).replace("\\dfrac", "\\frac")
 
 
 def _form(text: str) -> str:
