@@ -1,0 +1,150 @@
+"""nanolaser's answer checker beside Math-Verify, the checker of the official LaSeR code.
+
+    python benchmarks/checker.py [--data ../shared/data] [--max-pairs 2000]
+
+One run, the same pairs, both checkers. Four sets of pairs:
+    solutions   every MATH-500 solution against its gold: find the box, compare (truth: equal)
+    respelled   MATH-500 and OlympiadBench golds against themselves, written another way (equal)
+    neighbours  pairs of different golds of both (truth: unequal, but for the reviewed pairs)
+    table       the pairs of tests/data/checker_table.txt, each with its truth
+For each set: how often each checker agrees with the truth, the median time a pair of each, and the
+ratio. Every disagreement is printed with who is right. The last line is JSON.
+Math-Verify is called as its documentation shows, parse then verify; hostile input, on which it
+runs into its timeout of 5 s, is left out here (tests/test_checker.py has it).
+"""
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nanolaser.checker import extract_answer, is_equivalent  # noqa: E402
+
+RESPELLINGS = [("\\frac{", "\\dfrac{"), ("(", "\\left("), (")", "\\right)"), ("+", " + "),
+               ("\\sqrt{", "\\sqrt {"), (",", ",\\ "), ("^\\circ", "^{\\circ}"), ("\\pi", "π"),
+               ("-", "−")]
+
+
+def read_rows(folder: Path, name: str) -> list[dict]:
+    """The rows of one benchmark file; raises FileNotFoundError where it is missing."""
+    lines = (folder / name / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def respelled(gold: str) -> str:
+    """The same answer with other spacing, fraction commands and minus signs."""
+    if "\\text" in gold or "where" in gold:
+        return f" {gold} "
+    for old, new in RESPELLINGS:
+        gold = gold.replace(old, new)
+    return f"{gold} "
+
+
+def pairs_of(folder: Path, limit: int, seed: int) -> dict[str, list[tuple]]:
+    """{set: [(answer or solution, gold, truth)]}."""
+    math500, olympiad = read_rows(folder, "math500"), read_rows(folder, "OlympiadBench")
+    golds = sorted({str(row["answer"]) for row in math500 + olympiad})
+    data = ROOT / "tests" / "data"
+    reviewed = {tuple(line.split(" == ")) for line in
+                (data / "equal_gold_pairs.txt").read_text(encoding="utf-8").splitlines()
+                if " == " in line and not line.startswith("#")}
+    rng = random.Random(seed)
+    neighbours = [tuple(rng.sample(golds, 2)) for _ in range(limit)] + sorted(reviewed)
+    table = []
+    for line in (data / "checker_table.txt").read_text(encoding="utf-8").splitlines():
+        sign = next((s for s in (" == ", " => ", " != ") if s in line), None)
+        if sign and not line.startswith("#"):
+            answer, gold = line.split(sign)
+            if "!)!" not in line and "^{10^{" not in line and "7^{7^" not in line:
+                table.append((answer, gold, sign != " != "))
+    return {"solutions": [(row["solution"], row["answer"], True) for row in math500],
+            "respelled": [(respelled(gold), gold, True) for gold in golds],
+            "neighbours": [(a, g, (a, g) in reviewed) for a, g in neighbours],
+            "table": table}
+
+
+def ours(answer: str, gold: str, from_text: bool) -> bool:
+    """One pair by nanolaser, extraction included where the answer is a whole solution."""
+    found = extract_answer(answer) if from_text else answer
+    return found is not None and is_equivalent(found, gold)
+
+
+def math_verify(answer: str, gold: str, from_text: bool) -> bool:
+    """One pair by Math-Verify: parse both sides, then verify."""
+    from math_verify import parse, verify
+    parsed = parse(answer if from_text else f"${answer}$")
+    return bool(verify(parse(f"${gold}$"), parsed))
+
+
+def run(check, pairs: list[tuple], from_text: bool) -> tuple[list, list]:
+    """(verdicts, seconds) of one checker on one set."""
+    verdicts, seconds = [], []
+    for answer, gold, _ in pairs:
+        started = time.perf_counter()
+        verdicts.append(check(answer, gold, from_text))
+        seconds.append(time.perf_counter() - started)
+    return verdicts, seconds
+
+
+def compare(name: str, pairs: list[tuple], peer: bool) -> dict:
+    """Run both checkers on one set, print the disagreements, return the figures."""
+    from_text = name == "solutions"
+    mine, seconds = run(ours, pairs, from_text)
+    result = {"pairs": len(pairs), "right": sum(v == p[2] for v, p in zip(mine, pairs)),
+              "median_us": statistics.median(seconds) * 1e6, "max_ms": max(seconds) * 1e3}
+    if not peer:
+        return result
+    theirs, their_seconds = run(math_verify, pairs, from_text)
+    result.update(peer_right=sum(v == p[2] for v, p in zip(theirs, pairs)),
+                  agreement=sum(a == b for a, b in zip(mine, theirs)) / len(pairs),
+                  peer_median_us=statistics.median(their_seconds) * 1e6)
+    result["speed_ratio"] = result["peer_median_us"] / result["median_us"]
+    for verdict, other, (answer, gold, truth) in zip(mine, theirs, pairs):
+        if verdict != other:
+            right = "nanolaser" if verdict == truth else "Math-Verify"
+            shown = (extract_answer(answer) if from_text else answer) or ""
+            print(f"  {name}: {shown[:50]!r} for {gold[:50]!r}: truth {truth}, right: {right}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data",
+                        help="folder with math500/ and OlympiadBench/ (test.jsonl each)")
+    parser.add_argument("--max-pairs", type=int, default=2000, help="random pairs of golds")
+    parser.add_argument("--seed", type=int, default=0, help="of the random pairs")
+    options = parser.parse_args()
+    try:
+        sets = pairs_of(options.data, options.max_pairs, options.seed)
+    except FileNotFoundError as error:
+        parser.exit(2, f"benchmarks/checker.py: {error}; give --data\n")
+    logging.disable(logging.CRITICAL)  # Math-Verify logs each failure
+    try:
+        math_verify("1", "1", False)  # its first call builds its grammars: not timed
+        peer = True
+    except ImportError:
+        peer = False
+        print("Math-Verify is not installed (pip install 'math-verify[antlr4_13_2]'): ours only")
+    results = {name: compare(name, pairs, peer) for name, pairs in sets.items()}
+    print(f"\n{'set':12}{'pairs':>7}{'right':>8}{'M-V right':>11}{'agree':>8}"
+          f"{'median':>11}{'M-V median':>13}{'ratio':>8}")
+    for name, r in results.items():
+        line = f"{name:12}{r['pairs']:7}{r['right'] / r['pairs']:8.1%}"
+        if peer:
+            line += f"{r['peer_right'] / r['pairs']:11.1%}{r['agreement']:8.1%}"
+        line += f"{r['median_us']:8.1f} us"
+        if peer:
+            line += f"{r['peer_median_us']:10.1f} us{r['speed_ratio']:8.0f}"
+        print(line)
+    print(json.dumps({"benchmark": "checker", "math_verify": peer, **results}))
+
+
+if __name__ == "__main__":
+    main()
