@@ -46,7 +46,6 @@ import decimal
 import math
 import re
 from binascii import crc32
-from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -92,14 +91,22 @@ def extract_answer(text: str, strict: bool = False) -> str | None:
         if last < 0:
             return None
         end = max(0, last - BOX_WINDOW)
-        content = _last_box(text[end:last + BOX_WINDOW], strict)
+        # Usually the boxes before have closed by now; otherwise this one may lie inside another.
+        first = min((k for k in (text.find("\\boxed", end, last), text.find("\\fbox", end, last))
+                     if k >= 0), default=last)
+        alone = text.count("{", first, last) == text.count("}", first, last)
+        end = last if alone else end
+        content = _last_box(text[end:last + BOX_WINDOW], strict, alone)
         if content is not None:
             return content
     return None
 
 
-def _last_box(window: str, strict: bool) -> str | None:
-    """The content of the last box that closes within the window; of nested boxes the outermost."""
+def _last_box(window: str, strict: bool, first_only: bool) -> str | None:
+    """The content of the last box that closes within the window; of nested boxes the outermost.
+
+    With first_only, the window begins with the box that is wanted.
+    """
     open_braces, closed = [], []  # starts of open braces (None unless a box's); (start, content)
     for match in _BOX_OR_BRACE.finditer(window):
         token = match.group()
@@ -117,6 +124,8 @@ def _last_box(window: str, strict: bool) -> str | None:
                 while closed and closed[-1][0] > start:  # boxes inside this one
                     closed.pop()
                 closed.append((start, window[start:match.start()].strip()))
+                if first_only and not open_braces:
+                    break
     if not closed:
         return None
     content = closed[-1][1]
@@ -126,8 +135,7 @@ def _last_box(window: str, strict: bool) -> str | None:
 # ---------------------------------------------------------------------------------------------
 # The public questions
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """Why two answers are equal or not: the verdict, the rule that decided, both parsed forms."""
     equal: bool
     rule: str

@@ -403,16 +403,17 @@ class _Parser:
     """A cursor over the tokens; every method reads its part of the grammar and returns a tree."""
 
     def __init__(self, tokens: list[tuple]):
-        self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
+        # Four sentinels, because no rule looks further ahead than that.
+        self.tokens, self.at = tokens + [END] * 4, 0
+        self.depth, self.bars = 0, 0  # open groups; open absolute values
         self.signed = False  # whether a plus-minus sign was met
 
     # -- cursor -------------------------------------------------------------------------------
     def peek(self, ahead: int = 0) -> tuple:
-        index = self.at + ahead
-        return self.tokens[index] if index < len(self.tokens) else END
+        return self.tokens[self.at + ahead]
 
     def is_op(self, *values: str) -> bool:
-        kind, value, _ = self.peek()
+        kind, value, _ = self.tokens[self.at]
         return kind == "op" and value in values
 
     def take(self, *values: str) -> bool:
@@ -430,7 +431,7 @@ class _Parser:
     # -- lists and relations ------------------------------------------------------------------
     def answer(self) -> tuple:
         node = self.items(expand=True)
-        if self.at < len(self.tokens):
+        if self.peek() is not END:
             raise ParseError(f"cannot read on at {self.peek()[1]!r}")
         return node
 
@@ -465,7 +466,7 @@ class _Parser:
         if self.peek()[0] != "sym" or self.peek(1)[:2] != ("op", "("):
             return None
         end, args = self.at + 2, []
-        while end + 1 < len(self.tokens) and self.tokens[end][0] == "sym":
+        while self.tokens[end][0] == "sym":
             args.append(("sym", self.tokens[end][1]))
             end += 1
             if self.tokens[end][1] != ",":
@@ -749,7 +750,7 @@ class _Parser:
             self.at += 1
             return value
         parts, depth = [], 1
-        while self.at < len(self.tokens):
+        while self.peek() is not END:
             value = self.peek()[1]
             depth += (value == "{") - (value == "}")
             self.at += 1
@@ -760,6 +761,12 @@ class _Parser:
 
     def bracket(self) -> tuple:
         """( ), [ ], \\{ \\}, { }, | |, floor and ceiling, whichever begins here."""
+        if self.take("{"):
+            inside = self.inner()
+            if self.take("choose"):
+                inside = ("binom", scalar(inside), scalar(self.inner()))
+            self.expect("}")
+            return inside
         if self.is_op("|"):
             return self.bars_()
         for opening, closing, kind in (("lfloor", "rfloor", "floor"), ("lceil", "rceil", "ceil")):
@@ -773,12 +780,6 @@ class _Parser:
             inside = self.inner(expand=True)
             self.expect("\\}")
             return ("set", inside[1] if inside[0] in ("list", "or") else (inside,))
-        if self.take("{"):
-            inside = self.inner()
-            if self.take("choose"):
-                inside = ("binom", scalar(inside), scalar(self.inner()))
-            self.expect("}")
-            return inside
         if self.is_op("$") and self.peek(1)[0] == "num":  # -\$5: the sign came first
             self.at += 2
             return number(self.peek(-1)[1])
