@@ -59,11 +59,11 @@ def pairs_of(folder: Path, limit: int, seed: int) -> dict[str, list[tuple]]:
     neighbours = [tuple(rng.sample(golds, 2)) for _ in range(limit)] + sorted(reviewed)
     table = []
     for line in (data / "checker_table.txt").read_text(encoding="utf-8").splitlines():
-        sign = next((s for s in (" == ", " => ", " != ") if s in line), None)
+        sign = next((s for s in (" == ", " => ", " != ", " /= ") if s in line), None)
         if sign and not line.startswith("#"):
             answer, gold = line.split(sign)
             if "!)!" not in line and "^{10^{" not in line and "7^{7^" not in line:
-                table.append((answer, gold, sign != " != "))
+                table.append((answer, gold, sign in (" == ", " => ")))
     return {"solutions": [(row["solution"], row["answer"], True) for row in math500],
             "respelled": [(respelled(gold), gold, True) for gold in golds],
             "neighbours": [(a, g, (a, g) in reviewed) for a, g in neighbours],

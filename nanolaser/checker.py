@@ -23,11 +23,13 @@ mathematics; the trusted side is `gold`):
   two decimals, 0.333333 and 0.3333333    no: two written decimals are compared exactly
   3, 5 against 5, 3; against 3, 5, 5      equal (a bare list has no order); no
   \{1,2,2\} against \{1,2\}; (1,2), (2,1)     equal; no (a tuple has an order)
+  \{5\} against 5                         equal (the solution set of one solution)
   (1,3) or 1, 3 for gold \{1,3\}            equal; (3,1) for \{1,3\}: no; \{1,3\} for gold (1,3): no
   (2,3) against x=2, y=3                  equal
   5 against x=5; y=5 against x=5          equal; no
   x = 5+6 = 11 for gold 11                equal (the last member); 11 for gold 5+6=11: no
   2x+4y=6 against x+2y=3; 0=x-4, x=4      equal (equations up to a factor)
+  2x=8 for gold x=4                       no (restating the question is no answer)
   2x>6 against x>3; -x<-3 against x>3     no (not solved); equal
   [-2,7] for gold -2<=x<=7; the reverse   equal; no (restating the question is no answer)
   15 cm against 15; against 15 m          equal; no (two units must agree, none is converted)
@@ -178,6 +180,9 @@ def _text(value) -> str:
     return value if isinstance(value, str) else "" if value is None else str(value)
 
 
+_EULER_OR_TEN = re.compile(r"(?<![\d.])(\d{1,6})e(?=[+-]\d(?!\d))")
+
+
 def _decide(answer, gold) -> tuple[bool, str]:
     """The verdict and the rule behind it."""
     answer, gold = _text(answer).strip(), _text(gold).strip()
@@ -187,14 +192,26 @@ def _decide(answer, gold) -> tuple[bool, str]:
         return True, "the same text"
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
         return False, f"cannot decide: different texts, one longer than {MAX_CHARS} characters"
+    equal, rule = _decide_by_trees(answer, gold)
+    if not equal and "e" in answer + gold:
+        # 2e-3 is 0.002 or twice Euler's number minus 3: the second reading is tried on both sides.
+        spaced = [_EULER_OR_TEN.sub(r"\1 e ", side) for side in (answer, gold)]
+        if spaced != [answer, gold]:
+            return _decide_by_trees(*spaced)
+    return equal, rule
+
+
+def _decide_by_trees(answer: str, gold: str) -> tuple[bool, str]:
+    """Parse both sides and compare the trees; where one does not parse, the texts."""
     try:
         gold_tree = parse(gold)
         answer_tree = parse(answer)
     except ParseError as error:
-        same = _normalised(answer) == _normalised(gold)
+        same = bool(_normalised(gold)) and _normalised(answer) == _normalised(gold)
         return same, f"compared as text, because one side does not parse: {error}"
     if answer_tree == gold_tree:
         return True, "the same structure"
+    answer_tree, gold_tree = _without_domain(answer_tree, gold_tree)
     try:
         return _Comparison().same(answer_tree, gold_tree)
     except CannotDecide as error:
@@ -324,6 +341,10 @@ class _Comparison:
             return self.covered(answer[1], gold[1]), "the same set of elements"
         if answer[0] == "tuple" and (answer[1], answer[2]) == ("(", ")") and gold[0] == "set":
             return self.in_order(answer[3], gold[1]), "a tuple for a set, in the gold's order"
+        solution, other = (answer, gold) if answer[0] == "set" else (gold, answer)
+        if len(solution[1]) == 1 and not is_structure(other):
+            return self.equal(*((solution[1][0], other) if solution is answer
+                                else (other, solution[1][0]))), "a set of one element"
         return False, "a set against something else"
 
     def tuples(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
@@ -390,11 +411,14 @@ class _Comparison:
         if relation is gold and len(gold[1]) > 1:
             return False, "a chain as gold wants a chain"
         if not _is_name(relation[2][0]):
-            return False, "an equation against something else"
+            turned = _assignment(relation)  # 5 = x
+            if not turned:
+                return False, "an equation against something else"
+            relation = ("rel", ("=",), turned)
         constants = [side for side in relation[2] if not is_structure(side) and not _letters(side)]
         if not all(self.equal(side, constants[0]) for side in constants[1:]):
             return False, "a chain of unequal members"
-        equal, rule = self.same(*((relation[2][-1], other) if relation is answer
+        equal, rule = self.same(*((relation[2][-1], other) if answer[0] == "rel"
                                   else (other, relation[2][-1])))
         return equal, f"right-hand side; {rule}"
 
@@ -408,6 +432,11 @@ class _Comparison:
         if any(is_structure(side) for side in answer[2] + gold[2]):
             return False, "relations between structures that differ"
         answers, golds = _links(answer), _links(gold)
+        if other and not _letters(other[1]) and len(answers) == 1 and answers[0][0] == "=":
+            # The gold is solved: 2x = 10 only restates the question, x - 5 = 0 is let pass.
+            opposite = ("neg", answers[0][1])
+            return (self.equal(answers[0][1], golds[0][1]) or self.equal(opposite, golds[0][1]),
+                    "an equation that is solved, up to its sign")
         if len(answers) != len(golds):
             return False, "chains of different lengths"
         left = list(answers)
@@ -498,6 +527,23 @@ def _items(node: tuple) -> tuple:
     if node[0] in ("list", "or", "set"):
         return node[1]
     return node[3] if node[0] == "tuple" else (node,)
+
+
+def _without_domain(answer: tuple, gold: tuple) -> tuple[tuple, tuple]:
+    """Drop 'k in Z' from a list where only one side says so: x = k pi, k in Z is x = k pi."""
+    sides = []
+    for side, other in ((answer, gold), (gold, answer)):
+        items = _items(side) if side[0] == "list" else ()
+        kept = tuple(item for item in items if not _is_domain(item))
+        if kept and len(kept) < len(items) and not any(map(_is_domain, _items(other))):
+            side = kept[0] if len(kept) == 1 else ("list", kept)
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _is_domain(item: tuple) -> bool:
+    return item[0] == "rel" and item[1] == ("in",) and item[2][0][0] == "sym" and (
+        item[2][1] in (("domain", "Z"), ("domain", "N")))
 
 
 def _parts(node: tuple, op: str) -> tuple:
@@ -1371,6 +1417,8 @@ class _Evaluator:
         cosine, sine = self.cosine_sine(value)
         if name in ("sin", "cos"):
             return sine if name == "sin" else cosine
+        if name == "cis":
+            return self.add(cosine, self.mul(Ball(_ZERO, _ONE, _ZERO), sine))
         if name in ("sec", "csc"):
             return self.inverse(cosine if name == "sec" else sine)
         over, under = (sine, cosine) if name == "tan" else (cosine, sine)
@@ -1403,7 +1451,7 @@ class _Evaluator:
         return self.add(self.mul(Fraction(1, 2), self.do_const("pi")), self.neg(result))
 
 
-_CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc"}
+_CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
 
 
 def _is_exact_zero(value) -> bool:

@@ -27,7 +27,8 @@ The tree is made of tuples whose first entry names the kind, so equal trees are 
     ("setop", op, a, b)  ("matrix", rows)  ("rel", ops, sides)  ("ratio", parts)  ("text", words)
 
 What is ambiguous is refused rather than guessed: `\sqrt12`, `\frac123`, `x2`, `1/2x`, `2\frac43`,
-`\sin x/2`, `2e-3`, an ellipsis. Two conventions are chosen: `a/bc` is a/(bc), and `2^10` is 1024.
+`\sin x/2`, an ellipsis. Three conventions are chosen: `a/bc` is a/(bc), `2^10` is 1024, and `2e-3`
+is 0.002 (checker.py also tries 2e - 3, where e is Euler's number).
 Every loop is linear in the text, and recursion stops at MAX_DEPTH brackets.
 """
 
@@ -53,7 +54,7 @@ GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta i
             "mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta "
             "Lambda Xi Pi Sigma Phi Psi Omega ell hbar aleph mho partial".split())
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh "
-                "coth ln lg log exp gcd lcm max min".split())
+                "coth ln lg log exp cis gcd lcm max min".split())
 INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec",
            "csc": "arccsc"}
 FUNCTION_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec": "csc",
@@ -77,6 +78,7 @@ COMMANDS = {
     "lbrace": ("op", "\\{"), "rbrace": ("op", "\\}"), "{": ("op", "\\{"), "}": ("op", "\\}"),
     "lbrack": ("op", "["), "rbrack": ("op", "]"), "langle": ("op", "<("), "rangle": ("op", ")>"),
     "lparen": ("op", "("), "rparen": ("op", ")"), "%": ("op", "%"), "$": ("op", "$"),
+    "euro": ("op", "euro"), "pounds": ("op", "sterling"),
     "circ": ("op", "circ"), "degree": ("op", "deg"), "prime": ("op", "'"), "\\": ("op", "\\\\"),
     "cr": ("op", "\\\\"), "choose": ("op", "choose"), "colon": ("op", ":"),
     "frac": ("cmd", "frac"), "dfrac": ("cmd", "frac"), "tfrac": ("cmd", "frac"),
@@ -94,7 +96,7 @@ COMMANDS = {
 TEXT_COMMANDS = set("text mbox hbox textbf textit textrm textsf texttt textnormal mathrm mathbf "
                     "mathit mathsf mathtt operatorname rm bf".split())
 # Invisible: size and spacing. What stands in braces after them reads as a group.
-SILENT = set("left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
+SILENT = set("tiny small large Large LARGE huge Huge left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
              "quad qquad displaystyle textstyle scriptstyle limits nolimits thinspace enspace "
              "boldsymbol bm underline mathcal mathscr mathord mathop hfill nobreak negthinspace "
              "it em".split())
@@ -114,7 +116,12 @@ for _line in ("m meter meters metre metres", "cm centimeter centimeters centimet
               "cubic cu cubed", "per", "rad radian radians", "point points", "people person",
               "way ways", "n newton newtons", "j joule joules", "w watt watts", "v volt volts",
               "hz hertz", "c celsius", "f fahrenheit", "k kelvin", "a amp amps", "times",
-              "mile-per-hour", "integers integer", "solution solutions", "student students"):
+              "solution solutions", "student students", "apple apples", "book books", "boy boys",
+              "girl girls", "child children", "ball balls", "marble marbles", "coin coins",
+              "ticket tickets", "page pages", "question questions", "game games", "car cars",
+              "cookie cookies", "egg eggs", "step steps", "tile tiles", "triangle triangles",
+              "side sides", "path paths", "flower flowers", "tree trees", "dog dogs", "cat cats",
+              "bag bags", "box boxes", "pen pens", "pencil pencils", "pair pairs", "sq. sq"):
     for _word in _line.split():
         UNITS[_word] = _line.split()[0]
 # Words that, after a number, make a sentence or another number of it: never a unit.
@@ -122,9 +129,10 @@ NOT_UNITS = set("if when for where not no and or because with is are was only si
                 "otherwise then nor to from than either neither hundred thousand million billion "
                 "trillion dozen half halves third thirds quarter quarters less more greater fewer "
                 "least most about almost roughly approximately infinity plus minus over divided "
-                "mod modulo base factorial negative positive true false remainder".split())
+                "mod modulo tenth tenths hundredth hundredths thousandth thousandths fifth fifths sixth "
+                "sixths eighth eighths score gross base factorial negative positive true false remainder".split())
 SMALL_WORDS = set("no on or in is if of to up it by at so".split())
-CURRENCY = {"$": "dollar"}
+CURRENCY = {"$": "dollar", "euro": "euro", "sterling": "sterling"}
 NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
                 "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
 
@@ -141,7 +149,7 @@ _UNICODE = str.maketrans({
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
     "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\varphi ", "ω": r"\omega ", "σ": r"\sigma ",
     "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "−": "-", "⁄": "/", "∕": "/",
-    "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",
+    "€": r"\euro ", "£": r"\pounds ", "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",
     "\u202f": " ",
 })
 
@@ -152,6 +160,9 @@ _UNICODE = str.maketrans({
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BOXES_IN_A_ROW = re.compile(r"\}\s{0,3}\\(?:boxed|fbox)(?![A-Za-z])")
 _JOIN_THOUSANDS = re.compile(r"(?<=\d)(?:,\s{0,3}\\!\s{0,3}|\{,\}|\\,|\\!)(?=\d{3}(?!\d))")
+_DROPPED = re.compile(r"\\(?:hspace|phantom|hphantom|vphantom|color|tag|label)\*?\{[^{}]{0,40}\}"
+                      r"|\\textcolor\{[^{}]{0,40}\}")
+_CHOICE = re.compile(r"\(?([A-Ja-j])[).:]")
 _DELIMITERS = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)")
 _BARE_DOLLAR = re.compile(r"(?<!\\)\$")
 
@@ -185,6 +196,8 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
     text = text.strip()
+    if text.startswith("**") and text.endswith("**"):
+        text = text.strip("* ")  # bold in Markdown
     if "\\boxed" in text or "\\fbox" in text:
         text = unbox(text)
     if "$" in text or "\\(" in text or "\\[" in text:
@@ -196,7 +209,12 @@ def clean(text: str) -> str:
         text = text[:-2].rstrip()
     if text.endswith(".") and not text.endswith("..") and not text.endswith("\\right."):
         text = text[:-1].rstrip()
+    if "+/-" in text:
+        text = text.replace("+/-", "\\pm ")
+    if choice := _CHOICE.fullmatch(text):
+        return choice.group(1)  # A) and (A): are choice letters
     if "{" in text or "\\" in text:
+        text = _DROPPED.sub("", text)
         text = _JOIN_THOUSANDS.sub("", text.replace("{}", ""))
     return text
 
@@ -214,7 +232,7 @@ _TOKEN = re.compile(r"""
   | (?P<command>\\(?:[A-Za-z]+|.))
   | (?P<letters>[A-Za-z]+)
   | (?P<op>\*\*|<=|>=|!=|[-+*/^_=<>(){}\[\]|,;:!%'$&])
-""", re.X | re.S)
+""", re.X | re.S | re.A)
 
 
 def tokenize(text: str, level: int = 0) -> list[tuple]:
@@ -268,6 +286,9 @@ def _command(name: str, text: str, position: int, gap: bool, tokens: list, level
         if text[position:position + 1] != "{":
             if name in ("rm", "bf"):
                 return position  # {\bf 42}
+            if name == "mathbb" and text[position:position + 1].isalpha():
+                tokens.append(("domain", text[position], gap))
+                return position + 1
             raise ParseError(f"\\{name} without braces")
         end = closing_brace(text, position)
         if end < 0:
@@ -480,10 +501,11 @@ class _Parser:
 
     def side(self) -> tuple:
         """A sum with its unit; set operations and ratios bind looser than +."""
-        currency = self.take("$")
+        currency = CURRENCY[self.expect(*CURRENCY)] if self.is_op(*CURRENCY) else ""
         node = self.sum()
-        while self.is_op("cup", "cap", "setminus"):
-            op = self.expect("cup", "cap", "setminus")
+        while self.is_op("cup", "cap", "setminus") or self.union_letter(node):
+            op = self.peek()[1].replace("U", "cup")
+            self.at += 1
             right = self.sum()
             if not (_is_set(node) and _is_set(right)):
                 raise ParseError("a set operation on something that is not a set")
@@ -493,12 +515,18 @@ class _Parser:
             while self.take(":"):
                 parts.append(self.sum())
             node = ("ratio", tuple(parts))
-        unit = "dollar" if currency else self.unit()
+        if not currency and self.is_op(*CURRENCY):  # 5\$
+            currency = CURRENCY[self.expect(*CURRENCY)]
+        unit = currency or self.unit()
         if unit and not is_structure(node):
             node = ("unit", node, unit)
         elif unit:
             raise ParseError("a unit after something that is not a number")
         return node
+
+    def union_letter(self, node: tuple) -> bool:
+        """(0,1) U (2,3): a plain U between two sets."""
+        return self.peek()[:2] == ("sym", "U") and _is_set(node)
 
     def unit(self) -> str:
         """The unit words after a number, spelled one way: 'cm^2', 'square unit', 'm/s'."""
@@ -578,7 +606,7 @@ class _Parser:
                 else:
                     divided.append(node)
                     factors.append(("inv", node))
-            elif self.starts_factor():
+            elif self.starts_factor() and not self.union_letter(factors[-1]):
                 if before_function and (self.peek()[0] == "fn" or self.is_op("(", "[", "\\{")):
                     break
                 if self.peek()[0] in ("num", "based", "repeating") and not self.number_may_follow():
@@ -605,6 +633,9 @@ class _Parser:
 
     def postfix(self) -> tuple:
         node = self.primary()
+        if self.is_op("_") and node[0] == "num" and node[2] is None and node[1] >= 0:
+            self.at += 1  # (101)_2
+            node = ("base", str(node[1]), number_base(self.raw()))
         while self.is_op("^", "!", "%", "deg", "'"):
             if is_structure(node):
                 raise ParseError("arithmetic on something that is not a number")
@@ -680,14 +711,12 @@ class _Parser:
             return (kind, value)
         if kind == "node":
             return value
+        if kind in ("text", "word"):
+            return ("text", value.lower())  # words in a list; next to arithmetic they are refused
         if kind == "based":
             digits, _, base = value.replace(" ", "").partition("_")
-            base = base.strip("{}")
-            if base.startswith("\\text"):
-                base = NUMBER_BASES.get(base[5:].strip("{} "))
-                if not base:
-                    raise ParseError("unknown number base")
-            return ("base", digits.lstrip("0") or "0", int(base))
+            return ("base", digits.lstrip("0") or "0",
+                    number_base(base.replace("\\text", "").strip("{}")))
         if kind == "repeating":
             return repeating(value)
         if kind == "set":
@@ -946,8 +975,6 @@ def number(text: str) -> tuple:
     mantissa, _, exponent = text.lower().partition("e")
     if len(text) > MAX_DIGITS:
         raise ParseError(f"a number of more than {MAX_DIGITS} digits")
-    if exponent and "." not in mantissa and exponent[0] in "+-" and len(exponent) == 2:
-        raise ParseError("2e-3 can be read in two ways")
     whole, point, decimals = mantissa.partition(".")
     value = int(whole + decimals)
     shift = -len(decimals)
@@ -958,6 +985,14 @@ def number(text: str) -> tuple:
     if shift:
         value = value * 10 ** shift if shift > 0 else Fraction(value, 10 ** -shift)
     return ("num", value, len(decimals) if point or exponent else None)
+
+
+def number_base(text: str) -> int:
+    """The base that an index names: 8, or the word eight."""
+    base = NUMBER_BASES.get(text) or (int(text) if text.isdigit() and len(text) < 3 else 0)
+    if not 2 <= base <= 36:
+        raise ParseError("unknown number base")
+    return base
 
 
 def repeating(text: str) -> tuple:

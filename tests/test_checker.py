@@ -33,9 +33,9 @@ def table_rows() -> list[tuple]:
     rows = []
     for line in (DATA / "checker_table.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            sign = next(s for s in (" == ", " => ", " != ") if s in line)
+            sign = next(s for s in (" == ", " => ", " != ", " /= ") if s in line)
             answer, gold = line.split(sign)
-            rows.append((answer, gold, sign != " != ", sign == " == "))
+            rows.append((answer, gold, sign in (" == ", " => "), sign in (" == ", " != ")))
     return rows
 
 
