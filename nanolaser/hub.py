@@ -34,7 +34,7 @@ def fetch(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
         ) from None
     # The library's HTTP error derives from that of whichever HTTP library it uses in this
     # version; so do time-outs and broken connections, which it does not always wrap.
-    failures = (OSError, ValueError, errors.RevisionResolutionError, *errors.HfHubHTTPError.__bases__)
+    failures = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -56,7 +56,7 @@ def _explain(name: str, kind: str, error: Exception, errors) -> str:
         return f"{name} is gated: accept its terms at {place}, then `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{name}: no such {kind} on the hub (or a private one: `hf auth login`)"
-    if isinstance(error, (errors.RevisionNotFoundError, errors.RevisionResolutionError)):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{name}: the repository has no such revision"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
