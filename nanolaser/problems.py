@@ -19,6 +19,7 @@ import csv
 import difflib
 import fnmatch
 import io
+import itertools
 import json
 import random
 import sys
@@ -90,14 +91,13 @@ def load_problems(
     files = _files(name, split)
     problems: list[Problem] = []
     notes = _Notes(name)
-    for file in files:
-        # Rows without an id are named by where they come from: the file, or the alias.
-        stem = name.lower() if name.lower() in DATASETS else Path(file).stem
-        for number, where, row in _rows(file):
-            if max_problems is not None and len(problems) == max_problems:
-                break
-            problem = _problem(row, where, f"{stem}-{number}", seed, notes)
-            problems.append(replace(problem, id=notes.unique(problem.id)))
+    rows = (row for file in files for row in _rows(file))
+    for number, where, row in itertools.islice(rows, max_problems):
+        # Rows without an id are named by where they are: line of the file, place in the benchmark.
+        hub = name.lower() in DATASETS
+        default_id = f"{name.lower()}-{len(problems) + 1}" if hub else f"{files[0].stem}-{number}"
+        problem = _problem(row, where, default_id, seed, notes)
+        problems.append(replace(problem, id=notes.unique(problem.id)))
     if not problems:
         raise ValueError(f"{name}: there is not one problem in it")
     notes.tell(problems, parses)

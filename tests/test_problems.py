@@ -1,0 +1,239 @@
+"""Problem files: what a row may look like, and one clear line for what it must not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nanolaser.problems import DATASETS, load_problems
+
+
+def rows_of(tmp_path, *rows, name="rows.jsonl", **options):
+    """load_problems of a file with these rows (dicts, or raw lines of bytes)."""
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows]
+    path = tmp_path / name
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return load_problems(str(path), **options)
+
+
+def row(**changes):
+    return {"problem": "1+1?", "answer": "2", **changes}
+
+
+@pytest.mark.parametrize("raw, problem, answer", [
+    ({"problem": "p", "answer": "a"}, "p", "a"),
+    ({"question": "q", "final_answer": "a"}, "q", "a"),
+    ({"problem": "p", "question": "q", "answer": None, "final_answer": "b"}, "p", "b"),
+    ({"problem": " p\n", "answer": " a "}, "p", "a"),
+    # GSM8K: the solution, then the answer
+    ({"question": "q", "answer": "3*4=<<3*4=12>>12\n#### 12"}, "q", "12"),
+    ({"question": "q", "answer": "a #### b\n#### 1,080"}, "q", "1,080"),
+    # numbers stay as they are written
+    (b'{"problem": "p", "answer": 70}', "p", "70"),
+    (b'{"problem": "p", "answer": 0.10}', "p", "0.10"),
+    (b'{"problem": "p", "answer": -1e3}', "p", "-1e3"),
+    (b'{"problem": "p", "answer": ' + b"7" * 5000 + b"}", "p", "7" * 5000),
+    # several answers
+    ({"problem": "p", "answer": ["1", 2]}, "p", "1, 2"),
+    # a BOM, CRLF, and a line separator that only str.splitlines takes for a line's end
+    (b'\xef\xbb\xbf{"problem": "p", "answer": "2"}\r', "p", "2"),
+    ('{"problem": "p\u2028q", "answer": "2"}'.encode(), "p\u2028q", "2"),
+])  # fmt: skip
+def test_rows_that_are_understood(tmp_path, raw, problem, answer):
+    (read,) = rows_of(tmp_path, raw)
+    assert (read.problem, read.answer) == (problem, answer)
+
+
+def test_optional_fields_and_ids(tmp_path):
+    first, second = rows_of(
+        tmp_path, row(id=7, level=3, subject="Algebra", solution="two"), b"", row(difficulty="5.5", topic="T")
+    )
+    assert (first.id, first.level, first.subject, first.solution) == ("7", "3", "Algebra", "two")
+    # without an id: file and line, the empty line counted
+    assert (second.id, second.level, second.subject) == ("rows-3", "5.5", "T")
+    assert second.solution is None
+
+
+@pytest.mark.parametrize("bad, message", [
+    (b"{", "not JSON"),
+    (b'{"problem": "p", "answer": NaN}', "NaN is not JSON"),
+    (b"[1, 2]", "not a JSON object"),
+    (b'"text"', "not a JSON object"),
+    (b"[" * 100_000, "nested too deeply|not JSON"),
+    (b'{"problem": "\xff", "answer": "2"}', "not UTF-8"),
+    (b'{"problem": "a\x00b", "answer": "2"}', "not JSON"),  # a raw NUL, unlike \u0000
+    ({"answer": "2"}, "no problem or question"),
+    ({"problem": "p", "solution": "s"}, "no answer or final_answer .it has: problem, solution"),
+    (row(problem=""), "no problem or question"),
+    (row(problem="  "), "no problem or question"),
+    (row(answer=""), "no answer"),
+    (row(answer=None), "no answer"),
+    (row(answer=True), "answer is neither text nor a number: True"),
+    (row(answer={"x": 1}), "answer is neither text nor a number"),
+    (row(answer="so it is\n####"), "nothing follows ####"),
+])  # fmt: skip
+def test_rows_that_are_refused_with_file_and_line(tmp_path, bad, message):
+    with pytest.raises(ValueError, match=message) as error:
+        rows_of(tmp_path, row(), bad)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:2")
+
+
+def test_nul_and_half_characters_are_replaced_and_said(tmp_path, capsys):
+    raw = b'{"problem": "a\\u0000b\\ud83d", "answer": "\\ud83d\\ude00"}'
+    (read,) = rows_of(tmp_path, raw)
+    # a pair of surrogates is one character, half of a pair is none
+    assert (read.problem, read.answer) == ("a\ufffdb\ufffd", "\U0001f600")
+    read.problem.encode()  # would raise on a lone surrogate
+    assert "1 texts held NUL or half characters" in capsys.readouterr().err
+
+
+def test_duplicate_ids_become_unique_and_are_said(tmp_path, capsys):
+    problems = rows_of(tmp_path, row(id="a"), row(id="a"), row(id="a#2"), row(id="a"), row(id=1), row(id="1"))
+    assert [p.id for p in problems] == ["a", "a#2", "a#2#2", "a#3", "1", "1#2"]
+    assert "4 problems have an id that occurred before" in capsys.readouterr().err
+
+
+def test_a_row_of_a_megabyte(tmp_path):
+    (read,) = rows_of(tmp_path, row(problem="x" * 1_000_000))
+    assert len(read.problem) == 1_000_000
+
+
+def test_the_first_ones_and_no_more(tmp_path):
+    problems = rows_of(tmp_path, row(id="a"), row(id="b"), b"never read", max_problems=2)
+    assert [p.id for p in problems] == ["a", "b"]
+    with pytest.raises(ValueError, match="at least 1"):
+        rows_of(tmp_path, row(), max_problems=0)
+
+
+def test_gold_answers_that_the_checker_cannot_read_are_counted(tmp_path, capsys):
+    rows_of(tmp_path, row(), row(id="odd", answer="it depends"), parses=lambda gold: gold == "2")
+    err = capsys.readouterr().err
+    assert "1 of 2 gold answers cannot be read by the checker (first: odd: 'it depends')" in err
+    rows_of(tmp_path, row(), parses=lambda gold: True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name, error, message", [
+    ("gsm8", ValueError, "did you mean gsm8k"),
+    ("math-500", ValueError, "did you mean math500"),
+    ("arithmetik", ValueError, "did you mean arithmetic"),
+    ("zzz", ValueError, "known: arithmetic, deepmath, gsm8k"),
+    ("nope.jsonl", FileNotFoundError, "no such data file: nope.jsonl"),
+    ("no/where", FileNotFoundError, "no such data file"),
+])  # fmt: skip
+def test_names_that_are_nothing(name, error, message):
+    with pytest.raises(error, match=message):
+        load_problems(name)
+
+
+def test_files_without_problems(tmp_path):
+    with pytest.raises(ValueError, match="not one problem"):
+        rows_of(tmp_path, b"")
+    rows_of(tmp_path, row())
+    with pytest.raises(ValueError, match=r"is a folder; name a file in it \(rows.jsonl\)"):
+        load_problems(str(tmp_path))
+
+
+def test_a_split_that_a_benchmark_lacks(monkeypatch):
+    with pytest.raises(ValueError, match="gsm8k has no split 'dev', only train, test"):
+        load_problems("gsm8k", split="dev")
+
+
+# ---------------------------------------------------------------------------------------------
+# multiple choice
+
+
+def choice(n: int) -> dict:
+    wrong = {f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}
+    return {"Question": f"Question {n}?", "Correct Answer": "right", **wrong, "Record ID": f"r{n}"}
+
+
+def test_multiple_choice_is_a_letter(tmp_path):
+    (read,) = rows_of(tmp_path, choice(0))
+    lines = read.problem.splitlines()
+    assert lines[0] == "Question 0?" and read.id == "r0"
+    assert sorted(line[3:] for line in lines[2:6]) == ["right", "wrong 1", "wrong 2", "wrong 3"]
+    assert [line[:3] for line in lines[2:6]] == ["A) ", "B) ", "C) ", "D) "]
+    assert f"{read.answer}) right" in lines
+    assert lines[-1] == "Which choice is right?  Give its letter."
+
+
+def test_choices_are_shuffled_by_seed_and_not_by_place(tmp_path):
+    many = rows_of(tmp_path, *(choice(n) for n in range(40)))
+    again = rows_of(tmp_path, *(choice(n) for n in reversed(range(40))))
+    assert {p.id: p for p in many} == {p.id: p for p in again}
+    # every letter occurs; that one does not in 40 has probability 4 * (3/4)^40 = 4e-5, once
+    assert {p.answer for p in many} == set("ABCD")
+    other = rows_of(tmp_path, *(choice(n) for n in range(40)), seed=1)
+    assert [p.answer for p in other] != [p.answer for p in many]
+
+
+def test_gpqa_as_it_comes_in_csv(tmp_path):
+    text = (
+        'Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n'
+        'r1,"Two\nlines, and ""quotes""?",42,1,2,3\n'
+    )
+    (tmp_path / "gpqa.csv").write_text(text)
+    (read,) = load_problems(str(tmp_path / "gpqa.csv"))
+    assert read.problem.startswith('Two\nlines, and "quotes"?\n') and read.answer in "ABCD"
+    (tmp_path / "bad.csv").write_text("problem,answer\n,3\n")
+    with pytest.raises(ValueError, match=r"bad.csv:2: the row has no problem"):
+        load_problems(str(tmp_path / "bad.csv"))
+
+
+# ---------------------------------------------------------------------------------------------
+# other formats, other places
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    table = pyarrow.table({"question": ["q", "r"], "answer": [0.5, None], "final_answer": ["x", "#### 3"]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    problems = load_problems(str(tmp_path / "rows.parquet"))
+    assert [(p.id, p.answer) for p in problems] == [("rows-1", "0.5"), ("rows-2", "3")]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(ValueError, match="bad.parquet: not a readable Parquet file") as error:
+        load_problems(str(tmp_path / "bad.parquet"))
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        load_problems(str(tmp_path / "rows.parquet"))
+
+
+def test_arithmetic_by_name():
+    problems = load_problems("arithmetic", max_problems=5, seed=3)
+    assert len(problems) == 5 and all(p.problem.endswith("=?") for p in problems)
+    assert problems == load_problems("arithmetic", max_problems=5, seed=3)
+
+
+def test_every_alias_names_a_dataset_and_its_files():
+    assert {"deepmath", "gsm8k", "math500", "aime24", "aime25", "amc23", "olympiadbench", "gpqa"} == set(DATASETS)
+    for repository, splits in DATASETS.values():
+        assert repository.count("/") == 1 and splits
+
+
+@pytest.mark.parametrize("name, count", [
+    ("math500/test", 500), ("aime24/test", 30), ("aime25/test", 30), ("amc23/test", 40),
+    ("OlympiadBench/test", 675), ("gsm8k/test", 1319), ("gsm8k/train", 7473),
+])  # fmt: skip
+def test_real_benchmark_files(shared, name, count, capsys):
+    problems = load_problems(str(shared / f"{name}.jsonl"))
+    assert len(problems) == len({p.id for p in problems}) == count
+    assert all(p.problem and p.answer and "####" not in p.answer for p in problems)
+    assert capsys.readouterr().err == ""
+
+
+def test_reading_problems_does_not_import_torch():
+    code = "import sys, nanolaser.problems as p; p.load_problems('arithmetic'); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
