@@ -76,29 +76,23 @@ class ModelConfig:
         sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
         if sliding or any(t != "full_attention" for t in layer_types):
             raise ValueError("config.json: sliding-window attention is switched on; not supported")
-        try:
-            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-            required = {
-                name: raw[name]
-                for name in ("vocab_size", "intermediate_size", "num_hidden_layers")
-            }
-        except KeyError as missing:
-            raise ValueError(f"config.json: the field {missing} is missing") from None
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        sizes = {name: _positive(raw, name) for name in required}
+        heads = _positive(raw, "num_attention_heads")
         theta, scaling = _rope_from_hf(raw)
         eos = raw.get("eos_token_id")
         eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         bias = bool(raw.get("attention_bias", False))
         return cls(
             model_type=kind,
-            hidden_size=hidden,
-            **required,
+            **sizes,
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
+            num_key_value_heads=_positive(raw, "num_key_value_heads", heads),
+            head_dim=_positive(raw, "head_dim", sizes["hidden_size"] // heads),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            max_position_embeddings=_positive(raw, "max_position_embeddings", 2048),
             # transformers leaves out what equals the family's default, and both say False
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one
@@ -153,6 +147,15 @@ class ModelConfig:
         return raw
 
 
+def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number above 0 from the config; absent or null stands for the default."""
+    value = raw.get(name)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {name} is {value!r}, but has to be a whole number above 0")
+    return value
+
+
 def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
     """rope_theta and rope_scaling out of either dialect; ValueError for a type we lack."""
     new = raw.get("rope_parameters") or {}
@@ -167,6 +170,9 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
             f"config.json: rope type {kind!r} is not supported (only default and llama3)"
         )
     scaling.pop("type", None)
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if not isinstance(scaling.get(name), (int, float)):
+            raise ValueError(f"config.json: llama3 rope scaling has no number for {name}")
     return theta, {**scaling, "rope_type": "llama3"}
 
 

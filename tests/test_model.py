@@ -1,0 +1,211 @@
+"""The decoder against transformers', over the grid of what configurations may say; and its cache."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from nanolaser.checkpoint import load_pretrained, save_pretrained
+from nanolaser.model import CausalLM, KVCache, ModelConfig, inverse_frequencies
+from nanolaser.tokenizer import Tokenizer
+
+from .conftest import TINY, write_tokenizer
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    # so short that the test's texts are far beyond it: on short texts unscaled rope looks right
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+# Qwen2 has its q, k, v biases always; LLaMA's switches are attention_bias and mlp_bias.
+FAMILIES = [("qwen2", False), ("llama", False), ("llama", True)]
+GRID = list(itertools.product(FAMILIES, [False, True], [None, 24], [False, True], [False, True], [False, True]))
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def reference_model(transformers, kind, bias, tied, head_dim, llama3):
+    """A random transformers model; every parameter random, the biases and norms too."""
+    config_class = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind]
+    shape = {k: TINY[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                  "num_attention_heads", "num_key_value_heads")}  # fmt: skip
+    rope = {"rope_theta": 500.0, **(LLAMA3 if llama3 else {"rope_type": "default"})}
+    more = {"head_dim": head_dim} if head_dim else {}
+    if kind == "llama":
+        more |= {"attention_bias": bias, "mlp_bias": bias}
+    config = config_class(
+        **shape, **more, tie_word_embeddings=tied, rope_parameters=rope, rms_norm_eps=1e-5,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=258, pad_token_id=None,
+    )  # fmt: skip
+    name = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
+    with torch.device("cpu"):
+        model = getattr(transformers, name)(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0 if parameter.dim() == 2 else 0.5, 0.2, generator=generator)
+    return model
+
+
+def to_old_dialect(path) -> None:
+    """Rewrite a config.json of transformers 5 as transformers 4 wrote it."""
+    raw = json.loads(path.read_text())
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    llama3 = rope["rope_type"] == "llama3"
+    raw["rope_scaling"] = rope if llama3 else None
+    raw["torch_dtype"] = raw.pop("dtype", "float32")
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("family, tied, head_dim, llama3, many, old", GRID)
+def test_logits_equal_those_of_transformers(tmp_path, transformers, family, tied, head_dim, llama3, many, old):
+    theirs = reference_model(transformers, *family, tied, head_dim, llama3)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB" if many else "5GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == many
+    if old:
+        to_old_dialect(tmp_path / "config.json")
+    write_tokenizer(tmp_path)
+    ours, _ = load_pretrained(tmp_path)
+    tokens = torch.randint(0, TINY["vocab_size"], (2, 60), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        logits = ours(tokens) @ ours.lm_head_weight.T
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # and the cell is no trifle: attention and rope do change the numbers
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_inverse_frequencies_equal_those_of_transformers(transformers, factor):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    # the numbers of Llama 3.1 and 3.2
+    rope = {**LLAMA3, "factor": factor, "original_max_position_embeddings": 8192}
+    theirs = transformers.LlamaConfig(
+        hidden_size=2048, num_attention_heads=32, head_dim=64, rope_parameters={"rope_theta": 5e5, **rope}
+    )
+    expected, scale = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
+    ours = ModelConfig(**{**TINY, "head_dim": 64, "rope_theta": 5e5, "rope_scaling": rope})
+    torch.testing.assert_close(inverse_frequencies(ours), expected, rtol=1e-6, atol=0)
+    assert scale == 1.0
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": False}, {"model_type": "llama", "attention_bias": False, "rope_scaling": LLAMA3},
+    {"model_type": "llama", "attention_output_bias": True, "mlp_bias": True, "head_dim": 16},
+])  # fmt: skip
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_loads_what_we_save(tmp_path, transformers, changes, shard_bytes, dtype):
+    model = CausalLM(ModelConfig(**{**TINY, **changes})).init_weights(3).to(getattr(torch, dtype))
+    write_tokenizer(tmp_path / "t")
+    save_pretrained(model, Tokenizer.from_folder(tmp_path / "t"), tmp_path / "m", shard_bytes=shard_bytes)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", output_loading_info=True, dtype="auto"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert theirs.dtype == model.dtype  # read from config.json
+    tokens = torch.arange(40)[None] * 5 % TINY["vocab_size"]
+    with torch.no_grad():
+        expected = theirs.float().eval()(tokens).logits
+        ours = model.float()
+        logits = ours(tokens) @ ours.lm_head_weight.T
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert theirs.generation_config.eos_token_id == [258, 256]
+
+
+# ---------------------------------------------------------------------------------------------
+# cache and padding: position by position what the plain forward pass gives
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_type": "llama", "attention_bias": False, "rope_scaling": LLAMA3}])
+def test_cached_decoding_of_unequal_prompts_equals_the_full_forward(changes):
+    model = CausalLM(ModelConfig(**{**TINY, **changes})).init_weights(4)
+    generator = torch.Generator().manual_seed(5)
+    lengths, steps = [3, 17, 9, 70], 12
+    rows = [torch.randint(0, 272, (n + steps,), generator=generator) for n in lengths]
+    cache = KVCache(model.config, len(rows))
+    prompts = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for i, (row, n) in enumerate(zip(rows, lengths)):
+        prompts[i, :n] = row[:n]
+    with torch.no_grad():
+        model(prompts, torch.tensor(lengths), cache)
+        for step in range(steps):
+            newest = torch.stack([row[n + step] for row, n in zip(rows, lengths)])[:, None]
+            # the sampler knows the longest row; a cache by itself counts its padding as well
+            cache.longest = max(lengths) + step
+            hidden = model(newest, cache=cache)[:, 0]
+            for i, (row, n) in enumerate(zip(rows, lengths)):
+                alone = model(row[None, : n + step + 1])[0, -1]
+                torch.testing.assert_close(hidden[i], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_in_the_padding_changes_nothing(tiny):
+    model, _ = tiny
+    tokens = torch.arange(24).reshape(2, 12)
+    other = tokens.clone()
+    other[0, 7:] = 99
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[0, :7], model(other)[0, :7], rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny):
+    model, _ = tiny
+    tokens = torch.arange(20)[None]
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(tokens).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain)
+
+
+# ---------------------------------------------------------------------------------------------
+# what is refused, by name
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "'mixtral' .MixtralForCausalLM. is not"),
+    ({"model_type": "qwen2_moe"}, "'qwen2_moe'"),
+    ({"model_type": None}, "model_type None"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope type 'yarn'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+    ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+    ({"rope_parameters": {**LLAMA3, "factor": None}}, "llama3.*factor"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"vocab_size": "many"}, "vocab_size"),
+    ({"num_attention_heads": 3, "head_dim": None}, "heads"),
+])  # fmt: skip
+def test_configurations_that_are_refused(changes, message):
+    raw = ModelConfig(**TINY).to_hf()
+    with pytest.raises(ValueError, match=message) as error:
+        CausalLM(ModelConfig.from_hf({**raw, **changes}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    # Qwen2.5 as published: a window is named, and switched off
+    {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+    {"layer_types": ["full_attention"] * 2, "sliding_window": None},
+    {"rope_scaling": None, "rope_parameters": None},
+])  # fmt: skip
+def test_configurations_that_only_look_odd(changes):
+    raw = ModelConfig(**TINY).to_hf()
+    assert ModelConfig.from_hf({**raw, **changes}) == ModelConfig(**TINY)
+
+
+def test_a_configuration_survives_both_directions():
+    for changes in ({}, {"rope_scaling": LLAMA3}, {"eos_token_id": (1, 2), "bos_token_id": 3}):
+        config = ModelConfig(**{**TINY, **changes})
+        assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
