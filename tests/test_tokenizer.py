@@ -1,0 +1,394 @@
+"""Text and ids: prompts as the checkpoint's template has them, every stop id, z_c, streaming."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nanolaser.problems import load_problems
+from nanolaser.tokenizer import DEFAULT_TEMPLATE, INSTRUCTION, Tokenizer
+
+from .conftest import SPECIAL, write_tokenizer
+
+ENDOFTEXT, IM_START, IM_END, VISION, RESERVED = range(256, 261)
+
+
+@pytest.fixture
+def tokenizer_of(tmp_path):
+    """tokenizer_of(files={name: JSON or text}, **settings of tokenizer_config.json)."""
+
+    def make(files=None, **settings) -> Tokenizer:
+        write_tokenizer(tmp_path, **settings)
+        for name, content in (files or {}).items():
+            text = content if isinstance(content, str) else json.dumps(content)
+            (tmp_path / name).write_text(text)
+        return Tokenizer.from_folder(tmp_path)
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------
+# prompts
+
+
+def test_the_prompt_is_template_problem_and_the_papers_sentence(tokenizer_of):
+    tokenizer = tokenizer_of()
+    text = f"<|im_start|>user\n2+2? {INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.prompt_text("2+2?") == text
+    ids = tokenizer.encode_prompt("2+2?")
+    assert tokenizer.decode(ids, skip_special=False) == text
+    # markers are one token each; nothing was put before them
+    assert ids[0] == IM_START and ids.count(IM_START) == 2 and ids.count(IM_END) == 1
+
+
+def test_no_instruction_when_laser_json_says_so(tokenizer_of):
+    tokenizer = tokenizer_of({"laser.json": {"instruction": ""}}, chat_template="{{ messages[0].content }}|")
+    assert tokenizer.prompt_text("2+2?") == "2+2?|"
+
+
+def test_a_base_model_without_template_gets_the_default_one(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of(chat_template=None)
+    assert tokenizer.prompt_text("2+2?") == f"Question: 2+2? {INSTRUCTION}\n\nAnswer:"
+    # and whoever loads what is saved asks in the same words
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == DEFAULT_TEMPLATE
+    assert Tokenizer.from_folder(tmp_path / "saved").prompt_text("x") == tokenizer.prompt_text("x")
+
+
+def add_bos(folder):
+    """Make a tokenizer.json put <|endoftext|> before every text, as LLaMA's do with their BOS."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": SPECIAL[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {SPECIAL[0]: {"id": SPECIAL[0], "ids": [ENDOFTEXT], "tokens": [SPECIAL[0]]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("template, count", [
+    ("{{ bos_token }}{{ messages[0].content }}", 1),  # the template writes it: once, not twice
+    ("{{ messages[0].content }}", 0),  # it does not: then transformers has none either
+    (None, 1),  # no template: what the tokenizer was trained with
+])  # fmt: skip
+def test_bos_is_never_doubled(tmp_path, template, count):
+    write_tokenizer(tmp_path, chat_template=template, bos_token="<|endoftext|>")
+    add_bos(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode_prompt("2+2?")
+    assert ids.count(ENDOFTEXT) == count and (ids[0] == ENDOFTEXT) == bool(count)
+    assert tokenizer.encode("a") == tokenizer.encode("a")[:1]
+
+
+def test_the_newer_place_of_a_template_wins_and_lists_have_a_default(tokenizer_of):
+    tokenizer = tokenizer_of({"chat_template.jinja": "new {{ messages[0].content }}"})
+    assert tokenizer.prompt_text("x").startswith("new x")
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    (tokenizer_of({"chat_template.jinja": ""}, chat_template=named).prompt_text("x")) == "yes"
+
+
+def test_what_templates_of_real_models_use(tokenizer_of):
+    template = (
+        "{%- for m in messages %}\n    {%- if m.role == 'none' %}{% continue %}{% endif %}\n"
+        "    {%- generation %}{{ m.content | trim | tojson }}{% endgeneration %}\n{%- endfor %}\n"
+        "{%- if tools is none and not documents %} {{ strftime_now('%d %b %Y') }}{% endif %}"
+    )
+    tokenizer = tokenizer_of({"laser.json": {"instruction": ""}}, chat_template=template)
+    # the date is a fixed one: a run resumed tomorrow reads the same prompts
+    assert tokenizer.prompt_text(" <é> ") == '"<é>" 26 Jul 2024'
+
+
+@pytest.mark.parametrize("template", [
+    # ways out of a template into the interpreter, each of them well known
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__base__ }}",
+    "{{ cycler.__init__.__globals__.os.popen('touch OWNED').read() }}",
+    "{{ self.__init__.__globals__.__builtins__.__import__('os').system('touch OWNED') }}",
+    "{% set x = raise_exception.__globals__ %}{{ x['json'] }}",
+    "{{ strftime_now.__globals__['json'] }}",
+    "{{ (''|attr('__class__')|attr('__mro__'))[1] }}",
+    "{{ messages.append(1) }}",
+    # and mistakes
+    "{{ raise_exception('only tools') }}",
+    "{% if %}",
+    "{{ nothing.at.all }}",
+    "{{ 1 / 0 }}",
+    "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{% include 'secrets' %}",
+])  # fmt: skip
+def test_a_hostile_or_broken_template_runs_nothing_and_is_one_line(tokenizer_of, tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="chat template") as error:
+        tokenizer_of(chat_template=template).prompt_text("x")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert not (tmp_path / "OWNED").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# against transformers, on real tokenizers and real problems
+
+
+def real_problems(shared) -> list[str]:
+    files = ["math500/test", "OlympiadBench/test", "aime24/test", "amc23/test"]
+    problems = [p.problem for f in files for p in load_problems(str(shared / f"{f}.jsonl"))]
+    problems = problems[:1000]
+    assert len(problems) == 1000
+    return problems
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "qwen3"])
+def test_ids_equal_those_of_transformers(shared, name):
+    transformers = pytest.importorskip("transformers")
+    folder = shared / "tokenizers" / name
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_folder(folder)
+    problems = real_problems(shared)
+    texts = [f"{p} {INSTRUCTION}" for p in problems]
+    chats = [[{"role": "user", "content": t}] for t in texts]
+    rendered = theirs.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    expected = theirs(rendered, add_special_tokens=False)["input_ids"]
+    plain = theirs(problems, add_special_tokens=False)["input_ids"]
+    for problem, text, ids, bare in zip(problems, rendered, expected, plain):
+        assert ours.prompt_text(problem) == text
+        assert ours.encode_prompt(problem) == ids
+        assert ours.encode(problem) == bare
+        assert ours.decode(bare) == problem
+    # once through their own one-call path as well
+    whole = theirs.apply_chat_template(chats[0], add_generation_prompt=True, return_dict=True)
+    assert ours.encode_prompt(problems[0]) == list(whole["input_ids"])
+
+
+@pytest.mark.parametrize("name, z_c, z_c_id, stop", [
+    ("llama3_1", "<|reserved_special_token_0|>", 128002, 128009),
+    ("qwen3", "<|vision_start|>", 151652, 151645),
+])  # fmt: skip
+def test_the_families_defaults(shared, name, z_c, z_c_id, stop):
+    tokenizer = Tokenizer.from_folder(shared / "tokenizers" / name)
+    assert (tokenizer.z_c, tokenizer.z_c_id, tokenizer.stop_ids) == (z_c, z_c_id, (stop,))
+    unused = tokenizer.tokens(tokenizer.unused_special_ids())
+    assert z_c not in unused and tokenizer.tokens([stop])[0] not in unused
+    assert not {"<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>"} & set(unused)
+    assert len(unused) > 5
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "qwen3"])
+def test_streaming_real_text_gives_the_decoded_whole(shared, name):
+    tokenizer = Tokenizer.from_folder(shared / "tokenizers" / name)
+    text = "Größe ≤ 3½ µm — 数学の問題 🤔👩‍👩‍👧 \\boxed{∛π}" * 3
+    ids = tokenizer.encode(text)
+    streamer = tokenizer.streamer()
+    parts = [streamer.put(i) for i in ids]
+    assert "".join(parts) + streamer.end() == tokenizer.decode(ids) == text
+    assert not any("\ufffd" in part for part in parts)
+    assert sum(part == "" for part in parts) > 5  # some characters did take several tokens
+
+
+# ---------------------------------------------------------------------------------------------
+# streaming
+
+
+def test_streaming_never_shows_half_a_character(tokenizer_of):
+    tokenizer = tokenizer_of()
+    ids = tokenizer.encode("aé🤔b")  # one token a byte
+    assert len(ids) == 1 + 2 + 4 + 1
+    streamer = tokenizer.streamer()
+    assert [streamer.put(i) for i in ids] == ["a", "", "é", "", "", "", "🤔", "b"]
+    assert streamer.end() == ""
+    # cut off in the middle of a character: shown as broken, at the end and not before
+    streamer = tokenizer.streamer()
+    assert [streamer.put(i) for i in ids[:5]] == ["a", "", "é", "", ""]
+    assert streamer.end() == "\ufffd"
+
+
+def test_streaming_any_ids_gives_the_decoded_whole(tokenizer_of):
+    tokenizer = tokenizer_of()
+    # invalid bytes and special tokens included: what an untrained model samples
+    for seed in range(20):
+        ids = [(seed * 7919 + i * i * 31) % 261 for i in range(60)]
+        for skip in (True, False):
+            streamer = tokenizer.streamer(skip)
+            shown = "".join(streamer.put(i) for i in ids) + streamer.end()
+            assert shown == tokenizer.decode(ids, skip_special=skip)
+
+
+def test_streaming_keeps_the_spaces_that_sentencepiece_tokenizers_hide(tmp_path):
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models
+
+    pieces = ["</s>", "<x>", "▁Hello", "▁world", "!", "▁", *(f"<0x{b:02X}>" for b in range(256))]
+    fast = Fast(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True))
+    fast.add_special_tokens(["</s>", "<x>"])
+    fast.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    euro = [6 + b for b in "€".encode()]
+    for ids in ([2, 3, 4], [5, 2, 3], [1, 2, 1, 3], [3, *euro, 3, *euro, *euro], [5, 5, 2]):
+        streamer = tokenizer.streamer()
+        assert "".join(map(streamer.put, ids)) + streamer.end() == tokenizer.decode(ids)
+
+
+# ---------------------------------------------------------------------------------------------
+# where answers end
+
+
+@pytest.mark.parametrize("generation, config, eos, stops", [
+    # the tokenizer's own first, then the rest without repeats
+    ([258, 256], 256, "<|im_end|>", (258, 256)),
+    (256, [257, 258], "<|im_end|>", (258, 256, 257)),
+    (None, 256, None, (256,)),
+    (256, None, {"content": "<|im_end|>", "special": True}, (258, 256)),
+    # ids that are none, or that the tokenizer does not have, never end anything
+    ([256, 99999, -1, True, "258"], None, "<|gone|>", (256,)),
+])  # fmt: skip
+def test_every_stop_id_counts(tokenizer_of, generation, config, eos, stops):
+    files = {"generation_config.json": {"eos_token_id": generation}, "config.json": {"eos_token_id": config}}
+    tokenizer = tokenizer_of(files, eos_token=eos)
+    assert tokenizer.stop_ids == stops
+    saved = json.loads(tokenizer.files()["generation_config.json"])["eos_token_id"]
+    assert saved == (list(stops) if len(stops) > 1 else stops[0])
+
+
+def test_no_stop_id_at_all_is_refused(tokenizer_of):
+    with pytest.raises(ValueError, match="no stop token: set eos_token"):
+        tokenizer_of({"generation_config.json": {}}, eos_token=None)
+
+
+def test_what_generation_config_says_besides_is_kept(tokenizer_of):
+    tokenizer = tokenizer_of({"generation_config.json": {"temperature": 0.7, "eos_token_id": 256}})
+    assert json.loads(tokenizer.files()["generation_config.json"])["temperature"] == 0.7
+
+
+# ---------------------------------------------------------------------------------------------
+# z_c
+
+
+def test_z_c_by_default_and_by_choice(tokenizer_of):
+    tokenizer = tokenizer_of()
+    assert (tokenizer.z_c, tokenizer.z_c_id) == ("<|vision_start|>", VISION)
+    assert tokenizer.unused_special_ids() == [RESERVED]
+    tokenizer.c_ref, tokenizer.c_ref_std = -20.0, 0.1
+    tokenizer.set_z_c("<|vision_start|>")
+    assert tokenizer.c_ref == -20.0  # the same token: its reference stays
+    tokenizer.set_z_c("<|reserved_0|>")
+    assert (tokenizer.z_c_id, tokenizer.c_ref, tokenizer.c_ref_std) == (RESERVED, None, None)
+    assert tokenizer.unused_special_ids() == [VISION]
+
+
+@pytest.mark.parametrize("token, reason", [
+    ("<|im_end|>", "it is a stop token"),
+    ("<|endoftext|>", "it is a stop token"),  # of generation_config.json
+    ("<|im_start|>", "it occurs in the prompt template"),
+    ("u", "it occurs in the prompt template"),
+    ("two", "it is 3 tokens"),
+    ("<|nothing|>", "it is 11 tokens"),
+    ("", "it is 0 tokens"),
+])  # fmt: skip
+def test_z_c_refused_with_the_reason(tokenizer_of, token, reason):
+    tokenizer = tokenizer_of()
+    with pytest.raises(ValueError, match=reason):
+        tokenizer.set_z_c(token)
+    assert tokenizer.z_c_id == VISION  # as it was
+
+
+def test_a_template_that_uses_the_familys_z_c_makes_it_take_another(tokenizer_of):
+    template = "{{ messages[0].content }}{% if images %}<|vision_start|>{% endif %}"
+    assert tokenizer_of(chat_template=template).z_c == "<|reserved_0|>"
+
+
+def test_no_token_left_for_z_c(tokenizer_of):
+    template = "{{ messages[0].content }}" + "".join(SPECIAL)
+    with pytest.raises(ValueError, match="no unused special token to read r_s at; name a token with --z-c"):
+        tokenizer_of(chat_template=template)
+
+
+def test_rows_beyond_the_matrix_are_no_tokens(tokenizer_of):
+    # a config of 260 rows: the last special token has no embedding
+    tokenizer = tokenizer_of({"config.json": {"vocab_size": 260}})
+    assert tokenizer.size == 260 and tokenizer.unused_special_ids() == []
+    with pytest.raises(ValueError, match="token 260 does not exist in this model"):
+        tokenizer.encode("<|reserved_0|>")
+
+
+# ---------------------------------------------------------------------------------------------
+# laser.json, and files that are damaged
+
+
+def test_laser_json_round_trip(tokenizer_of, tmp_path):
+    laser = {"z_c": "<|reserved_0|>", "z_c_id": RESERVED, "c_ref": -21.5, "c_ref_std": 0.25, "beta_v": 0.2,
+             "instruction": "Think."}  # fmt: skip
+    tokenizer = tokenizer_of({"laser.json": laser})
+    assert json.loads(tokenizer.files()["laser.json"]).items() >= laser.items()
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenizer.save(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / name).read_bytes()  # byte for byte
+    assert vars_of(Tokenizer.from_folder(out)) == vars_of(tokenizer)
+
+
+def vars_of(t: Tokenizer):
+    return (t.z_c, t.z_c_id, t.c_ref, t.c_ref_std, t.beta_v, t.instruction, t.stop_ids, t.size, t.prompt_text("x"))
+
+
+@pytest.mark.parametrize("laser, message", [
+    ({"z_c": "<|reserved_0|>", "z_c_id": 3}, "is token 260 here, not 3: the file belongs to another"),
+    ({"z_c": "<|im_end|>"}, "it is a stop token"),
+    ({"z_c": 5}, "z_c is 5"),
+    ({"c_ref": "low"}, "c_ref is 'low'"),
+    ({"c_ref": float("nan")}, "c_ref is nan"),
+    ({"beta_v": 0}, "beta_v is 0"),
+    ({"beta_v": True}, "beta_v is True"),
+    ("[]", "laser.json is damaged: not a JSON object"),
+    ("{", "laser.json is damaged"),
+])  # fmt: skip
+def test_laser_json_that_cannot_be(tokenizer_of, tmp_path, laser, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizer_of({"laser.json": laser})
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["", "{", "\xff", "[" * 100_000])
+def test_damaged_files_are_named(tokenizer_of, name, content):
+    with pytest.raises(ValueError, match=name) as error:
+        tokenizer_of({name: content})
+    assert "\n" not in str(error.value)
+
+
+def test_no_tokenizer_json(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# odd texts
+
+
+def test_odd_texts_do_not_end_a_run(tokenizer_of):
+    tokenizer = tokenizer_of()
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.decode(tokenizer.encode("a\x00b")) == "a\x00b"
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"  # half a pair
+    assert tokenizer.decode(tokenizer.encode("\ud83e\udd14")) == "🤔"  # a whole one
+    long = "x" * 1_000_000
+    assert len(tokenizer.encode(long)) == 1_000_000
+    assert tokenizer.decode([270, 97, 10**6]) == tokenizer.decode([97])  # ids without text
+    assert tokenizer.tokens([IM_END, 270]) == ["<|im_end|>", ""]
+
+
+def test_truncation_and_padding_of_training_are_switched_off(tmp_path):
+    from tokenizers import Tokenizer as Fast
+
+    write_tokenizer(tmp_path)
+    fast = Fast.from_file(str(tmp_path / "tokenizer.json"))
+    fast.enable_truncation(8)
+    fast.enable_padding(length=16)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert [len(tokenizer.encode("x" * n)) for n in (1, 20)] == [1, 20]
