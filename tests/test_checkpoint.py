@@ -1,0 +1,502 @@
+"""Checkpoints: in strictly, out whole, and nothing half-written whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanolaser import checkpoint
+from nanolaser.checkpoint import (
+    ALIASES,
+    find_checkpoint,
+    load_pretrained,
+    load_state,
+    save_pretrained,
+    save_state,
+    write_atomic,
+)
+from nanolaser.model import CausalLM, ModelConfig
+
+from .conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def copy(tiny_checkpoint, tmp_path) -> Path:
+    """A checkpoint folder to damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def refused(folder, message, error=ValueError, **options) -> str:
+    """The one line with which loading the folder ends."""
+    with pytest.raises(error, match=message) as caught:
+        load_pretrained(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same_weights(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ---------------------------------------------------------------------------------------------
+# there and back
+
+
+def test_round_trip_is_bit_equal(tiny, tmp_path):
+    model, tokenizer = tiny
+    tokenizer.c_ref, tokenizer.c_ref_std, tokenizer.beta_v = -19.25, 0.2, 0.05
+    save_pretrained(model, tokenizer, tmp_path / "out")
+    again, other = load_pretrained(tmp_path / "out")
+    assert same_weights(model, again) and again.config == model.config
+    assert (other.c_ref, other.c_ref_std, other.beta_v, other.z_c) == (-19.25, 0.2, 0.05, "<|vision_start|>")
+    assert all(p.requires_grad and not p.is_meta for p in again.parameters())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "generation_config.json", "laser.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_a_tied_matrix_is_written_once_and_an_untied_one_as_itself(make_checkpoint, tmp_path):
+    tied = make_checkpoint(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tied / WEIGHTS)
+    untied = make_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
+    assert "lm_head.weight" in load_file(untied / WEIGHTS)
+
+
+@pytest.mark.parametrize("disk", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16", "auto"])
+def test_any_dtype_on_disk_into_the_dtype_asked_for(tiny, tmp_path, disk, asked):
+    model, tokenizer = tiny
+    save_pretrained(model.to(getattr(torch, disk)), tokenizer, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == disk
+    loaded, _ = load_pretrained(tmp_path / "out", dtype=asked)
+    asked = "float32" if asked == "auto" else asked  # on a CPU
+    assert {p.dtype for p in loaded.parameters()} == {getattr(torch, asked)}
+    expected = model.model.norm.weight.to(getattr(torch, asked))
+    assert torch.equal(loaded.model.norm.weight, expected)
+
+
+def test_shards_and_their_index(tiny, tmp_path):
+    model, tokenizer = tiny
+    save_pretrained(model, tokenizer, tmp_path / "out", shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    # one tensor may be larger than the limit; otherwise it holds
+    sizes = [[t.nbytes for t in load_file(tmp_path / "out" / s).values()] for s in shards]
+    assert all(sum(s) <= 20_000 or len(s) == 1 for s in sizes)
+    assert same_weights(model, load_pretrained(tmp_path / "out")[0])
+
+
+def test_weights_are_no_view_of_the_file(copy):
+    model, _ = load_pretrained(copy)
+    before = model.model.norm.weight.clone()
+    content = bytearray((copy / WEIGHTS).read_bytes())
+    content[-4096:] = bytes(4096)
+    with open(copy / WEIGHTS, "r+b") as file:  # in place: the same file, as `cp` would do
+        file.write(content)
+    assert torch.equal(model.model.norm.weight, before)
+    # 64 bytes is what allocators give and vector units like; a file's offsets are any
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+
+
+def test_small_chunks_give_the_same_weights(tiny_checkpoint, monkeypatch):
+    whole, _ = load_pretrained(tiny_checkpoint)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
+    assert same_weights(whole, load_pretrained(tiny_checkpoint)[0])
+
+
+def test_z_c_by_argument(tiny_checkpoint):
+    assert load_pretrained(tiny_checkpoint, z_c="<|reserved_0|>")[1].z_c_id == 260
+    refused(tiny_checkpoint, "it is a stop token", z_c="<|im_end|>")
+
+
+# ---------------------------------------------------------------------------------------------
+# names
+
+
+def test_names_that_are_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused("qwen2.5-7", "did you mean qwen2.5-7b", FileNotFoundError)
+    refused("tinny", "did you mean tiny", FileNotFoundError)
+    refused("a/b/c", "no folder, no hub id", FileNotFoundError)
+    refused("./nowhere", "there is no folder ./nowhere", FileNotFoundError)
+    (tmp_path / "file").write_text("")
+    refused("file", "is a file; a model is a folder")
+    refused(str(tmp_path), "no config.json there", FileNotFoundError)
+
+
+def test_a_runs_folder_means_its_newest_checkpoint(copy, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(copy, run / "checkpoints" / "step-000002")
+    (run / "checkpoints" / "latest").write_text("step-000002\n")
+    (run / "config.json").write_text('{"options": {}}')  # the run's, not a model's
+    for name in (run, run / "checkpoints", run / "checkpoints" / "step-000002"):
+        assert find_checkpoint(name) == run / "checkpoints" / "step-000002"
+    (run / "checkpoints" / "latest").unlink()
+    (run / "evals.jsonl").write_text("")
+    refused(run, "a run that has saved no checkpoint yet", FileNotFoundError)
+
+
+def test_aliases_are_hub_ids():
+    wanted = {"qwen2.5-7b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-math-1.5b", "orz-7b", "octothinker-3b",
+              "llama-3.2-1b", "smollm2-135m"}  # fmt: skip
+    assert wanted <= set(ALIASES)
+    assert all(name == name.lower() and hub_id.count("/") == 1 for name, hub_id in ALIASES.items())
+
+
+def test_device_and_dtype(tiny_checkpoint, monkeypatch):
+    refused(tiny_checkpoint, "dtype 'int8' is not one of float32, bfloat16, float16, auto", dtype="int8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(tiny_checkpoint, "torch finds no GPU here; use --device cpu", device="cuda")
+    assert load_pretrained(tiny_checkpoint, device="auto", dtype="auto")[0].device.type == "cpu"
+
+
+# ---------------------------------------------------------------------------------------------
+# strict: what does not fit is named
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_missing_surplus_and_misshapen_tensors_are_named_three_and_a_count(copy):
+    def change(tensors):
+        for name in [n for n in tensors if "layers.1." in n]:
+            del tensors[name]
+        tensors["model.layers.7.x"] = torch.zeros(1)
+        tensors["model.norm.weight"] = torch.zeros(31)
+
+    rewrite(copy, change)
+    line = refused(copy, "the weights do not fit config.json")
+    assert "12 missing: " in line and ", ..." in line and line.count("layers.1.") == 3
+    assert "1 surplus: model.layers.7.x" in line
+    assert "1 misshapen: model.norm.weight [31] instead of [32]" in line
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", 64), ("num_hidden_layers", 3), ("num_hidden_layers", 1), ("vocab_size", 300), ("head_dim", 16),
+    ("intermediate_size", 50), ("num_key_value_heads", 4), ("tie_word_embeddings", False), ("model_type", "llama"),
+])  # fmt: skip
+def test_the_config_of_another_model(copy, name, value):
+    raw = json.loads((copy / "config.json").read_text()) | {name: value}
+    (copy / "config.json").write_text(json.dumps(raw))
+    refused(copy, "missing|surplus|misshapen")
+
+
+def test_tied_duplicates_are_taken_if_they_are_duplicates(copy, tiny):
+    rewrite(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert same_weights(load_pretrained(copy)[0], tiny[0])
+    rewrite(copy, lambda t: t["lm_head.weight"].add_(1e-3))
+    refused(copy, "lm_head.weight differs from the embedding .* set tie_word_embeddings to false")
+
+
+def test_rotary_tables_of_old_llama_checkpoints_are_no_surplus(copy):
+    rewrite(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load_pretrained(copy)
+
+
+def test_quantised_weights_are_refused(copy):
+    rewrite(copy, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    refused(copy, "model.norm.weight is I8: quantised weights are not supported")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:-100], lambda b: b[:1000], lambda b: b[:4], lambda b: b"", lambda b: b"\x80\x04" + b[2:],
+    lambda b: struct.pack("<Q", 2**63) + b[8:], lambda b: b + b"more", lambda b: b[:8] + b"?" + b[9:],
+])  # fmt: skip
+def test_truncated_and_corrupt_files_are_one_line_that_names_them(copy, damage):
+    (copy / WEIGHTS).write_bytes(damage((copy / WEIGHTS).read_bytes()))
+    assert str(copy / WEIGHTS) in refused(copy, "truncated or corrupt")
+
+
+def test_folders_without_weights(copy):
+    os.rename(copy / WEIGHTS, copy / "pytorch_model.bin")
+    refused(copy, "pytorch_model.bin is a pickle, which can run any code and is not read", FileNotFoundError)
+    (copy / "pytorch_model.bin").unlink()
+    refused(copy, "no weights there; model.safetensors is missing", FileNotFoundError)
+
+
+def test_a_missing_shard_and_a_hostile_index(tiny, tmp_path):
+    save_pretrained(*tiny, tmp_path / "out", shard_bytes=20_000)
+    victim = sorted((tmp_path / "out").glob("model-*"))[1]
+    victim.unlink()
+    refused(tmp_path / "out", f"shard {victim.name} is missing", FileNotFoundError)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    for content, message in [
+        ('{"weight_map": {"x": "../../secrets"}}', "names '../../secrets', which is not a file beside it"),
+        ('{"weight_map": {"x": 5}}', "names 5"),
+        ("{}", "no weight_map"),
+        ("[]", "no weight_map"),
+        ("{", "is damaged"),
+    ]:
+        index.write_text(content)
+        refused(tmp_path / "out", message)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "[" * 100_000])
+def test_a_damaged_config(copy, content):
+    (copy / "config.json").write_text(content)
+    refused(copy, "config.json")
+
+
+def test_a_checkpoint_without_laser_json_is_one_that_was_never_trained_here(copy):
+    (copy / "laser.json").unlink()
+    tokenizer = load_pretrained(copy)[1]
+    assert (tokenizer.c_ref, tokenizer.beta_v, tokenizer.z_c) == (None, 0.1, "<|vision_start|>")
+
+
+class Bomb:
+    """Unpickling it would create the file OWNED."""
+
+    def __reduce__(self):
+        return (os.system, ("touch OWNED",))
+
+
+def test_a_planted_pickle_is_never_run(copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "state.pkl"):
+        torch.save(Bomb(), copy / name)
+    load_pretrained(copy)
+    shutil.copy(copy / "optimizer.pt", copy / WEIGHTS)  # under a trusted name
+    refused(copy, "truncated or corrupt")
+    assert not (tmp_path / "OWNED").exists()
+    torch.load(copy / "state.pkl", weights_only=False)  # and it would have worked
+    assert (tmp_path / "OWNED").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# written whole or not at all
+
+
+def test_write_atomic(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, "text é\n")
+    write_atomic(path, b"bytes")
+    assert path.read_bytes() == b"bytes" and os.listdir(tmp_path) == ["file"]
+
+
+def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "file", "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("when", range(0, 12, 2))
+def test_a_save_that_fails_leaves_what_was_there(tiny, tmp_path, monkeypatch, when):
+    save_pretrained(*tiny, tmp_path / "old")
+    calls = iter(range(100))
+    fsync = os.fsync
+
+    def full_at_some_point(descriptor):
+        if next(calls) == when:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_some_point)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(*tiny, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def test_the_librarys_own_disk_error_becomes_an_oserror(tiny, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        save_pretrained(*tiny, tmp_path / "new")
+    assert error.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []
+
+
+def test_a_killed_save_is_cleared_away_by_the_next(tiny, tmp_path):
+    leftover = tmp_path / "new.incomplete.tmp"
+    leftover.mkdir()
+    (leftover / WEIGHTS).write_bytes(b"half")
+    save_pretrained(*tiny, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_saving_again_replaces_files_and_keeps_foreign_ones(tiny, tmp_path):
+    model, tokenizer = tiny
+    out = tmp_path / "out"
+    save_pretrained(model, tokenizer, out, shard_bytes=20_000)
+    (out / "notes.txt").write_text("mine")
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    save_pretrained(model, tokenizer, out)  # in one file now: the shards and index must go
+    assert same_weights(load_pretrained(out)[0], model)
+    assert not list(out.glob("model-*")) and (out / "notes.txt").read_text() == "mine"
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    save_pretrained(model, tokenizer, out, shard_bytes=20_000)  # and back
+    assert same_weights(load_pretrained(out)[0], model) and not (out / WEIGHTS).exists()
+
+
+def test_files_are_readable_by_others_as_the_umask_has_it(tiny, tmp_path):
+    save_pretrained(*tiny, tmp_path / "out")
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_where_nothing_can_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        save_pretrained(*tiny, tmp_path / "file" / "out")
+
+
+# ---------------------------------------------------------------------------------------------
+# resume state
+
+
+def optimizer_like():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "m.weight": torch.randn(4, 5, generator=generator),
+        "v.weight": torch.randn(5, 4, generator=generator).T,  # not contiguous
+        "half": torch.randn(3, generator=generator).bfloat16(),
+        "step": torch.tensor(7),
+        "random": torch.get_rng_state(),
+    }
+
+
+def test_state_round_trip_is_bit_equal(tiny, tmp_path):
+    meta = {"step": 7, "phase": "reasoning", "c_ref": 0.1 + 0.2, "order": (3, 1), 5: None}
+    save_pretrained(*tiny, tmp_path / "out", state=(optimizer_like(), meta))
+    tensors, read = load_state(tmp_path / "out" / "state")
+    for name, value in optimizer_like().items():
+        assert torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype
+    assert read == {"step": 7, "phase": "reasoning", "c_ref": 0.1 + 0.2, "order": [3, 1], "5": None}
+    assert sorted(p.name for p in (tmp_path / "out" / "state").iterdir()) == ["state.json", "state.safetensors"]
+
+
+def test_state_alone(tmp_path):
+    save_state(tmp_path / "s", {"x": torch.ones(2)}, {"step": 1})
+    assert load_state(tmp_path / "s")[1] == {"step": 1}
+    with pytest.raises(FileNotFoundError, match="no resume state there"):
+        load_state(tmp_path)
+    with pytest.raises(ValueError):  # NaN is not JSON
+        save_state(tmp_path / "s", {}, {"loss": float("nan")})
+
+
+@pytest.mark.parametrize("name", [
+    WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "laser.json", "generation_config.json",
+    "state/state.safetensors", "state/state.json",
+])  # fmt: skip
+def test_one_changed_byte_is_found_and_the_file_named(tiny, tmp_path, name):
+    out = tmp_path / "out"
+    save_pretrained(*tiny, out, state=(optimizer_like(), {"step": 7, "c_ref": -20.5}))
+    content = bytearray((out / name).read_bytes())
+    place = content.find(b"7") if name.endswith("state.json") else len(content) // 2
+    content[place] ^= 1
+    (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match="damaged") as error:
+        load_state(out / "state")
+    assert Path(name).name in str(error.value) and "resume from an older checkpoint" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["laser.json", WEIGHTS, "tokenizer.json", "state/state.safetensors"])
+def test_a_lost_file_is_found_and_named(tiny, tmp_path, name):
+    out = tmp_path / "out"
+    save_pretrained(*tiny, out, state=(optimizer_like(), {}))
+    (out / name).unlink()
+    with pytest.raises(ValueError, match=f"{Path(name).name} is missing"):
+        load_state(out / "state")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"meta": {}, "sha256": {}}', '{"meta": {}, "sha256": 5}'])
+def test_a_damaged_state_json(tmp_path, content):
+    save_state(tmp_path, {"x": torch.ones(2)}, {})
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match="state.json is damaged"):
+        load_state(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# memory, and other people's tools
+
+
+MEASURE = """
+import sys
+from nanolaser import checkpoint
+
+def memory(what):  # bytes; not ru_maxrss, which a child inherits from the process that forked it
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
+
+checkpoint.CHUNK_BYTES = 4_000_000
+checkpoint.load_pretrained(sys.argv[1])  # a small one first: libraries and their pools
+for dtype in ("bfloat16", "float32"):
+    before = memory("VmRSS")
+    model, _ = checkpoint.load_pretrained(sys.argv[2], dtype=dtype)
+    print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
+    del model
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_loading_needs_one_copy_and_a_chunk(tiny, tmp_path):
+    large = {**TINY, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 7}
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig(**large)).bfloat16()
+    model.to_empty(device="cpu")
+    save_pretrained(tiny[0], tiny[1], tmp_path / "small")
+    save_pretrained(model, tiny[1], tmp_path / "large")  # 17M parameters: 34 MB in one file
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for line in result.stdout.splitlines():
+        grown, size = map(int, line.split())
+        assert size > 34e6
+        # a second copy would be 34 or 68 MB more
+        assert 0.9 * size < grown < 1.1 * size + 12e6, f"{grown / 1e6:.0f} for {size / 1e6:.0f} MB"
+
+
+def test_r_s_read_in_plain_transformers(tiny, tmp_path):
+    """The self-reward of a saved checkpoint, with nothing of nanolaser but its laser.json."""
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = tiny
+    tokenizer.c_ref = -4.0
+    save_pretrained(model, tokenizer, tmp_path / "out")
+
+    from nanolaser.laser import self_reward
+    from nanolaser.readout import token_logprobs
+
+    prompt, answer = tokenizer.encode_prompt("2+2?"), [*tokenizer.encode("4"), tokenizer.stop_ids[0]]
+    with torch.no_grad():
+        hidden = model(torch.tensor([prompt + answer]))[:, -1]
+        ours = token_logprobs(hidden, model.lm_head_weight, torch.tensor([tokenizer.z_c_id])).item()
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    laser = json.loads((tmp_path / "out" / "laser.json").read_text())
+    chat = [{"role": "user", "content": "2+2? " + laser["instruction"]}]
+    text = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = words(text + "4" + words.eos_token, add_special_tokens=False, return_tensors="pt").input_ids
+    logp = theirs(ids).logits[0, -1].log_softmax(-1)[laser["z_c_id"]].item()
+    r_s = laser["beta_v"] * (logp - laser["c_ref"])
+    assert ids.tolist() == [prompt + answer]
+    assert abs(r_s - float(self_reward(ours, -4.0, tokenizer.beta_v))) < 1e-5
