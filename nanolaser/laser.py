@@ -133,7 +133,7 @@ def policy_loss(
     loss = torch.where(advantages < 0, torch.min(loss, -dual_clip * advantages), loss)
     with torch.no_grad():
         clipped = (pg_loss2 > pg_loss1).sum()
-        kl = (torch.expm1(-log_ratio) + log_ratio).sum()
+        kl = (torch.expm1(log_ratio) - log_ratio).sum()
     return loss.sum(), clipped, kl
 
 
