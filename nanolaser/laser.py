@@ -56,6 +56,9 @@ def self_reward_loss(
     A sum, so that a batch cut into micro-batches adds up to exactly the same number.  The loss
     uses r_s unclipped.  `bce` and `sft` are the paper's ablations, on pi(z_c) itself.
     """
+    # where(), not a product: a truncated row has no log-probability, and 0 * nan is nan.  Before
+    # the formula and not after it, or the nan would come back in the gradient.
+    logp_zc = torch.where(weights > 0, logp_zc, -1.0)
     if kind == "mse":
         # At beta_v = 0.1 "right" means log pi = c_ref + 10: e^-13 for a 7B model.  So small a
         # probability never gets sampled, and reasoning does not feel it.  That is the point.
@@ -68,8 +71,7 @@ def self_reward_loss(
         per_row = -r_v * logp_zc  # imitate z_c after right solutions, say nothing after wrong ones
     else:
         raise ValueError(f"self-reward loss {kind!r}: choose mse, bce or sft")
-    # where(), not a product: a truncated row has no log-probability, and 0 * nan is nan
-    return torch.where(weights > 0, weights * per_row, 0.0).sum()
+    return (weights * per_row).sum()
 
 
 # ---------------------------------------------------------------------------------------------
