@@ -48,6 +48,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if with_entropy:
                 mean[n] = mean[n] * shrink + p.mul_(logits).sum(1)
             peak[n] = new_peak
+            del logits, p  # else the next block is computed while this one still lies there
         lse = peak + total.log()
         ctx.save_for_backward(hidden, weight, targets, inverse_temperature, lse)
         # H = logsumexp - E[logit]; a statistic to look at, never differentiated
@@ -68,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_weight = weight.grad if in_place else torch.zeros_like(weight)
         for v, w, n, logits in _logit_blocks(hidden, weight, inverse_temperature, lse.dtype):
             # d log pi / d logit = (1[target] - softmax) / T
-            slope = (logits - lse[n, None]).exp_().neg_()  # (n, Vb)
+            slope = logits.sub_(lse[n, None]).exp_().neg_()  # (n, Vb), where the logits were
             here = targets[n] - v.start
             row = ((here >= 0) & (here < w.shape[0])).nonzero()[:, 0]
             slope[row, here[row]] += 1.0
@@ -76,7 +77,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[n] += slope @ w
             if need_weight:
-                grad_weight[v] += (slope.T @ hidden[n].to(slope.dtype)).to(weight.dtype)
+                grad_weight[v] += slope.T @ hidden[n].to(slope.dtype)
+            del logits, slope
         grad_hidden = grad_hidden.to(hidden.dtype) if need_hidden else None
         return grad_hidden, None if in_place else grad_weight, None, None, None
 
@@ -90,8 +92,8 @@ def _logit_blocks(hidden: Tensor, weight: Tensor, inverse_temperature: Tensor, w
         w = weight[v].to(wide)  # (Vb, C)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             n = slice(start, min(start + CHUNK_TOKENS, hidden.shape[0]))
-            logits = hidden[n].to(wide) @ w.T  # (n, Vb)
-            yield v, w, n, logits.mul_(inverse_temperature[n, None])
+            # (n, Vb), given no name here: a generator keeps its variables while it waits
+            yield v, w, n, (hidden[n].to(wide) @ w.T).mul_(inverse_temperature[n, None])
 
 
 def token_logprobs(
@@ -106,8 +108,8 @@ def token_logprobs(
     weight is the (V, C) output matrix; `temperature` a number or one for each target (...).
     Differentiable in hidden and weight.  With `with_entropy` also returns the entropy (...) in
     nats of each whole distribution, not differentiable.  Extra memory beyond inputs, gradients
-    and a few numbers a token: one block of logits and its slope, at most
-    2 * CHUNK_TOKENS * CHUNK_VOCAB * 4 bytes, and for a bf16 weight CHUNK_VOCAB * C * 4 more.
+    and a few numbers a token, in fp32 numbers: forward 2 * CHUNK_TOKENS * CHUNK_VOCAB, backward
+    CHUNK_TOKENS * CHUNK_VOCAB + CHUNK_VOCAB * C; for a bf16 weight 2 * CHUNK_VOCAB * C more.
     """
     shape = targets.shape
     assert hidden.shape[:-1] == shape, f"hidden {tuple(hidden.shape)} for targets {tuple(shape)}"
