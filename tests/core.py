@@ -1,0 +1,87 @@
+"""
+What the tests of the core share: a tokenizer in 30 lines, a random decoder with grouped-query
+attention and one row of everything computed the slow, obvious way.  No file, no download.
+"""
+
+import random
+
+import torch
+
+from nanolaser.model import CausalLM, ModelConfig
+from nanolaser.sampler import Rollout
+
+SIZE, VOCAB = 37, 40  # the output matrix has three rows more than the tokenizer has tokens
+C_REF, BETA_V = -5.0, 0.1
+
+
+class FakeTokenizer:
+    """Letters and digits are tokens 4 up; 0 pads and ends, 1 and 2 end, 3 and 36 are unused."""
+
+    LETTERS = "abcdefghijklmnopqrstu0123456789{}"
+    stop_ids = (1, 2)
+    size = SIZE
+    z_c, z_c_id = "<|z|>", 3
+    c_ref, beta_v = C_REF, BETA_V
+
+    def encode_prompt(self, problem):
+        return [4 + self.LETTERS.index(c) for c in problem]
+
+    def decode(self, ids, skip_special=True):
+        # "{" stands for "\boxed{", one token as in the embedded model's vocabulary
+        text = "".join(self.LETTERS[i - 4] for i in ids if 4 <= i < 4 + len(self.LETTERS))
+        return text.replace("{", "\\boxed{")
+
+    def unused_special_ids(self):
+        return [0, 36]
+
+    def tokens(self, ids):
+        return [f"<{i}>" for i in ids]
+
+
+def config(**changes):
+    """Two layers, 4 query heads on 2 key-value heads."""
+    shape = dict(
+        model_type="qwen2", vocab_size=VOCAB, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        attention_bias=True, tie_word_embeddings=True)
+    return ModelConfig(**{**shape, **changes})
+
+
+def random_model(seed=0, std=0.25, **changes):
+    """Weights large enough that every distribution is far from flat and no two rows agree."""
+    g = torch.Generator().manual_seed(seed)
+    model = CausalLM(config(**changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if name.endswith("norm.weight") else 0.0, std, generator=g)
+    return model
+
+
+def random_rollouts(seed=0, count=12, truncated=(2, 7), equal_length=False):
+    """Ragged rows of random tokens, all but `truncated` ended by a stop token."""
+    rng, rollouts = random.Random(seed), []
+    for i in range(count):
+        p, n = (4, 5) if equal_length else (rng.randint(1, 9), rng.randint(1, 12))
+        prompt, response = ([rng.randrange(4, 36) for _ in range(k)] for k in (p, n))
+        finished = i not in truncated
+        if finished:
+            response[-1] = rng.choice(FakeTokenizer.stop_ids)
+        zeros = [0.0] * n
+        rollouts.append(Rollout(i // 4, prompt, response, zeros, finished=finished))
+    return rollouts
+
+
+def all_logprobs(model, tokens, temperature=1.0):
+    """(T, V) log-probs after each token of ONE row, by the definition, in float64."""
+    hidden = model(torch.tensor([tokens]))[0]
+    logits = hidden.double() @ model.lm_head_weight.double().T
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def slow_readout(model, rollout, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
+    """One rollout's (token log-probs (n,), log pi(z_c) or None), nothing batched or chunked."""
+    p, row = len(rollout.prompt_tokens), rollout.prompt_tokens + rollout.response_tokens
+    table = all_logprobs(model, row, temperature)
+    logprobs = torch.stack([table[p + t - 1, y] for t, y in enumerate(rollout.response_tokens)])
+    logp_zc = all_logprobs(model, row)[-1, z_c_id] if rollout.finished else None
+    return logprobs, logp_zc

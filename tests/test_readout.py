@@ -1,0 +1,223 @@
+"""token_logprobs against log_softmax and gather in float64, in blocks that do not divide."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
+
+from nanolaser import readout
+from nanolaser.readout import token_logprobs
+
+N, C, V = 23, 16, 101
+CHUNKS = [(2048, 8192), (23, 101), (5, 17), (1, 1), (7, 100), (22, 102)]
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    def set_chunks(tokens, vocabulary):
+        monkeypatch.setattr(readout, "CHUNK_TOKENS", tokens)
+        monkeypatch.setattr(readout, "CHUNK_VOCAB", vocabulary)
+
+    return set_chunks
+
+
+def inputs(seed=0, dtype=torch.float32, scale=1.0, n=N, c=C, v=V):
+    """Hidden states, an output matrix, targets and one incoming gradient a target."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, c, generator=g).mul(scale).to(dtype).requires_grad_()
+    weight = torch.randn(v, c, generator=g).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=g)
+    targets[:2] = torch.tensor([0, v - 1])  # both ends of the vocabulary
+    return hidden, weight, targets, torch.randn(n, generator=g)
+
+
+def reference(hidden, weight, targets, temperature=1.0):
+    """The definition, in float64: (log-probs, entropies)."""
+    T = torch.as_tensor(temperature, dtype=torch.float64).expand(targets.shape)
+    logits = hidden.double() @ weight.double().T / T[..., None]
+    table = torch.log_softmax(logits, -1)
+    return table.gather(-1, targets[..., None])[..., 0], -(table.exp() * table).sum(-1)
+
+
+def gradients(function, hidden, weight, targets, upstream, **options):
+    """Value, gradient by hidden and by weight; leaves .grad as it found it."""
+    h, w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    value = function(h, w, targets, **options)
+    value = value[0] if isinstance(value, tuple) else value
+    value.backward(upstream.to(value.dtype))
+    return value.detach(), h.grad, w.grad
+
+
+@pytest.mark.parametrize("tokens, vocabulary", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6, "per row"])
+def test_equals_float64_reference(chunks, tokens, vocabulary, temperature):
+    chunks(tokens, vocabulary)
+    case = inputs()
+    T = torch.linspace(0.3, 2.0, N) if temperature == "per row" else temperature
+    got = gradients(token_logprobs, *case, temperature=T)
+    expected = gradients(reference, *case, temperature=T)
+    for mine, theirs in zip(got, expected):
+        assert mine.dtype == torch.float32
+        assert_close(mine.double(), theirs.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, vocabulary", [(4, 7), (2048, 8192)])
+def test_gradcheck_in_float64(chunks, tokens, vocabulary):
+    chunks(tokens, vocabulary)
+    hidden, weight, targets, _ = inputs(dtype=torch.float64, n=6, c=4, v=11)
+    T = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7, 1.3], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, T), (hidden, weight))
+
+
+def test_extreme_logits_stay_exact(chunks):
+    # logits of some thousands: exp() of any of them alone would overflow
+    chunks(5, 17)
+    hidden, weight, targets, upstream = inputs(scale=1000.0)
+    got = gradients(token_logprobs, hidden, weight, targets, upstream)
+    expected = gradients(reference, hidden, weight, targets, upstream)
+    for mine, theirs in zip(got, expected):
+        assert mine.isfinite().all()
+        assert_close(mine.double(), theirs.double(), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens, vocabulary", CHUNKS)
+def test_entropy(chunks, tokens, vocabulary):
+    chunks(tokens, vocabulary)
+    hidden, weight, targets, _ = inputs()
+    T = torch.linspace(0.3, 2.0, N)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, T, with_entropy=True)
+    expected, expected_entropy = reference(hidden, weight, targets, T)
+    assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
+    assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+    assert not entropy.requires_grad and logprobs.requires_grad
+
+
+def test_entropy_of_the_uniform_distribution():
+    zeros, targets = torch.zeros(3, C), torch.zeros(3, dtype=torch.long)
+    logprobs, entropy = token_logprobs(zeros, torch.randn(V, C), targets, with_entropy=True)
+    assert_close(entropy, torch.full((3,), V).log())
+    assert_close(logprobs, -entropy)
+
+
+def test_bf16_inputs_are_summed_in_fp32(chunks):
+    """Against float64 on the same bf16 numbers: a bf16 logit near 20 has a step of 0.125 nats,
+    so agreement to 1e-4 shows that no logit was ever rounded to bf16."""
+    chunks(5, 17)
+    case = inputs(dtype=torch.bfloat16, scale=2.0)
+    assert (case[0] @ case[1].T).abs().max() > 20
+    value, by_hidden, by_weight = gradients(token_logprobs, *case)
+    expected, expected_hidden, expected_weight = gradients(reference, *case)
+    assert value.dtype == torch.float32
+    assert_close(value.double(), expected, atol=1e-4, rtol=1e-5)
+    # the gradients come back in bf16; hidden's is rounded once, weight's once a chunk of tokens
+    assert by_hidden.dtype == by_weight.dtype == torch.bfloat16
+    assert_close(by_hidden.double(), expected_hidden.double(), atol=1e-2, rtol=2**-7)
+    assert_close(by_weight.double(), expected_weight.double(), atol=2e-2, rtol=2**-6)
+
+
+def test_shapes_follow_the_targets():
+    hidden, weight, targets, _ = inputs(n=12)
+    flat, flat_entropy = token_logprobs(hidden, weight, targets, with_entropy=True)
+    grid = hidden.view(3, 4, C), weight, targets.view(3, 4)
+    logprobs, entropy = token_logprobs(*grid, with_entropy=True)
+    assert torch.equal(logprobs, flat.view(3, 4)) and torch.equal(entropy, flat_entropy.view(3, 4))
+    rows = torch.tensor([0.5, 1.0, 2.0])[:, None]  # (B, 1): a temperature a row
+    heated = token_logprobs(*grid, temperature=rows)
+    expected, _ = reference(hidden, weight, targets, rows.expand(3, 4).reshape(-1))
+    assert_close(heated.double().view(-1), expected, atol=1e-5, rtol=1e-5)
+    assert token_logprobs(hidden[0], weight, targets[0]).shape == ()
+
+
+def test_no_targets_is_fine():
+    hidden, weight, targets, _ = inputs()
+    logprobs, entropy = token_logprobs(hidden[:0], weight, targets[:0], with_entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == (0,) and not weight.grad.any()
+
+
+def test_shape_mismatch_is_refused():
+    hidden, weight, targets, _ = inputs()
+    with pytest.raises(AssertionError, match="hidden"):
+        token_logprobs(hidden, weight, targets[:-1])
+
+
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_only_one_side_needs_a_gradient(which):
+    hidden, weight, targets, upstream = inputs()
+    _, by_hidden, by_weight = gradients(reference, hidden, weight, targets, upstream)
+    leaf, expected = (hidden, by_hidden) if which == "hidden" else (weight, by_weight)
+    other = weight if which == "hidden" else hidden
+    other.requires_grad_(False)
+    token_logprobs(hidden, weight, targets).backward(upstream)
+    assert_close(leaf.grad, expected, atol=1e-5, rtol=1e-5)
+    assert other.grad is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_accumulation_in_place_equals_autograds_sum(chunks, tied):
+    """Three micro-batches added up in weight.grad against one pass over all of them; tied, the
+    same matrix is also the embedding and gets a second gradient from autograd itself."""
+    chunks(4, 13)
+    _, weight, targets, upstream = inputs()
+    mix = torch.randn(N, C, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(N) % 11
+
+    def loss(function, w, rows):
+        hidden = mix[rows].to(w.dtype) * (w[ids[rows]] if tied else 1.0)
+        return (function(hidden, w, targets[rows]) * upstream[rows]).sum()
+
+    exact = weight.detach().double().requires_grad_()
+    loss(lambda h, w, t: reference(h, w, t)[0], exact, slice(None)).backward()
+    loss(token_logprobs, weight, slice(0, 9)).backward()
+    buffer = weight.grad
+    for rows in (slice(9, 10), slice(10, N)):
+        loss(token_logprobs, weight, rows).backward()
+    assert weight.grad is buffer
+    assert_close(weight.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_accumulation_adds_to_what_is_there():
+    hidden, weight, targets, upstream = inputs()
+    _, _, once = gradients(reference, hidden, weight, targets, upstream)
+    weight.grad = torch.ones_like(weight)
+    token_logprobs(hidden, weight, targets).backward(upstream)
+    assert_close(weight.grad, once + 1, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def peak_bytes(function):
+    """The most memory that torch held at one time inside `function`, beyond what it held before:
+    the running sum of the allocator's own reports."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        function()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak > 0, "the profiler reported no allocation"
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_what_the_docstring_says(chunks, dtype):
+    n, c, v, tokens, vocabulary = 1024, 64, 4096, 256, 1024
+    chunks(tokens, vocabulary)
+    hidden, weight, targets, _ = inputs(dtype=dtype, n=n, c=c, v=v)
+    weight.grad = torch.zeros_like(weight)
+    block, part = 4 * tokens * vocabulary, 4 * vocabulary * c
+    widened = 2 * part if dtype == torch.bfloat16 else 0
+    # "a few numbers a token", and the hidden states' own gradient: fp32 sums, then in their dtype
+    small, gradient = 64 * n + 16 * tokens * c, n * c * (4 + hidden.element_size())
+    made = []
+
+    def forward():
+        made.append(token_logprobs(hidden, weight, targets, with_entropy=True)[0].sum())
+
+    ahead, back = peak_bytes(forward), peak_bytes(lambda: made[0].backward())
+    assert 0.9 * 2 * block < ahead <= 2 * block + widened + small
+    assert back <= block + part + widened + gradient + small
+    # beside it the table of logits that never was: (N, V) in fp32, once
+    assert max(ahead, back) < 4 * n * v / 4
