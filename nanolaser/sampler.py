@@ -111,10 +111,11 @@ def generate(
     """n solutions of each prompt (problem text, or ready token ids): P * n rollouts, in order.
 
     `on_tokens(k)` hears of every turn's k new tokens, `on_finish(rollout)` of every rollout as
-    it ends.  At most max_rows solutions are in flight.  ValueError for n or max_new_tokens < 1.
+    it ends.  At most max_rows solutions are in flight.  ValueError for a count below 1.
     """
-    if n < 1 or max_new_tokens < 1:
-        raise ValueError(f"n ({n}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+    for name, count in (("n", n), ("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1")
     ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
     rollouts = [Rollout(i, prompt) for i, prompt in enumerate(ids) for _ in range(n)]
     batch = _Batch(model, tokenizer, rollouts, max_rows, temperature, top_p, seed)
@@ -147,7 +148,7 @@ class _Batch:
         """Prefill waiting prompts into the free rows, each distinct prompt once."""
         # Few large prefills beat many small ones: wait until a quarter of the rows is free.
         free = self.max_rows - len(self.live)
-        if not self.waiting or (self.live and free < self.max_rows // 4):
+        if not self.waiting or (self.live and free < max(1, self.max_rows // 4)):
             return
         taken = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
         problems = sorted({self.rollouts[i].prompt_id for i in taken})
