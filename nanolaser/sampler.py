@@ -121,9 +121,9 @@ def generate(
     batch = _Batch(model, tokenizer, rollouts, max_rows, temperature, top_p, seed)
     while batch.waiting or batch.live:
         batch.admit()
-        ended = batch.turn(max_new_tokens)
+        ended, drawn = batch.turn(max_new_tokens)
         if on_tokens is not None:
-            on_tokens(len(batch.live))
+            on_tokens(drawn)
         for rollout in ended:
             if on_finish is not None:
                 on_finish(rollout)
@@ -164,9 +164,9 @@ class _Batch:
         self.hidden = torch.cat((self.hidden, last[source])) if self.live else last[source]
         self.live += taken
 
-    def turn(self, max_new_tokens: int) -> list[Rollout]:
+    def turn(self, max_new_tokens: int) -> tuple[list[Rollout], int]:
         """Draw one token for every row that goes on, read z_c of every row that has ended;
-        returns the rollouts that left."""
+        returns the rollouts that left and how many tokens were drawn."""
         # fp32 logits, at the last position only
         logits = self.hidden.float() @ self.model.lm_head_weight.float().T  # (R, V)
         steps = torch.tensor([len(self.rollouts[i].response_tokens) for i in self.live])
@@ -179,7 +179,7 @@ class _Batch:
         chosen = scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
         zc = logits[:, self.tokenizer.z_c_id] - logits.logsumexp(-1)  # temperature 1, always
         # One transfer to the host a turn: what was drawn, and what it means for each row.
-        ended = []
+        ended, drawn = [], 0
         facts = zip(self.live, tokens.tolist(), chosen.tolist(), zc.tolist())
         for row, (i, token, logprob, logp_zc) in enumerate(facts):
             rollout = self.rollouts[i]
@@ -187,6 +187,7 @@ class _Batch:
                 rollout.logp_zc = logp_zc
                 ended.append(row)
                 continue
+            drawn += 1
             rollout.response_tokens.append(token)
             rollout.logprobs.append(logprob)
             rollout.finished = token in self.stop_ids
@@ -196,7 +197,7 @@ class _Batch:
         for source, target in self.cache.drop(ended):
             self.live[target] = self.live[source]
         del self.live[len(self.live) - len(ended) :]
-        return left
+        return left, drawn
 
     def feed(self) -> None:
         """Run the model over every live row's newest token."""
