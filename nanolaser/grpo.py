@@ -250,7 +250,8 @@ def accumulate_gradients(
         s.approx_kl += kl.item() / batch.tokens
         s.entropy += entropy.sum().item() / batch.tokens
         sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
-        gap = (sampled - logprobs.detach().cpu()).abs().max().item()
+        # against the policy that sampled: how far this one has moved since is approx_kl's business
+        gap = (sampled - old.cpu()).abs().max().item()
         s.sampler_gap = max(s.sampler_gap, gap)
         lengths = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
         s.padded_tokens += max(lengths) * len(rows)
