@@ -347,21 +347,22 @@ class Optimizer:
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `state` gave; ValueError if it belongs to another model."""
+        # AdamW has no state before its first step (every update so far was skipped)
+        moments = any(key.endswith(".exp_avg") for key in tensors)
         for name, master, p in zip(self.names, self.master, self.parameters):
-            keys = ["step", "exp_avg", "exp_avg_sq"] + ([] if master is p else ["master"])
+            keys = ["step", "exp_avg", "exp_avg_sq"] if moments else []
+            keys += [] if master is p else ["master"]
             missing = [key for key in keys if f"{name}.{key}" not in tensors]
             if missing:
                 raise ValueError(f"optimizer state: {name}.{missing[0]} is missing")
-            if tensors[f"{name}.exp_avg"].shape != p.shape:
-                raise ValueError(f"optimizer state: {name} has another shape than the model's")
-            # AdamW wants its step count on the CPU unless it is fused on a GPU: let it place all
             values = {key: tensors[f"{name}.{key}"] for key in keys}
+            if any(v.dim() and v.shape != p.shape for v in values.values()):
+                raise ValueError(f"optimizer state: {name} has another shape than the model's")
             if master is not p:
                 master.copy_(values.pop("master"))
-            self.adam.state[master] = {
-                key: value.to(master.device if value.dim() else value.device).clone()
-                for key, value in values.items()
-            }
+            # A fused AdamW wants everything beside its parameter, the step count included.
+            if moments:
+                self.adam.state[master] = {k: v.to(p.device, copy=True) for k, v in values.items()}
 
 
 # ---------------------------------------------------------------------------------------------
