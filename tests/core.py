@@ -11,7 +11,7 @@ from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.sampler import Rollout
 
 SIZE, VOCAB = 37, 40  # the output matrix has three rows more than the tokenizer has tokens
-C_REF, BETA_V = -5.0, 0.1
+C_REF, BETA_V = -15.0, 0.1
 
 
 class FakeTokenizer:
