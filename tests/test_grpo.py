@@ -32,8 +32,8 @@ def batch_of(rollouts, seed=0, tau=0.0):
 
 
 def loss_of(**changes):
-    return grpo.Loss(**{**dict(
-        alpha=0.5, beta_v=BETA_V, c_ref=C_REF, z_c_id=TOKENIZER.z_c_id, temperature=1.0), **changes})
+    usual = dict(alpha=0.5, beta_v=BETA_V, c_ref=C_REF, z_c_id=TOKENIZER.z_c_id)
+    return grpo.Loss(**{**usual, **changes})
 
 
 def flat_gradient(model):
@@ -216,7 +216,8 @@ def test_z_c_lies_outside_the_response():
         sequence = rollouts[b].prompt_tokens + rollouts[b].response_tokens
         assert position == len(sequence) - 1 and sequence[position] in TOKENIZER.stop_ids
     # and a response token is read one before it stands
-    for b, position, token in zip(*(x[: t.responses].tolist() for x in (t.row, t.position, t.target))):
+    first = slice(t.responses)
+    for b, position, token in torch.stack((t.row, t.position, t.target), 1)[first].tolist():
         assert (rollouts[b].prompt_tokens + rollouts[b].response_tokens)[position + 1] == token
 
 
@@ -469,7 +470,8 @@ def test_check_fills_the_rows():
     assert [row["answer"] for row in rows] == ["7", "8", "8", None]
     assert rows[0]["response"] == "ab\\boxed{7}" and rows[0]["response_tokens"] == 6
     # the training reward wants exactly one box
-    assert [r["r_v"] for r in grpo.check(rollouts, problems, TOKENIZER, strict=True)] == [1, 0, 0, 0]
+    strict = grpo.check(rollouts, problems, TOKENIZER, strict=True)
+    assert [row["r_v"] for row in strict] == [1, 0, 0, 0]
     stats = grpo.statistics(rows, 2)
     assert stats["reward"] == 0.5 and stats["zero_std_groups"] == 0
     assert stats["r_s_correct"] == pytest.approx(0.2) and stats["r_s_wrong"] == pytest.approx(-0.2)
@@ -486,8 +488,8 @@ def test_statistics_of_a_hopeless_step():
 def test_watch_speaks_after_patience():
     watch = grpo.Watch()
     good = dict(zero_std_groups=0, boxed_share=0.5, finished_share=1.0, reward=0.5)
-    quiet = [watch.look(m, 2) for m in [{**good, "zero_std_groups": 2, "reward": 1.0}] * 19 + [good]]
-    assert not any(quiet)
+    easy = {**good, "zero_std_groups": 2, "reward": 1.0}
+    assert not any(watch.look(m, 2) for m in [easy] * 19 + [good] + [easy] * 19)
     for bad, word in ((dict(finished_share=0, boxed_share=0, zero_std_groups=2), "max-new-tokens"),
                       (dict(boxed_share=0), "boxed"),
                       (dict(zero_std_groups=2), "group-size")):
