@@ -82,11 +82,12 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     cdf = probs.cumsum(-1)
     # Scaled by the CDF's own last entry (fp32 sums end near 1, not at 1); a token of probability
     # zero has an interval of width zero, and right=True never lands in one.
-    target = (uniform * cdf[:, -1].double()).to(cdf.dtype)[:, None]
+    end = cdf[:, -1:]  # (R, 1)
+    target = (uniform[:, None] * end.double()).to(cdf.dtype)
+    # fp32 may round the target up to the very end, beyond which there is no token: stay below it.
+    # The first entry that reaches the end is again one of a width above zero.
+    target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
     token = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1)
-    # fp32 may round the target up to the very end of the CDF: step back to the last real token
-    last = (probs > 0).cumsum(-1).argmax(-1, keepdim=True)
-    token = torch.minimum(token, last)
     return (token if order is None else order.gather(1, token))[:, 0]
 
 
