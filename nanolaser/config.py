@@ -51,18 +51,20 @@ def option(
     above: float | None = None,
     by_model: bool = False,
     metavar: str | None = None,
+    count: int = 1,
 ) -> Any:
     """One field of an options dataclass: its default, its meaning, what it accepts.
 
     `min` and `max` are inclusive bounds, `above` an exclusive one; `choices` are the only values
     allowed; `words` are texts allowed beside a number (`--c-ref auto`).  `by_model` says that the
-    default None stands for a value that depends on the model, and --help then says so.
+    default None stands for a value that depends on the model, and --help then says so.  A tuple
+    takes a comma list; with `count`, as well that many separate words (`--compare A B`).
     """
     # Everything lives in the field's metadata, so that the class stays a plain dataclass: it can
     # be built in a test, compared, and dumped with dataclasses.asdict without any of this file.
     metadata = dict(help=help, group=group, choices=tuple(choices) if choices else None,
                     words=tuple(words), min=min, max=max, above=above, by_model=by_model,
-                    metavar=metavar)
+                    metavar=metavar, count=count)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -151,6 +153,23 @@ def near(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     longer = [k for k in known if k.startswith(name) and len(name) > 2]
     alike = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
     return list(dict.fromkeys(longer + alike))[:count]
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """The options of every script that only uses a model; a script's own ones come after them."""
+
+    model: str = option("tiny", "tiny (embedded), an alias, a hub id, a checkpoint's folder or a "
+                                "run's, which means its newest checkpoint", group="model")
+    device: str = option("auto", "where to compute", group="model", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the forward pass", group="model",
+                        choices=("auto", "float32", "bfloat16"))
+    z_c: str | None = option(None, "token at which r_s is read", group="model", metavar="TOKEN",
+                             by_model=True)
+    c_ref: float | None = option(None, "reference log-probability in nats", group="model",
+                                 by_model=True)
+    beta_v: float | None = option(None, "scale of r_s", group="model", above=0, by_model=True)
+    seed: int = option(0, "of the sampling", group="model")
 
 
 # ---------------------------------------------------------------- from fields to flags
@@ -327,6 +346,7 @@ def _normalise(argv: list[str], specs: Mapping[str, _Spec], positional: str | No
     """
     takes_value = {flag: spec.kind is not bool for name, spec in specs.items()
                    for flag in spec.flags if name != positional}
+    counts = {flag: spec.get("count") or 1 for spec in specs.values() for flag in spec.flags}
     tied, loose, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -347,7 +367,11 @@ def _normalise(argv: list[str], specs: Mapping[str, _Spec], positional: str | No
             # One dash may begin a value, two are far likelier the next flag.
             raise ValueError(f"{flag} needs a value")
         else:
-            tied.append(f"{flag}={rest.pop(0)}")
+            values = [rest.pop(0)]
+            # argparse takes one word after "=": several are handed on as the comma list they mean
+            while len(values) < counts[flag] and rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            tied.append(f"{flag}={','.join(values)}")
     # Too many words are nearly always one text whose quotes were forgotten: 2 + 3 = ?
     allowed = 0 if positional is None else 1
     if len(loose) > allowed:

@@ -29,11 +29,19 @@ from .sampler import Rollout, generate, pad
 # rollouts -> rows with rewards
 
 
-def check(rollouts: list[Rollout], problems: list, tokenizer, strict: bool = False) -> list[dict]:
-    """One row a rollout, as samples.jsonl writes it: r_v from the rule-based checker, r_s from
-    log pi(z_c) (None where there is no end, or c_ref is unknown).
+def check(
+    rollouts: list[Rollout],
+    problems: list,
+    tokenizer,
+    strict: bool = False,
+    token_ids: bool = False,
+) -> list[dict]:
+    """One row a rollout, as samples.jsonl writes it: r_v from the rule-based checker (None where
+    the problem has no gold answer), r_s from log pi(z_c) (None where there is no end, or c_ref is
+    unknown).
 
-    strict is the paper's training reward: exactly one \\boxed{}, else 0.
+    strict is the paper's training reward: exactly one \\boxed{}, else 0.  token_ids adds the
+    tokens themselves, for whoever wants to score exactly these (text may be cut differently).
     """
     rows = []
     # In a group many solutions end in the same answer: each distinct one is judged once.
@@ -42,8 +50,10 @@ def check(rollouts: list[Rollout], problems: list, tokenizer, strict: bool = Fal
         problem = problems[rollout.prompt_id]
         response = tokenizer.decode(rollout.response_tokens)
         answer = extract_answer(response, strict=strict)
-        if answer is not None and (answer, problem.answer) not in verdicts:
+        judged = answer is not None and problem.answer is not None
+        if judged and (answer, problem.answer) not in verdicts:
             verdicts[answer, problem.answer] = is_equivalent(answer, problem.answer)
+        r_v = float(judged and verdicts[answer, problem.answer])
         r_s = None
         if rollout.logp_zc is not None and tokenizer.c_ref is not None:
             r_s = laser.self_reward(rollout.logp_zc, tokenizer.c_ref, tokenizer.beta_v)
@@ -53,7 +63,7 @@ def check(rollouts: list[Rollout], problems: list, tokenizer, strict: bool = Fal
                 "gold": problem.answer,
                 "response": response,
                 "answer": answer,
-                "r_v": float(answer is not None and verdicts[answer, problem.answer]),
+                "r_v": None if problem.answer is None else r_v,
                 "r_s": r_s,
                 "logp_zc": rollout.logp_zc,
                 "finished": rollout.finished,
@@ -61,6 +71,9 @@ def check(rollouts: list[Rollout], problems: list, tokenizer, strict: bool = Fal
                 "prompt_id": rollout.prompt_id,
             }
         )
+        if token_ids:
+            rows[-1]["prompt_token_ids"] = rollout.prompt_tokens
+            rows[-1]["response_token_ids"] = rollout.response_tokens
     return rows
 
 

@@ -10,8 +10,9 @@ Rows leave the batch in the turn they end and waiting prompts take their places 
 batching), so the cost follows the tokens really produced.  Reading z_c costs one token in the
 same batch: no second model, no second pass.
 
-Randomness: the n-th token of a rollout is drawn with a number that depends on (seed, rollout,
-n) alone.  So the same seed gives the same text whatever rows happen to share the batch.
+Randomness: the n-th token of a rollout is drawn with a number that depends on (seed, stream, n)
+alone, where the stream is the rollout's place in the call, or what the caller says it is.  So the
+same seed gives the same text whatever rows happen to share the batch.
 """
 
 from __future__ import annotations
@@ -108,23 +109,32 @@ def generate(
     max_rows: int = 256,
     on_tokens: Callable[[int], None] | None = None,
     on_finish: Callable[[Rollout], None] | None = None,
+    on_turn: Callable[[list[Rollout]], None] | None = None,
+    streams: list[int] | None = None,
 ) -> list[Rollout]:
     """n solutions of each prompt (problem text, or ready token ids): P * n rollouts, in order.
 
     `on_tokens(k)` hears of every turn's k new tokens, `on_finish(rollout)` of every rollout as
-    it ends.  At most max_rows solutions are in flight.  ValueError for a count below 1.
+    it ends, `on_turn(rollouts)` of all that are in flight.  At most max_rows are, at a time.
+    `streams` holds the random stream of each prompt's first solution, the next ones count up from
+    it: a problem that keeps its stream keeps its solutions, whatever else is sampled in the call.
+    ValueError for a count below 1.
     """
     for name, count in (("n", n), ("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
         if count < 1:
             raise ValueError(f"{name} is {count}; it must be at least 1")
     ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
     rollouts = [Rollout(i, prompt) for i, prompt in enumerate(ids) for _ in range(n)]
-    batch = _Batch(model, tokenizer, rollouts, max_rows, temperature, top_p, seed)
+    firsts = [i * n for i in range(len(ids))] if streams is None else streams
+    rows = [first + j for first in firsts for j in range(n)]
+    batch = _Batch(model, tokenizer, rollouts, rows, max_rows, temperature, top_p, seed)
     while batch.waiting or batch.live:
         batch.admit()
         ended, drawn = batch.turn(max_new_tokens)
         if on_tokens is not None:
             on_tokens(drawn)
+        if on_turn is not None:
+            on_turn([rollouts[i] for i in batch.live] + ended)
         for rollout in ended:
             if on_finish is not None:
                 on_finish(rollout)
@@ -135,8 +145,9 @@ def generate(
 class _Batch:
     """The rollouts in flight: row r of the cache belongs to rollouts[live[r]]."""
 
-    def __init__(self, model, tokenizer, rollouts, max_rows, temperature, top_p, seed):
+    def __init__(self, model, tokenizer, rollouts, streams, max_rows, temperature, top_p, seed):
         self.model, self.tokenizer, self.rollouts = model, tokenizer, rollouts
+        self.streams = streams  # of random numbers, one a rollout
         self.max_rows = min(max_rows, len(rollouts))
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.stop_ids = set(tokenizer.stop_ids)
@@ -171,7 +182,7 @@ class _Batch:
         # fp32 logits, at the last position only
         logits = self.hidden.float() @ self.model.lm_head_weight.float().T  # (R, V)
         steps = torch.tensor([len(self.rollouts[i].response_tokens) for i in self.live])
-        rows = torch.tensor(self.live)
+        rows = torch.tensor([self.streams[i] for i in self.live])
         uniform = uniforms(self.seed, rows, steps).to(logits.device)
         # Output rows beyond the tokenizer are padding of the matrix: never drawn.
         tokens = draw(logits[:, : self.tokenizer.size], uniform, self.temperature, self.top_p)
@@ -230,10 +241,12 @@ def score(
     prompts: list[list[int]],
     responses: list[list[int]],
     batch_tokens: int = 16_384,
+    on_scored: Callable[[int], None] | None = None,
 ) -> list[float]:
     """log pi(z_c | x, y) in nats of given solutions (responses end with their stop token).
 
-    The sampler's own number for the same tokens, from one plain forward pass.
+    The sampler's own number for the same tokens, from one plain forward pass.  `on_scored(k)`
+    hears of every k solutions done.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     scores = [0.0] * len(prompts)
@@ -246,4 +259,6 @@ def score(
         target = torch.full((len(batch),), z_c_id, device=model.device)
         for i, value in zip(batch, token_logprobs(hidden, model.lm_head_weight, target).tolist()):
             scores[i] = value
+        if on_scored is not None:
+            on_scored(len(batch))
     return scores

@@ -1,0 +1,139 @@
+"""
+"Is this solution right?", asked of the model itself, in two ways.
+
+    by readout     log pi(z_c) after the solution's end: LaSeR's r_s, one token
+    by generation  a second prompt with the question in words, and the model writes a judgement:
+                   what LaSeR replaces, as the baseline to compare with
+
+`open_model` is how the scripts that only use a model load it: it refuses one in which r_s cannot
+be read and says when r_s has no scale yet.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+
+from .checker import extract_answer
+from .checkpoint import load_pretrained
+from .config import ModelOptions
+from .laser import self_reward
+from .model import CausalLM
+from .sampler import Rollout, generate
+
+# The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
+LONGEST = 4096
+
+
+def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
+    """Load the model of a script's options: (model, tokenizer), with z_c, c_ref and beta_v set.
+
+    ValueError or FileNotFoundError for a model that cannot be read or has no usable z_c.
+    """
+    model, tokenizer = load_pretrained(
+        options.model, device=options.device, dtype=options.dtype, z_c=options.z_c
+    )
+    if options.beta_v is not None:
+        tokenizer.beta_v = options.beta_v
+    if options.c_ref is not None:
+        tokenizer.c_ref, tokenizer.c_ref_std = options.c_ref, None
+    if tokenizer.c_ref is None:
+        # Without it log pi(z_c) has no zero point.  A guess would look like a result.
+        warn(
+            f"c_ref was never estimated for {options.model}: there is log pi({tokenizer.z_c}) but "
+            "no r_s; train the model (train.py estimates c_ref first), or give --c-ref"
+        )
+    return model, tokenizer
+
+
+def warn(text: str) -> None:
+    """Tell the user without disturbing what programs read from standard output."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def default_new_tokens(model: CausalLM) -> int:
+    """How long an answer may get if nobody says: half of the positions that the model has seen in
+    training, the other half being left to the problem, at most LONGEST tokens."""
+    return max(1, min(LONGEST, model.config.max_position_embeddings // 2))
+
+
+def r_s(tokenizer, logp_zc: float | None) -> float | None:
+    """r_s of a log pi(z_c) in nats; None where that is missing or c_ref is unknown."""
+    if logp_zc is None or tokenizer.c_ref is None:
+        return None
+    return self_reward(logp_zc, tokenizer.c_ref, tokenizer.beta_v)
+
+
+# ---------------------------------------------------------------------------------------------
+# the baseline: a judgement in words
+
+# Asked in a conversation of its own.  The prompt's instruction, if the model has one, asks for a
+# final answer in \boxed{}, so the question names what should be in it.
+QUESTION = """Here is a problem and a proposed solution.
+
+Problem: {problem}
+
+Proposed solution: {solution}
+
+Is the final answer of the proposed solution correct? Check it, then answer \\boxed{{yes}} or \
+\\boxed{{no}}."""
+
+
+def judgement_prompt(tokenizer, row: dict) -> list[int]:
+    """Token ids of the prompt that asks for a judgement of a rollout row."""
+    follow_up = getattr(tokenizer, "verify_prompt", None)
+    if not follow_up:
+        question = QUESTION.format(problem=row["problem"], solution=row["response"])
+        return tokenizer.encode_prompt(question)
+    # The model has learned a question of its own, asked as the next turn: the solution stays
+    # where it was written, with the tokens it was written with.
+    prompt = row.get("prompt_token_ids") or tokenizer.encode_prompt(row["problem"])
+    response = row.get("response_token_ids")
+    if response is None:
+        response = tokenizer.encode(row["response"]) + [tokenizer.stop_ids[0]]
+    return prompt + response + tokenizer.encode_prompt(follow_up)
+
+
+def verdict(text: str, follow_up: bool) -> float | None:
+    """What a judgement says: 1.0 right, 0.0 wrong, None where it does not commit itself.
+
+    follow_up: the answer to a model's own short question, which begins with y or n.
+    """
+    text = text.strip().lower()
+    if follow_up:
+        return {"y": 1.0, "n": 0.0}.get(text[:1])
+    # The box is the answer; without one, the last yes or no of the text, where a judgement ends
+    # up after all its ifs and buts.
+    words = re.findall(r"\b(yes|no)\b", extract_answer(text) or "") or re.findall(
+        r"\b(yes|no)\b", text
+    )
+    return float(words[-1] == "yes") if words else None
+
+
+def judge(
+    model: CausalLM,
+    tokenizer,
+    rows: list[dict],
+    max_new_tokens: int,
+    max_rows: int,
+    on_judged: Callable[[int, dict], None],
+) -> None:
+    """Ask for a judgement of each row; `on_judged(index, {judgement, score, tokens, finished})`
+    hears of each as it ends, `tokens` counting what was generated.
+
+    Greedy: the verdict wanted is the model's likeliest, not a draw.
+    """
+    follow_up = bool(getattr(tokenizer, "verify_prompt", None))
+
+    def finish(rollout: Rollout) -> None:
+        text = tokenizer.decode(rollout.response_tokens)
+        # One that was cut off has not said its last word.
+        score = verdict(text, follow_up) if rollout.finished else None
+        facts = {"judgement": text, "score": score, "tokens": len(rollout.response_tokens)}
+        on_judged(rollout.prompt_id, facts | {"finished": rollout.finished})
+
+    generate(
+        model, tokenizer, [judgement_prompt(tokenizer, row) for row in rows],
+        max_new_tokens=max_new_tokens, temperature=0.0, max_rows=max_rows, on_finish=finish,
+    )  # fmt: skip

@@ -1,0 +1,257 @@
+"""
+Ask a model to solve a problem, and how sure it is of each solution.
+
+    python sample.py "(14+25)*2-9=?"                  # one solution, as it is written
+    python sample.py --vote "(14+25)*2-9=?"           # several, and what they decide together
+    python sample.py --adaptive --n 64 "..."          # stop as soon as the decision is settled
+    python sample.py --n 8 --json - < problem.txt     # rollout rows, one JSON object a line
+
+r_s, printed with every solution, is the model's own estimate of being right: about 0 for wrong
+and 1 for right, read from one token after the end of the solution.  The votes:
+
+    majority   every solution that ends in an answer has one vote
+    weighted   every solution votes with its r_s, clipped to [0, 1]
+
+Answers that are equal as mathematics (1/2 and 0.5) are one answer.  A solution that was cut off
+has no end and so no r_s; it weighs nothing.
+
+--adaptive draws a few solutions at a time and looks after each draw how likely the solutions that
+are left are to change the weighted vote (metrics.vote_change_probability); it stops where that is
+impossible, or at most --risk.  The solutions drawn are those that a run without --adaptive would
+have drawn first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+from nanolaser import grpo, metrics
+from nanolaser.checker import is_equivalent
+from nanolaser.config import ModelOptions, main_guard, option, parse_args
+from nanolaser.judge import default_new_tokens, open_model
+from nanolaser.problems import Problem
+from nanolaser.report import decimal, percent, shorten, table
+from nanolaser.sampler import Rollout, generate
+
+
+@dataclass
+class Options(ModelOptions):
+    """One problem, several solutions."""
+
+    problem: str | None = option(None, "the problem; - reads it from standard input", group="problem")
+    gold: str | None = option(None, "its answer, if you know it: the checker then says which "
+                                    "solutions are right", group="problem")
+    n: int | None = option(None, "solutions: 1, with --vote 8; with --adaptive at most 32",
+                           group="solutions", min=1)
+    temperature: float = option(1.0, "of sampling; 0 always takes the likeliest token",
+                                group="solutions", min=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
+                          group="solutions", above=0, max=1)
+    max_new_tokens: int | None = option(None, "longest solution", group="solutions", min=1,
+                                        by_model=True)
+    max_rows: int = option(256, "solutions sampled at the same time", group="solutions", min=1)
+    vote: bool = option(False, "let the solutions decide together", group="vote")
+    adaptive: bool = option(False, "vote, and stop when the decision is settled", group="vote")
+    batch: int = option(4, "solutions between two looks of --adaptive", group="vote", min=1)
+    risk: float = option(0.05, "probability of another decision at which --adaptive stops",
+                         group="vote", min=0, max=1)
+    json: bool = option(False, "print rollout rows, one JSON object a line (the vote, if asked "
+                               "for, is the last line)", group="output")
+
+
+def main() -> int:
+    """Read the problem, sample, print, vote."""
+    o, _ = parse_args(Options, description=__doc__.split("\n\n")[0], positional="problem")
+    problem = Problem(id="0", problem=read_problem(o.problem), answer=o.gold)
+    vote = o.vote or o.adaptive
+    n = o.n or (32 if o.adaptive else 8 if vote else 1)
+    model, tokenizer = open_model(o)
+
+    show = Silent() if o.json else Live(tokenizer, problem, n, full=not vote)
+    rows = draw(model, tokenizer, problem, n, o, show)
+    decision = decide(rows, n, o) if vote else None
+
+    if o.json:
+        for row in rows:
+            print(json.dumps(row))
+        if decision:
+            print(json.dumps({"vote": decision}))
+    elif decision:
+        print_vote(rows, decision)
+    elif n > 1:
+        print(f"{count(n)}; --vote lets them decide together")
+    return 0
+
+
+def read_problem(text: str | None) -> str:
+    """The problem's text, from the command line or standard input; ValueError if there is none."""
+    if text is None:
+        raise ValueError('no problem given: python sample.py "(14+25)*2-9=?", or - to read one')
+    text = (sys.stdin.read() if text == "-" else text).strip()
+    if not text:
+        raise ValueError("the problem is empty")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------
+# drawing solutions
+
+
+def draw(model, tokenizer, problem: Problem, n: int, o: Options, show) -> list[dict]:
+    """Rollout rows of n solutions; fewer with --adaptive, where no more are needed."""
+    rows: list[dict] = []
+    while len(rows) < n:
+        new = generate(
+            model, tokenizer, [problem.problem], n=min(n - len(rows), o.batch if o.adaptive else n),
+            max_new_tokens=o.max_new_tokens or default_new_tokens(model), seed=o.seed,
+            temperature=o.temperature, top_p=o.top_p, max_rows=o.max_rows,
+            # Solution i draws from random stream i, in whichever call it is sampled: so the
+            # budget that --adaptive leaves unused is all that tells it from a plain vote.
+            streams=[len(rows)],
+            on_turn=show.turn, on_finish=show.finish,
+        )  # fmt: skip
+        rows += grpo.check(new, [problem], tokenizer, token_ids=o.json)
+        if o.adaptive and change_probability(rows, n - len(rows)) <= o.risk:
+            break
+    return rows
+
+
+def change_probability(rows: list[dict], remaining: int) -> float:
+    """Probability that `remaining` more solutions would change the vote."""
+    classes = metrics.answer_classes([row["answer"] for row in rows], is_equivalent)
+    return metrics.vote_change_probability(classes, weights(rows), remaining)
+
+
+def weights(rows: list[dict]) -> list[float | None]:
+    """What each solution weighs: its r_s.  Where r_s is unknown for the whole model (no c_ref),
+    every solution weighs the same, and the weighted vote is the majority vote."""
+    scores = [row["r_s"] for row in rows]
+    unknown = all(s is None for s in scores) and any(row["finished"] for row in rows)
+    return [float(row["finished"]) for row in rows] if unknown else scores
+
+
+class Live:
+    """Shows solutions as they come: a single one token by token, several as each one ends."""
+
+    def __init__(self, tokenizer, problem: Problem, n: int, full: bool):
+        self.tokenizer, self.problem, self.n, self.full = tokenizer, problem, n, full
+        self.streamer, self.shown, self.ended = tokenizer.streamer(), 0, 0
+
+    def turn(self, live: list[Rollout]) -> None:
+        """Print the new tokens of the solution, if it is the only one."""
+        if self.n > 1 or not self.full:
+            return
+        new = live[0].response_tokens[self.shown :]
+        self.shown += len(new)
+        # the streamer holds a character back until its last byte is there
+        print("".join(map(self.streamer.put, new)), end="", flush=True)
+
+    def finish(self, rollout: Rollout) -> None:
+        """Print a solution that has ended, or what is left to say of the one streamed."""
+        self.ended += 1
+        row = grpo.check([rollout], [self.problem], self.tokenizer)[0]
+        if not self.full:
+            print(f"{self.ended:4d}  {describe(row)}", flush=True)
+        elif self.n == 1:
+            print(f"{self.streamer.end()}\n\n{describe(row)}", flush=True)
+        else:
+            print(f"--- solution {self.ended} of {self.n}\n{row['response']}\n\n{describe(row)}\n")
+
+
+class Silent:
+    """Shows nothing: what --json prints comes at the end."""
+
+    def turn(self, live: list[Rollout]) -> None:
+        """Nothing."""
+
+    def finish(self, rollout: Rollout) -> None:
+        """Nothing."""
+
+
+def describe(row: dict) -> str:
+    """One solution in one line: r_s and its verdict, the answer, the length."""
+    if not row["finished"]:
+        belief = f"r_s {'-':>6}  cut off (no end, no r_s: raise --max-new-tokens)"
+    elif row["r_s"] is None:
+        belief = f"log pi(z_c) {row['logp_zc']:.2f} (no c_ref, so no r_s)"
+    else:
+        belief = f"r_s {row['r_s']:6.3f}  {'right' if row['r_s'] > 0.5 else 'wrong'}, it believes"
+    answer = "no \\boxed{} answer" if row["answer"] is None else f"answer {row['answer']}"
+    checked = "" if row["r_v"] is None else f"  checker: {'right' if row['r_v'] else 'wrong'}"
+    return f"{belief}  {shorten(answer, 60)}  ({count(row['response_tokens'], 'token')}){checked}"
+
+
+def count(n: int, noun: str = "solution") -> str:
+    """1 solution, 2 solutions."""
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+# ---------------------------------------------------------------------------------------------
+# the vote
+
+
+def decide(rows: list[dict], budget: int, o: Options) -> dict:
+    """The vote, ready for JSON: the candidates, both winners and how sure they are."""
+    answers = [row["answer"] for row in rows]
+    classes = metrics.answer_classes(answers, is_equivalent)
+    scores = weights(rows)
+    candidates = [
+        {"answer": answers[c.first], "votes": c.votes, "weight": c.weight}
+        for c in metrics.tally(classes, scores)
+    ]
+    # "No answer" is a line of the table but cannot win; the heaviest answer stands on top.
+    candidates.sort(key=lambda c: (c["answer"] is not None, c["weight"], c["votes"]), reverse=True)
+    name = {int(c): answers[i] for i, c in reversed(list(enumerate(classes)))}
+    decision = {
+        "candidates": candidates,
+        "majority": name.get(metrics.majority_vote(classes)),
+        "weighted": name.get(metrics.weighted_vote(classes, scores)),
+        "solutions": len(rows),
+        "by_r_s": any(row["r_s"] is not None for row in rows),
+        # How sure?  What would as many solutions again do to the decision?
+        "change_probability": metrics.vote_change_probability(classes, scores, len(rows)),
+    }
+    if o.adaptive:
+        left = budget - len(rows)
+        stopped = metrics.vote_change_probability(classes, scores, left)
+        decision |= {"budget": budget, "saved": left, "saved_change_probability": stopped}
+    return decision
+
+
+def print_vote(rows: list[dict], d: dict) -> None:
+    """The table answer / votes / summed r_s, both winners, and how sure they are."""
+    lines = []
+    for c in d["candidates"]:
+        wins = [kind for kind in ("majority", "weighted") if c["answer"] == d[kind] is not None]
+        shown = "(no answer)" if c["answer"] is None else shorten(c["answer"], 50)
+        lines.append([shown, str(c["votes"]), f"{c['weight']:.2f}", "  <- " * bool(wins) + ", ".join(wins)])
+    print("\n" + table(("answer", "votes", "sum of r_s" if d["by_r_s"] else "weight", ""), lines))
+    if d["weighted"] is None:
+        cut = sum(not row["finished"] for row in rows)
+        print(f"\nno solution has a \\boxed{{}} answer, so there is nothing to vote on; {cut} of "
+              f"{count(len(rows))} cut off")
+        return
+    answered = [c for c in d["candidates"] if c["answer"] is not None]
+    total = sum(c["weight"] for c in answered)
+    first = next(c for c in answered if c["answer"] == d["weighted"])
+    most = next(c for c in answered if c["answer"] == d["majority"])
+    print(f"\nmajority  {d['majority']}   {most['votes']} of {count(len(rows))}")
+    share = f"{percent(first['weight'] / total)} % of the weight" if total else "nobody believed"
+    print(f"weighted  {d['weighted']}   {share}")
+    if not d["by_r_s"]:
+        print("(this model has no r_s: every solution weighs the same)")
+    print(f"how sure: {count(len(rows))} more would change the weighted answer with probability "
+          f"{decimal(d['change_probability'], 2)} at most")
+    if "saved" in d:
+        why = "the budget is used up"
+        if d["saved"]:
+            risk = d["saved_change_probability"]
+            chance = "cannot change it" if not risk else f"change it with probability {risk:.3f}"
+            why = f"the other {d['saved']} {chance}"
+        print(f"adaptive: {len(rows)} of at most {count(d['budget'])} drawn, {d['saved']} saved: {why}")
+
+
+if __name__ == "__main__":
+    main_guard(main)
