@@ -43,8 +43,9 @@ class Options(ModelOptions):
     problem: str | None = option(None, "the problem; - reads it from standard input", group="problem")
     gold: str | None = option(None, "its answer, if you know it: the checker then says which "
                                     "solutions are right", group="problem")
-    n: int | None = option(None, "solutions: 1, with --vote 8; with --adaptive at most 32",
-                           group="solutions", min=1)
+    n: int | None = option(None, "solutions; the most there may be, with --adaptive",
+                           group="solutions", min=1,
+                           shown="1, 8 with --vote, 32 with --adaptive")
     temperature: float = option(1.0, "of sampling; 0 always takes the likeliest token",
                                 group="solutions", min=0)
     top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import sys
@@ -52,19 +53,21 @@ def option(
     by_model: bool = False,
     metavar: str | None = None,
     count: int = 1,
+    shown: str | None = None,
 ) -> Any:
     """One field of an options dataclass: its default, its meaning, what it accepts.
 
     `min` and `max` are inclusive bounds, `above` an exclusive one; `choices` are the only values
     allowed; `words` are texts allowed beside a number (`--c-ref auto`).  `by_model` says that the
     default None stands for a value that depends on the model, and --help then says so.  A tuple
-    takes a comma list; with `count`, as well that many separate words (`--compare A B`).
+    takes a comma list; with `count`, as well that many separate words (`--compare A B`).  `shown`
+    is what --help says of a default that depends on other options.
     """
     # Everything lives in the field's metadata, so that the class stays a plain dataclass: it can
     # be built in a test, compared, and dumped with dataclasses.asdict without any of this file.
     metadata = dict(help=help, group=group, choices=tuple(choices) if choices else None,
                     words=tuple(words), min=min, max=max, above=above, by_model=by_model,
-                    metavar=metavar, count=count)
+                    metavar=metavar, count=count, shown=shown)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -202,7 +205,10 @@ def _specs(cls: type) -> dict[str, _Spec]:
     """Field name -> spec, in the order of the class, which is the order of --help."""
     # get_type_hints also resolves the strings that `from __future__ import annotations` leaves.
     hints = typing.get_type_hints(cls)
-    return {f.name: _Spec(f, *_kind(hints[f.name])) for f in dataclasses.fields(cls) if f.init}
+    # What a script is about comes first, what it inherits (ModelOptions) after it.
+    own = inspect.get_annotations(cls)
+    fields = sorted(dataclasses.fields(cls), key=lambda f: f.name not in own)
+    return {f.name: _Spec(f, *_kind(hints[f.name])) for f in fields if f.init}
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
@@ -259,7 +265,9 @@ def _add_switch(group: Any, name: str, spec: _Spec, text: str) -> None:
 def _help_text(spec: _Spec) -> str:
     """The meaning of an option followed by its default."""
     default = spec.field.default
-    if default is None and spec.get("by_model"):
+    if spec.get("shown"):
+        shown = spec.get("shown")
+    elif default is None and spec.get("by_model"):
         shown = "by model"
     elif default is None or default == "" or default == ():
         shown = "none"

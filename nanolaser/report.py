@@ -73,6 +73,21 @@ def verification_table(entries: Mapping[str, dict]) -> str:
                   "ECE", "Brier", "length", "r right", "r wrong"), rows)
 
 
+def generative_table(entries: Mapping[str, dict]) -> str:
+    """A line a data set: the judgements in words, their cost per solution, and r_s's beside it."""
+    rows = [[name, percent(g["f1"]), percent(g["accuracy_correct"]), percent(g["accuracy_wrong"]),
+             percent(g["undecided"]), decimal(g["tokens"], 1), str(g["self_reward_tokens"]),
+             milliseconds(g["seconds"]), milliseconds(g["self_reward_seconds"])]
+            for name, g in entries.items()]
+    return table(("asked in words", "F1", "on right", "on wrong", "undecided", "tokens",
+                  "r_s: tokens", "ms", "r_s: ms"), rows)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds in milliseconds, "-" for None."""
+    return "-" if seconds is None else f"{1000 * seconds:.2f}"
+
+
 def comparison_table(differences: Mapping[str, Any]) -> str:
     """A line a metric: two runs, their difference and its 95 % interval, a star where it excludes
     zero."""

@@ -37,6 +37,7 @@ class Rollout:
     logprobs: list[float] = field(default_factory=list)  # nats, of what was drawn as it was drawn
     logp_zc: float | None = None  # nats, at temperature 1; None: truncated, there is no end
     finished: bool = False  # ended with a stop token
+    sample_id: int = 0  # which of its problem's n solutions it is
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def generate(
         if count < 1:
             raise ValueError(f"{name} is {count}; it must be at least 1")
     ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-    rollouts = [Rollout(i, prompt) for i, prompt in enumerate(ids) for _ in range(n)]
+    rollouts = [Rollout(i, x, sample_id=j) for i, x in enumerate(ids) for j in range(n)]
     firsts = [i * n for i in range(len(ids))] if streams is None else streams
     rows = [first + j for first in firsts for j in range(n)]
     batch = _Batch(model, tokenizer, rollouts, rows, max_rows, temperature, top_p, seed)

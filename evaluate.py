@@ -1,0 +1,489 @@
+"""
+Benchmarks: how often is a model right, does it know when, and what do votes make of that?
+
+    python evaluate.py                                          # the embedded model, arithmetic
+    python evaluate.py --model runs/tiny-laser --n 8 --max-problems 200
+    python evaluate.py --model qwen2.5-7b --data math500,amc23,my/problems.jsonl --n 32
+    python evaluate.py ... --generative                         # and the baseline of r_s
+    python evaluate.py --output results/a --scores rm.jsonl     # another verifier, same solutions
+    python evaluate.py --compare results/a results/b            # two runs, paired intervals
+
+What is written into --output:
+
+    config.json     what was evaluated; a folder that holds something else is refused
+    samples.jsonl   every solution, a problem's as soon as all of them are there
+    results.json    {data set: accuracy, votes, verification, ...}
+    *.png           votes, reliability, r_s, length of each data set (where matplotlib is)
+
+Stopped?  The same command goes on where it was: finished problems are not sampled again.  The
+solutions of a problem depend on --seed and the problem alone, not on what else is sampled beside
+it, so a resumed evaluation ends like one that ran through (only the last bits of floating-point
+sums may differ with the batch, which results.json, at six decimals, rounds away).
+
+External scores (--scores) are JSON lines with `score` (or `r_s`, as verify.py writes it) and either
+`dataset`, `prompt_id` and `sample`, or one line for each line of samples.jsonl in its order.
+Judged right: score above --threshold.  Votes and calibration take scores clipped to [0, 1].
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanolaser import grpo, metrics, report
+from nanolaser.checker import is_equivalent
+from nanolaser.checkpoint import write_atomic
+from nanolaser.config import ModelOptions, main_guard, option, parse_args
+from nanolaser.judge import default_new_tokens, judge, open_model
+from nanolaser.problems import Problem, arithmetic_problems, load_problems
+from nanolaser.run import RunFolder, is_terminal
+from nanolaser.sampler import Rollout, generate
+
+ARITHMETIC = 200  # problems, where --max-problems does not say: they are made up, there is no end
+
+
+@dataclass
+class Options(ModelOptions):
+    """What to evaluate, and how."""
+
+    data: tuple[str, ...] = option(("arithmetic",), "data sets: arithmetic, aliases, .jsonl files",
+                                   group="what")
+    n: int = option(8, "solutions per problem", group="what", min=1)
+    max_problems: int | None = option(None, "problems per data set", group="what", min=1,
+                                      shown="all; of arithmetic 200")
+    output: str | None = option(None, "the results' folder", group="what", metavar="DIR",
+                                shown="results/MODEL")
+    temperature: float = option(1.0, "of sampling", group="sampling", min=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
+                          group="sampling", above=0, max=1)
+    max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1,
+                                        by_model=True)
+    max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
+    token_ids: bool = option(False, "keep the solutions' tokens in samples.jsonl", group="sampling")
+    generative: bool = option(False, "also ask the model in words whether each solution is right, "
+                                     "the baseline that r_s replaces", group="verifiers")
+    scores: str | None = option(None, "an external verifier's scores of the solutions in --output",
+                                group="verifiers", metavar="FILE")
+    threshold: float = option(0.5, "external scores above it say right", group="verifiers")
+    compare: tuple[str, ...] = option((), "two results' folders: differences, 95 % intervals from "
+                                          "a paired bootstrap over problems", group="verifiers",
+                                      count=2, metavar="A B")
+
+    def __post_init__(self):
+        if self.compare and len(self.compare) != 2:
+            raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
+        if self.scores is not None and self.output is None:
+            raise ValueError("--scores needs --output, the folder with the solutions they belong to")
+
+
+def main() -> int:
+    """Load, sample what is missing, measure, write, show."""
+    o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
+    if o.compare:
+        return compare(*o.compare)
+    if o.scores is not None:
+        return external_scores(o)
+
+    # Everything that can be wrong fails here, before anything is sampled.
+    sets = load_sets(o)
+    model, tokenizer = open_model(o)
+    limit = o.max_new_tokens or default_new_tokens(model)
+    run = open_results(o, identity(o, sets, model, tokenizer, limit))
+    print(f"{o.model}: {sum(map(len, sets.values()))} problems x {o.n}, results in {run.path}")
+
+    try:
+        sample(model, tokenizer, run, sets, limit, o)
+        if o.generative:
+            judge_all(model, tokenizer, run, limit, o)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+        raise
+    results, votes = summarise(run)
+    if o.generative:
+        for name, entry in generative_entries(run).items():
+            results[name]["generative_verification"] = entry
+    run.write_json("results.json", rounded(results))
+    show(run, results, votes)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# what is evaluated
+
+
+def load_sets(o: Options) -> dict[str, list[Problem]]:
+    """{name: problems} of all data sets; ValueError or FileNotFoundError says what is wrong."""
+    sets: dict[str, list[Problem]] = {}
+    for source in o.data:
+        name = set_name(source)
+        if name in sets:
+            name = source  # two files called alike: then by their paths
+        if name in sets:
+            raise ValueError(f"--data names {source} twice")
+        if source == "arithmetic":
+            # the test split: neither the embedded model nor its training has seen any of it
+            sets[name] = arithmetic_problems(o.max_problems or ARITHMETIC, seed=0, split="test")
+        else:
+            sets[name] = load_problems(source, split="test", max_problems=o.max_problems)
+    return sets
+
+
+def set_name(source: str) -> str:
+    """What a data set is called in results.json: its alias, or its file's name, or where that says
+    nothing (math500/test.jsonl) its folder's."""
+    path = Path(source)
+    if not path.suffix:
+        return source
+    plain = path.stem in ("test", "train", "validation", "data") and path.parent.name
+    return path.parent.name if plain else path.stem
+
+
+def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
+    """What decides about the results: two evaluations with equal identities are the same one.
+
+    --device and --max-rows are not among it: they change no more than the last bits.
+    """
+    # A run's folder gets better checkpoints under the same name, and a file may be edited: both
+    # are recognised by what they hold.  A few numbers of every tensor tell checkpoints apart.
+    weights = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
+    digest = lambda x: f"{zlib.crc32(x):08x}"  # noqa: E731
+    return {
+        "model": o.model,
+        "weights": digest(weights.numpy().tobytes()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "z_c": tokenizer.z_c,
+        "c_ref": tokenizer.c_ref,
+        "beta_v": tokenizer.beta_v,
+        "data": {
+            name: f"{len(problems)} problems, "
+            + digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
+            for name, problems in sets.items()
+        },
+        "n": o.n,
+        "seed": o.seed,
+        "temperature": o.temperature,
+        "top_p": o.top_p,
+        "max_new_tokens": limit,
+        "token_ids": o.token_ids,
+    }
+
+
+def open_results(o: Options, mine: dict) -> RunFolder:
+    """The results' folder, new or to go on with; ValueError shows how an existing one differs."""
+    name = Path(o.model.rstrip("/")).name
+    tried = 0
+    while True:
+        tried += 1
+        # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
+        path = Path(o.output or f"results/{name}" + (f"-{tried}" if tried > 1 else ""))
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--output {path} is a file, not a folder")
+        there = read_identity(path)
+        if there is None:
+            run = RunFolder(path)
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            run.write_json("config.json", {"evaluation": mine, "versions": versions})
+            return run
+        differ = [key for key in mine if there.get(key) != mine[key]]
+        if not differ:
+            return RunFolder(path)
+        if o.output:
+            shown = "; ".join(f"{key} {there.get(key)} there, {mine[key]} here" for key in differ[:3])
+            raise ValueError(f"{path} holds other results ({shown}); give another --output")
+
+
+def read_identity(path: Path) -> dict | None:
+    """What the results in a folder are of; None for a folder that is new; ValueError where it
+    holds something that is not an evaluation."""
+    config = path / "config.json"
+    if not config.exists():
+        # never write into somebody's files
+        other = next((n for n in ("samples.jsonl", "results.json") if (path / n).exists()), None)
+        if other:
+            raise ValueError(f"{path} holds a {other} without config.json; give another --output")
+        return None
+    try:
+        return dict(json.loads(config.read_bytes())["evaluation"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds something else than an evaluation; give another --output") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# sampling
+
+
+def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options) -> None:
+    """Sample what is missing, problem by problem into samples.jsonl; in order when all is there."""
+    rows = whole_problems(run.read("samples.jsonl"), o.n)
+    # A kill may have cut a line or left some solutions of a problem: those are done again.
+    write_rows(run, "samples.jsonl", rows)
+    done = {(row["dataset"], row["prompt_id"]) for row in rows}
+    total = sum(map(len, sets.values())) * o.n
+    if rows:
+        print(f"{len(rows)} of {total} solutions are there already")
+    # The mean pace of the whole run (smoothing 0).  Solutions in flight count as not begun, which
+    # is the right estimate: the tokens already spent on them raise the cost of the finished ones.
+    with tqdm(total=total, initial=len(rows), unit="solution", smoothing=0,
+              disable=not is_terminal()) as bar:
+        for name, problems in sets.items():
+            left = [i for i in range(len(problems)) if (name, i) not in done]
+            bar.set_description(name)
+            if left:
+                sample_set(model, tokenizer, run, name, problems, left, limit, o, bar)
+    rows = run.read("samples.jsonl")
+    order = {name: place for place, name in enumerate(sets)}
+    write_rows(run, "samples.jsonl", sorted(
+        rows, key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"])))
+
+
+def sample_set(model, tokenizer, run, name, problems, left, limit, o: Options, bar) -> None:
+    """Sample the problems `left` (indices) of one data set, writing each when it is complete."""
+    chosen = [problems[i] for i in left]
+    groups: dict[int, list[Rollout]] = {}
+
+    def finish(rollout: Rollout) -> None:
+        bar.update()
+        group = groups.setdefault(rollout.prompt_id, [])
+        group.append(rollout)
+        if len(group) < o.n:
+            return
+        group.sort(key=lambda r: r.sample_id)  # they end in any order
+        place = left[rollout.prompt_id]
+        extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
+        rows = grpo.check(group, chosen, tokenizer, token_ids=o.token_ids)
+        run.append("samples.jsonl", [{**row, **extra, "sample": j} for j, row in enumerate(rows)])
+        del groups[rollout.prompt_id]
+
+    began = time.perf_counter()
+    rollouts = generate(
+        model, tokenizer, [p.problem for p in chosen], n=o.n, max_new_tokens=limit,
+        temperature=o.temperature, top_p=o.top_p, seed=o.seed, max_rows=o.max_rows,
+        streams=[stream(p) for p in chosen], on_finish=finish,
+    )  # fmt: skip
+    tokens = sum(len(r.response_tokens) for r in rollouts)
+    log_time(run, "sampling", name, len(rollouts), tokens, time.perf_counter() - began)
+
+
+def stream(problem: Problem) -> int:
+    """The random stream of a problem's first solution: of the problem itself, not of its place,
+    so the same problem gets the same solutions in any data set, order or selection."""
+    # 2^20 solutions fit between two problems.  Should two checksums collide, nothing breaks: two
+    # different problems would see the same random numbers.
+    return zlib.crc32(f"{problem.id}\n{problem.problem}".encode()) << 20
+
+
+def whole_problems(rows: list[dict], n: int) -> list[dict]:
+    """The rows of the problems that have all their n solutions."""
+    count: dict[tuple, int] = {}
+    for row in rows:
+        key = (row["dataset"], row["prompt_id"])
+        count[key] = count.get(key, 0) + 1
+    return [row for row in rows if count[row["dataset"], row["prompt_id"]] == n]
+
+
+def write_rows(run: RunFolder, name: str, rows: Iterable[dict]) -> None:
+    """Replace a .jsonl file of the run, whole or not at all."""
+    write_atomic(run.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def log_time(run: RunFolder, what: str, name: str, solutions: int, tokens: int, seconds: float):
+    """Remember what a call cost: results.json holds no times, which differ from run to run."""
+    run.append("timing.jsonl", [{"what": what, "dataset": name, "solutions": solutions,
+                                 "tokens": tokens, "seconds": round(seconds, 3)}])
+
+
+# ---------------------------------------------------------------------------------------------
+# measuring
+
+
+def by_set(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by data set, in the order of the file."""
+    sets: dict[str, list[dict]] = {}
+    for row in rows:
+        sets.setdefault(row["dataset"], []).append(row)
+    return sets
+
+
+def summarise(run: RunFolder) -> tuple[dict, dict]:
+    """(entries of results.json, vote tables), by data set, from the samples on disk."""
+    results, votes = {}, {}
+    for name, rows in by_set(run.read("samples.jsonl")).items():
+        votes[name] = metrics.vote_tables(rows, is_equivalent)
+        results[name] = metrics.summarise(rows, is_equivalent, votes=votes[name])
+    return results, votes
+
+
+def rounded(value):
+    """Floats to six decimals, however deep: far below any standard error, and above what the
+    order of a floating-point sum can change."""
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def show(run: RunFolder, results: dict, votes: dict) -> None:
+    """The tables in the terminal, and the pictures."""
+    print("\n" + report.accuracy_table(results, votes))
+    print("\n" + report.verification_table({k: e["verification"] for k, e in results.items()}))
+    asked = {k: e["generative_verification"] for k, e in results.items()
+             if "generative_verification" in e}
+    if asked:
+        print("\n" + report.generative_table(asked))
+    rows = by_set(run.read("samples.jsonl"))
+    drawn = [p for name in results for p in report.pictures(run.path, name, rows[name], votes[name])]
+    print(f"\nresults.json and {len(drawn)} pictures are in {run.path}")
+
+
+# ---------------------------------------------------------------------------------------------
+# the baseline: judgements in words
+
+
+def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
+    """Ask for a judgement of every solution that has none yet, into judgements.jsonl."""
+    judged = run.read("judgements.jsonl")
+    write_rows(run, "judgements.jsonl", judged)
+    done = {key_of(row) for row in judged}
+    # One that was cut off counts as judged wrong by both verifiers: there is nothing to ask.
+    asked = {name: [row for row in rows if row["finished"]]
+             for name, rows in by_set(run.read("samples.jsonl")).items()}
+    total = sum(map(len, asked.values()))
+    with tqdm(total=total, initial=len(done), unit="judgement", smoothing=0,
+              disable=not is_terminal()) as bar:
+        for name, rows in asked.items():
+            bar.set_description(f"{name}, in words")
+            left = [row for row in rows if key_of(row) not in done]
+            tokens = 0
+
+            def finish(index: int, facts: dict, left=left) -> None:
+                nonlocal tokens
+                tokens += facts["tokens"]
+                place = dict(zip(("dataset", "prompt_id", "sample"), key_of(left[index])))
+                run.append("judgements.jsonl", [place | facts])
+                bar.update()
+
+            began = time.perf_counter()
+            if left:
+                judge(model, tokenizer, left, limit, o.max_rows, finish)
+                log_time(run, "judging", name, len(left), tokens, time.perf_counter() - began)
+
+
+def key_of(row: dict) -> tuple:
+    """Which solution of which problem a row is about."""
+    return row["dataset"], row["prompt_id"], row["sample"]
+
+
+def generative_entries(run: RunFolder) -> dict[str, dict]:
+    """`generative_verification` of each data set: how good the judgements are, and their cost."""
+    judgements = {key_of(row): row for row in run.read("judgements.jsonl")}
+    timing, entries = run.read("timing.jsonl"), {}
+    for name, rows in by_set(run.read("samples.jsonl")).items():
+        mine = [judgements[key_of(row)] for row in rows if key_of(row) in judgements]
+        scored = [row | {"r_s": judgements.get(key_of(row), {}).get("score")} for row in rows]
+        quality = metrics.verification(scored)
+        cost = {what: pace([t for t in timing if t["what"] == what and t["dataset"] == name])
+                for what in ("judging", "sampling")}
+        entries[name] = {
+            **{k: quality[k] for k in ("f1", "accuracy_correct", "accuracy_wrong", "f1_answered")},
+            "auroc": quality["auroc"],
+            "undecided": sum(j["score"] is None for j in mine) / len(mine) if mine else None,
+            "tokens": sum(j["tokens"] for j in mine) / len(mine) if mine else None,
+            "seconds": cost["judging"]["solution"],
+            # r_s is one more token of the batch that samples the solutions
+            "self_reward_tokens": 1,
+            "self_reward_seconds": cost["sampling"]["token"],
+        }
+    return entries
+
+
+def pace(calls: list[dict]) -> dict[str, float | None]:
+    """Seconds per solution and per token of the calls logged; None where there are none."""
+    seconds = sum(call["seconds"] for call in calls)
+    per = lambda what: seconds / sum(c[what] for c in calls) if calls else None  # noqa: E731
+    return {"solution": per("solutions"), "token": per("tokens")}
+
+
+# ---------------------------------------------------------------------------------------------
+# other verifiers, other runs
+
+
+def read_samples(folder: str) -> list[dict]:
+    """The solutions of a results' folder; ValueError or FileNotFoundError if there are none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    if read_identity(path) is None or not (path / "samples.jsonl").exists():
+        raise ValueError(f"{folder} holds no evaluation: samples.jsonl or config.json is missing")
+    rows = [json.loads(line) for line in open(path / "samples.jsonl", encoding="utf-8")]
+    if not rows:
+        raise ValueError(f"{folder}: no solutions there")
+    return rows
+
+
+def external_scores(o: Options) -> int:
+    """The same metrics for somebody else's scores of the same solutions, beside those of r_s."""
+    rows = read_samples(o.output)
+    scores = read_scores(o.scores, rows)
+    label, results, shown = Path(o.scores).stem, {}, {}
+    rescored = by_set([row | {"r_s": s} for row, s in zip(rows, scores)])
+    votes = {name: metrics.vote_tables(these, is_equivalent) for name, these in rescored.items()}
+    for name, own in by_set(rows).items():
+        results[name] = metrics.summarise(rescored[name], is_equivalent, votes=votes[name],
+                                          threshold=o.threshold)
+        shown[f"{name}: r_s"] = metrics.verification(own)
+        shown[f"{name}: {label}"] = results[name]["verification"]
+    out = Path(o.output) / f"scores-{label}.json"
+    write_atomic(out, json.dumps(rounded(results), indent=2) + "\n")
+    print(report.verification_table(shown))
+    print(f"\nvotes weighted by {label}:\n" + report.accuracy_table(results, votes))
+    print(f"\nwrote {out}")
+    return 0
+
+
+def read_scores(name: str, rows: list[dict]) -> list[float | None]:
+    """One score (None: has none) for each row; ValueError names the line that does not fit."""
+    keys = {key_of(row): i for i, row in enumerate(rows)}
+    scores: dict[int, float | None] = {}
+    with open(name, encoding="utf-8") as file:
+        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    for place, (number, line) in enumerate(lines):
+        try:
+            row = json.loads(line)
+            value = row["score"] if "score" in row else row["r_s"]
+            # With the three keys the order is free; without them it has to be that of the samples.
+            keyed = all(key in row for key in ("dataset", "prompt_id", "sample"))
+            index = keys[key_of(row)] if keyed else place
+            scores[index] = None if value is None else float(value)
+        except (ValueError, TypeError, KeyError) as error:
+            reason = "no such solution in the samples" if isinstance(error, KeyError) else error
+            if isinstance(error, KeyError) and error.args[0] in ("score", "r_s"):
+                reason = "no score"
+            raise ValueError(f"{name}, line {number}: {reason}") from None
+    if set(scores) != set(range(len(rows))):
+        raise ValueError(f"{name} scores {len(scores)} solutions, but there are {len(rows)}")
+    return [scores[i] for i in range(len(rows))]
+
+
+def compare(a: str, b: str) -> int:
+    """Two evaluations side by side, on the problems that both have."""
+    sets_a, sets_b = by_set(read_samples(a)), by_set(read_samples(b))
+    common = [name for name in sets_a if name in sets_b]
+    if not common:
+        raise ValueError(f"{a} ({', '.join(sets_a)}) and {b} ({', '.join(sets_b)}) have no data "
+                         "set in common")
+    print(f"A = {a}\nB = {b}\n* the interval excludes 0")
+    for name in common:
+        problems, differences = metrics.compare(sets_a[name], sets_b[name], is_equivalent)
+        print(f"\n{name}, {problems} problems in common\n" + report.comparison_table(differences))
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)
