@@ -48,60 +48,132 @@ class Options:
     """Train with LaSeR or GRPO.  Defaults depend on the model: see PRESETS."""
 
     model: str = option("tiny", "tiny (embedded), an alias, a hub id or a folder", group="what")
-    data: str | None = option(None, "arithmetic, an alias, or a .jsonl file", group="what", by_model=True)
-    eval_data: str | None = option(None, "held-out problems, named likewise", group="what", by_model=True)
-    algorithm: str = option("laser", "grpo is the baseline: alpha = tau = 0", group="what", choices=("laser", "grpo"))
+    data: str | None = option(
+        None, "arithmetic, an alias, or a .jsonl file", group="what", by_model=True
+    )
+    eval_data: str | None = option(
+        None, "held-out problems, named likewise", group="what", by_model=True
+    )
+    algorithm: str = option(
+        "laser", "grpo is the baseline: alpha = tau = 0", group="what", choices=("laser", "grpo")
+    )
     out: str | None = option(None, "the run's folder (default runs/MODEL-ALGORITHM)", group="what")
-    resume: str | None = option(None, "go on with the run in this folder", group="what", metavar="DIR")
+    resume: str | None = option(
+        None, "go on with the run in this folder", group="what", metavar="DIR"
+    )
     seed: int = option(0, "of problems and sampling", group="what")
     device: str = option("auto", "where to compute", group="what", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of the forward pass", group="what", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option(
+        "auto", "of the forward pass", group="what", choices=("auto", "float32", "bfloat16")
+    )
 
     steps: int | None = option(None, "updates", group="sampling", min=1, by_model=True)
     problems_per_step: int | None = option(None, "P", group="sampling", min=1, by_model=True)
     group_size: int = option(8, "G, solutions per problem", group="sampling", min=2)
-    max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1, by_model=True)
+    max_new_tokens: int | None = option(
+        None, "longest solution", group="sampling", min=1, by_model=True
+    )
     max_prompt_tokens: int = option(2048, "longer problems are left out", group="sampling", min=1)
     temperature: float = option(1.0, "of sampling", group="sampling", above=0)
     max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
 
-    alpha: float | None = option(None, "weight of the loss on r_s", group="laser", min=0, by_model=True)
+    alpha: float | None = option(
+        None, "weight of the loss on r_s", group="laser", min=0, by_model=True
+    )
     beta_v: float = option(0.1, "scale of r_s", group="laser", above=0)
     tau: float = option(0.1, "share of r_s in the advantage", group="laser", min=0, max=1)
-    min_std: float = option(0.1, "a group whose r_s varies less keeps tau = 0", group="laser", min=0)
-    c_ref: float | str = option("auto", "nats; auto estimates it before the first step", group="laser", words=("auto",))
-    z_c: str | None = option(None, "readout token (default by model)", group="laser", metavar="TOKEN")
-    reasoning_warmup: int | None = option(None, "steps of plain GRPO first", group="laser", min=0, by_model=True)
-    self_reward_warmup: int | None = option(None, "steps before r_s enters the advantage", group="laser", min=0, by_model=True)
-    self_reward_loss: str = option("mse", "loss on r_s", group="laser", choices=("mse", "bce", "sft"))
+    min_std: float = option(
+        0.1, "a group whose r_s varies less keeps tau = 0", group="laser", min=0
+    )
+    c_ref: float | str = option(
+        "auto", "nats; auto estimates it before the first step", group="laser", words=("auto",)
+    )
+    z_c: str | None = option(
+        None, "readout token (default by model)", group="laser", metavar="TOKEN"
+    )
+    reasoning_warmup: int | None = option(
+        None, "steps of plain GRPO first", group="laser", min=0, by_model=True
+    )
+    self_reward_warmup: int | None = option(
+        None, "steps before r_s enters the advantage", group="laser", min=0, by_model=True
+    )
+    self_reward_loss: str = option(
+        "mse", "loss on r_s", group="laser", choices=("mse", "bce", "sft")
+    )
 
     lr: float | None = option(None, "peak learning rate", group="update", above=0, by_model=True)
-    lr_warmup: int | None = option(None, "steps of rising learning rate", group="update", min=0, by_model=True)
-    lr_final: float | None = option(None, "learning rate at the end, as a share of the peak", group="update", min=0, max=1, by_model=True)
+    lr_warmup: int | None = option(
+        None, "steps of rising learning rate", group="update", min=0, by_model=True
+    )
+    lr_final: float | None = option(
+        None,
+        "learning rate at the end, as a share of the peak",
+        group="update",
+        min=0,
+        max=1,
+        by_model=True,
+    )
     weight_decay: float = option(0.01, "of AdamW", group="update", min=0)
     grad_clip: float = option(1.0, "largest gradient norm", group="update", above=0)
     updates_per_batch: int = option(1, "optimizer steps on each batch", group="update", min=1)
-    micro_batch_tokens: int | None = option(None, "tokens per forward pass", group="update", min=1, by_model=True)
+    micro_batch_tokens: int | None = option(
+        None, "tokens per forward pass", group="update", min=1, by_model=True
+    )
 
-    eval_every: int | None = option(None, "steps between evaluations", group="output", min=1, by_model=True)
-    eval_problems: int = option(400, "held-out problems before and after (a quarter of them in between)", group="output", min=1)
-    eval_n: int | None = option(None, "solutions per held-out problem", group="output", min=1, by_model=True)
-    save_every: int | None = option(None, "steps between checkpoints", group="output", min=1, by_model=True)
+    eval_every: int | None = option(
+        None, "steps between evaluations", group="output", min=1, by_model=True
+    )
+    eval_problems: int = option(
+        400,
+        "held-out problems before and after (a quarter of them in between)",
+        group="output",
+        min=1,
+    )
+    eval_n: int | None = option(
+        None, "solutions per held-out problem", group="output", min=1, by_model=True
+    )
+    save_every: int | None = option(
+        None, "steps between checkpoints", group="output", min=1, by_model=True
+    )
 
 
 # The embedded model learns in minutes; the paper's settings are those of its Qwen2.5-7B script.
 PRESETS = {
     "tiny": dict(
-        data="arithmetic", eval_data="arithmetic", steps=240, problems_per_step=16,
-        max_new_tokens=96, lr=2e-4, lr_warmup=5, lr_final=0.1, alpha=0.5, reasoning_warmup=10,
-        self_reward_warmup=60, micro_batch_tokens=8192, eval_every=60, eval_n=8, save_every=120,
+        data="arithmetic",
+        eval_data="arithmetic",
+        steps=240,
+        problems_per_step=16,
+        max_new_tokens=96,
+        lr=2e-4,
+        lr_warmup=5,
+        lr_final=0.1,
+        alpha=0.5,
+        reasoning_warmup=10,
+        self_reward_warmup=60,
+        micro_batch_tokens=8192,
+        eval_every=60,
+        eval_n=8,
+        save_every=120,
     ),
     "paper": dict(
-        data="deepmath", eval_data="math500", steps=800, problems_per_step=128,
-        max_new_tokens=8192, lr=1e-6, lr_warmup=0, lr_final=1.0, alpha=0.1, reasoning_warmup=200,
-        self_reward_warmup=200, micro_batch_tokens=16384, eval_every=20, eval_n=2, save_every=50,
+        data="deepmath",
+        eval_data="math500",
+        steps=800,
+        problems_per_step=128,
+        max_new_tokens=8192,
+        lr=1e-6,
+        lr_warmup=0,
+        lr_final=1.0,
+        alpha=0.1,
+        reasoning_warmup=200,
+        self_reward_warmup=200,
+        micro_batch_tokens=16384,
+        eval_every=20,
+        eval_n=2,
+        save_every=50,
     ),
-}  # fmt: skip
+}
 
 MAX_SKIPPED = 5  # non-finite updates in a row after which the run stops
 
@@ -117,9 +189,15 @@ def train_step(model, tokenizer, optimizer, problems, o: Options, step: int):
 
     # 1. Sample.  The seed depends on the step alone: a resumed run draws what it would have drawn.
     rollouts = generate(
-        model, tokenizer, [p.problem for p in problems], n=o.group_size, seed=o.seed * 1_000_003 + step,
-        max_new_tokens=o.max_new_tokens, temperature=o.temperature, max_rows=o.max_rows,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        [p.problem for p in problems],
+        n=o.group_size,
+        seed=o.seed * 1_000_003 + step,
+        max_new_tokens=o.max_new_tokens,
+        temperature=o.temperature,
+        max_rows=o.max_rows,
+    )
     sampled = time.perf_counter()
 
     # 2. and 3.  r_v from the checker, r_s from the model's own readout.
@@ -132,9 +210,13 @@ def train_step(model, tokenizer, optimizer, problems, o: Options, step: int):
 
     # 5. Update.
     loss = grpo.Loss(
-        alpha=o.alpha if phase != "reasoning" else 0.0, beta_v=o.beta_v, c_ref=tokenizer.c_ref,
-        z_c_id=tokenizer.z_c_id, temperature=o.temperature, kind=o.self_reward_loss,
-    )  # fmt: skip
+        alpha=o.alpha if phase != "reasoning" else 0.0,
+        beta_v=o.beta_v,
+        c_ref=tokenizer.c_ref,
+        z_c_id=tokenizer.z_c_id,
+        temperature=o.temperature,
+        kind=o.self_reward_loss,
+    )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, o)
     sums, grad_norm, skipped = grpo.update(
@@ -178,16 +260,23 @@ def learning_rate(step: int, o: Options) -> float:
 def find_c_ref(model, tokenizer, problems, o: Options) -> None:
     """Estimate c_ref on the untouched model, and say how steady it is."""
     mean, std, others = grpo.estimate_c_ref(
-        model, tokenizer, problems, seed=o.seed, max_new_tokens=o.max_new_tokens,
-        temperature=o.temperature, max_rows=o.max_rows,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        problems,
+        seed=o.seed,
+        max_new_tokens=o.max_new_tokens,
+        temperature=o.temperature,
+        max_rows=o.max_rows,
+    )
     tokenizer.c_ref, tokenizer.c_ref_std = mean, std
     print(f"c_ref = {mean:.2f} nats, spread {std:.2f} ({tokenizer.z_c})")
     # The spread is noise in r_s before anything is learned: beta_v * std of a scale of 0 to 1.
     if std > 0.2 / o.beta_v:
         better = ", ".join(f"{t} ({m:.1f} +- {s:.2f})" for t, m, s in others[:3] if s < std)
-        print(f"warning: that is a wide spread for --beta-v {o.beta_v}; "
-              f"steadier tokens for --z-c: {better or 'none'}")  # fmt: skip
+        print(
+            f"warning: that is a wide spread for --beta-v {o.beta_v}; "
+            f"steadier tokens for --z-c: {better or 'none'}"
+        )
 
 
 class ProblemStream:
@@ -212,7 +301,9 @@ class ProblemStream:
         picked = []
         for i in range(max(step - 1, 0) * P, max(step, 1) * P):
             epoch, place = divmod(i, total)
-            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.o.seed + epoch))
+            order = torch.randperm(
+                total, generator=torch.Generator().manual_seed(self.o.seed + epoch)
+            )
             picked.append(self.problems[order[place]])
         return picked
 
@@ -229,10 +320,16 @@ def evaluate(model, tokenizer, problems, o: Options, label: str) -> dict:
     total = len(problems) * o.eval_n
     with tqdm(total=total, desc=label, leave=False, disable=not is_terminal(), unit="y") as bar:
         rollouts = generate(
-            model, tokenizer, [p.problem for p in problems], n=o.eval_n, seed=o.seed,
-            max_new_tokens=o.max_new_tokens, temperature=o.temperature, max_rows=o.max_rows,
+            model,
+            tokenizer,
+            [p.problem for p in problems],
+            n=o.eval_n,
+            seed=o.seed,
+            max_new_tokens=o.max_new_tokens,
+            temperature=o.temperature,
+            max_rows=o.max_rows,
             on_finish=lambda _: bar.update(),
-        )  # fmt: skip
+        )
     return metrics.summarise(grpo.check(rollouts, problems, tokenizer), is_equivalent)
 
 
@@ -241,8 +338,8 @@ def describe(step: int, e: dict) -> str:
     v, k = e["verification"], str(e["n"])
     show = lambda x: "  -  " if x is None else f"{100 * x:5.1f}"  # noqa: E731
     return (
-        f"eval {step:5d}  accuracy {show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}  "
-        f"F1 {show(v['f1'])}  AUROC {show(v['auroc'])} (within problem {show(v['auroc_within'])})  "
+        f"eval {step:5d}  accuracy {show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}"
+        f"  F1 {show(v['f1'])}  AUROC {show(v['auroc'])} (within problem {show(v['auroc_within'])})  "
         f"vote@{k}: majority {show(e['majority_vote'][k])}  weighted {show(e['weighted_vote'][k])}"
     )
 
@@ -254,8 +351,9 @@ def line(m: dict, total: int) -> str:
     return (
         f"{m['step']:5d}/{total} {m['phase']:<11} reward {m['reward']:.2f}  "
         f"r_s right {show(m['r_s_correct'])} wrong {show(m['r_s_wrong'])}  "
-        f"F1 {show(m['verification_f1'])}  loss {m['policy_loss']:+.3f} {m['self_reward_loss']:.3f}  "
-        f"grad {show(m['grad_norm'])}  tokens {m['response_tokens']:5.1f}  {seconds:.2f} s"
+        f"F1 {show(m['verification_f1'])}  "
+        f"loss {m['policy_loss']:+.3f} {m['self_reward_loss']:.3f}  grad {show(m['grad_norm'])}  "
+        f"tokens {m['response_tokens']:5.1f}  {seconds:.2f} s"
     )
 
 
@@ -322,7 +420,9 @@ def main() -> int:
         name = f"{o.model.rstrip('/').split('/')[-1]}-{o.algorithm}"
         run = RunFolder.create(o.out, name, dataclasses.asdict(o))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{o.model}: {parameters:,} parameters on {model.device} in {model.dtype}; run {run.path}")
+    print(
+        f"{o.model}: {parameters:,} parameters on {model.device} in {model.dtype}; run {run.path}"
+    )
 
     began, before, first, tokens = time.perf_counter(), None, 1, 0
     if checkpoint:
@@ -379,11 +479,18 @@ def main() -> int:
     after = {"step": o.steps, **evaluate(model, tokenizer, test, o, "after")}
     run.append("evals.jsonl", [after])
     print(describe(0, before), describe(o.steps, after), sep="\n")
-    run.write_json("summary.json", {
-        "before": before, "after": after, "seconds": time.perf_counter() - began, "tokens": tokens,
-        "c_ref": tokenizer.c_ref, "c_ref_std": tokenizer.c_ref_std,
-        "peak_memory_bytes": peak_memory_bytes(model.device),
-    })  # fmt: skip
+    run.write_json(
+        "summary.json",
+        {
+            "before": before,
+            "after": after,
+            "seconds": time.perf_counter() - began,
+            "tokens": tokens,
+            "c_ref": tokenizer.c_ref,
+            "c_ref_std": tokenizer.c_ref_std,
+            "peak_memory_bytes": peak_memory_bytes(model.device),
+        },
+    )
     if plots.available():
         plots.curves(run.path / "curves.png", run.read("metrics.jsonl"), run.read("evals.jsonl"))
     minutes = (time.perf_counter() - began) / 60

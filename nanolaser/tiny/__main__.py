@@ -187,7 +187,7 @@ def write_tokenizer(folder: Path) -> None:
         "additional_special_tokens": SPECIAL,
         "chat_template": (
             "{% for message in messages %}"
-            f"{{{{ ('{USER}' if message['role'] == 'user' else '') + message['content'] + '{END}' }}}}"
+            f"{{{{ ('{USER}' if message['role'] == 'user' else '') + message['content'] }}}}{END}"
             "{% endfor %}"
         ),
     }
@@ -227,7 +227,12 @@ def train(model: CausalLM, encode, options: Options) -> None:
     # eps 1e-7: the gradient of a token that never occurs shrinks to nothing, and Adam would
     # divide it by its own size and go on pushing that token down for ever; so would z_c drift.
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True
+        model.parameters(),
+        lr=options.lr,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        eps=1e-7,
+        fused=True,
     )
     start, total = time.perf_counter(), 60 * options.minutes
     for update, (tokens, lengths, prompts) in enumerate(batches(options, encode)):
@@ -249,7 +254,9 @@ def train(model: CausalLM, encode, options: Options) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if update % 500 == 0:
-            print(f"{elapsed / 60:5.1f} min  update {update:6d}  loss {loss.item():.3f}", flush=True)
+            print(
+                f"{elapsed / 60:5.1f} min  update {update:6d}  loss {loss.item():.3f}", flush=True
+            )
 
 
 def main() -> None:
