@@ -43,19 +43,19 @@ from nanolaser.checker import is_equivalent
 from nanolaser.checkpoint import write_atomic
 from nanolaser.config import ModelOptions, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, judge, open_model
-from nanolaser.problems import Problem, arithmetic_problems, load_problems
+from nanolaser.problems import ARITHMETIC, Problem, load_problems
 from nanolaser.run import RunFolder, is_terminal
 from nanolaser.sampler import Rollout, generate
 
-ARITHMETIC = 200  # problems, where --max-problems does not say: they are made up, there is no end
+GENERATED = 200  # arithmetic problems, where --max-problems does not say: they are made up, there is no end
 
 
 @dataclass
 class Options(ModelOptions):
     """What to evaluate, and how."""
 
-    data: tuple[str, ...] = option(("arithmetic",), "data sets: arithmetic, aliases, .jsonl files",
-                                   group="what")
+    data: tuple[str, ...] = option(("arithmetic",), "data sets: arithmetic, arithmetic-hard, "
+                                   "aliases, .jsonl files", group="what")
     n: int = option(8, "solutions per problem", group="what", min=1)
     max_problems: int | None = option(None, "problems per data set", group="what", min=1,
                                       shown="all; of arithmetic 200")
@@ -128,11 +128,9 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
             name = source  # two files called alike: then by their paths
         if name in sets:
             raise ValueError(f"--data names {source} twice")
-        if source == "arithmetic":
-            # the test split: neither the embedded model nor its training has seen any of it
-            sets[name] = arithmetic_problems(o.max_problems or ARITHMETIC, seed=0, split="test")
-        else:
-            sets[name] = load_problems(source, split="test", max_problems=o.max_problems)
+        # the test split: neither the embedded model nor its training has seen any of it
+        most = o.max_problems or (GENERATED if source in ARITHMETIC else None)
+        sets[name] = load_problems(source, split="test", max_problems=most)
     return sets
 
 

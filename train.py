@@ -38,7 +38,7 @@ from nanolaser import grpo, laser, metrics, plots
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import load_pretrained, load_state, save_pretrained
 from nanolaser.config import apply_preset, main_guard, option, parse_args
-from nanolaser.problems import Problem, arithmetic_problems, load_problems
+from nanolaser.problems import ARITHMETIC, Problem, arithmetic_problems, load_problems
 from nanolaser.run import RunFolder, is_terminal, peak_memory_bytes
 from nanolaser.sampler import generate
 
@@ -286,7 +286,7 @@ class ProblemStream:
     def __init__(self, o: Options, tokenizer):
         self.o = o
         self.problems: list[Problem] = []
-        if o.data != "arithmetic":
+        if o.data not in ARITHMETIC:
             problems = load_problems(o.data, split="train", parses=parses)
             fits = lambda p: len(tokenizer.encode_prompt(p.problem)) <= o.max_prompt_tokens  # noqa: E731
             self.problems = [p for p in problems if fits(p)]
@@ -297,7 +297,8 @@ class ProblemStream:
         """The problems of one step, counted from 1 (step 0: those that estimate c_ref)."""
         P, total = self.o.problems_per_step, len(self.problems)
         if not total:
-            return arithmetic_problems(P, seed=self.o.seed * 1_000_003 + step)
+            operations = ARITHMETIC[self.o.data]
+            return arithmetic_problems(P, self.o.seed * 1_000_003 + step, operations=operations)
         picked = []
         for i in range(max(step - 1, 0) * P, max(step, 1) * P):
             epoch, place = divmod(i, total)
@@ -310,8 +311,6 @@ class ProblemStream:
 
 def held_out(o: Options) -> list[Problem]:
     """The problems of the evaluations: never among those trained on."""
-    if o.eval_data == "arithmetic":
-        return arithmetic_problems(o.eval_problems, seed=0, split="test")
     return load_problems(o.eval_data, split="test", max_problems=o.eval_problems, parses=parses)
 
 

@@ -46,6 +46,9 @@ DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     "gpqa": ("Idavidrein/gpqa", {"train": "gpqa_diamond.csv"}),  # gated: accept its terms first
 }
 
+# Generated: how many operations a problem has.  The hard ones are longer than any trained on.
+ARITHMETIC = {"arithmetic": (2, 3, 4, 5), "arithmetic-hard": (6, 7)}
+
 # What a field of Problem may be called in a row, the best name first.
 FIELDS = {
     "problem": ("problem", "question", "Question"),
@@ -86,8 +89,8 @@ def load_problems(
     """
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems is {max_problems}, but has to be at least 1")
-    if name == "arithmetic":
-        return arithmetic_problems(max_problems or 1000, seed=seed, split=split)
+    if name in ARITHMETIC:
+        return arithmetic_problems(max_problems or 1000, seed, split, ARITHMETIC[name])
     files = _files(name, split)
     problems: list[Problem] = []
     notes = _Notes(name)
@@ -214,7 +217,7 @@ def _files(name: str, split: str) -> list[Path]:
         raise ValueError(f"{name} is a folder; name a file in it ({inside or 'none fits'})")
     if path.suffix or "/" in name:
         raise FileNotFoundError(f"no such data file: {name}")
-    known = ["arithmetic", *DATASETS]
+    known = [*ARITHMETIC, *DATASETS]
     alike = difflib.get_close_matches(name.lower(), known, n=3)
     hint = f"did you mean {' or '.join(alike)}?" if alike else f"known: {', '.join(known)}"
     raise ValueError(f"{name!r} is neither a data file nor an alias; {hint}")
@@ -373,7 +376,7 @@ def is_held_out(text: str) -> bool:
 
 
 def arithmetic_problems(
-    count: int, seed: int, split: str = "train", operations: tuple[int, ...] = (2, 3, 4, 5)
+    count: int, seed: int, split: str = "train", operations: tuple[int, ...] = ARITHMETIC["arithmetic"]
 ) -> list[Problem]:
     """`count` random problems of the split (train, test); the same seed gives the same ones."""
     rng = random.Random(f"{split} {seed}")
