@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from core import (
-    BETA_V, C_REF, FakeTokenizer, all_logprobs, random_model, random_rollouts, slow_readout)
 from torch.testing import assert_close
 
 from nanolaser import grpo, laser
 from nanolaser.sampler import Rollout, generate
+from tests.core import (
+    BETA_V, C_REF, FakeTokenizer, all_logprobs, random_model, random_rollouts, slow_readout)
 
 TOKENIZER = FakeTokenizer()
 G = 4

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from core import SIZE, VOCAB, FakeTokenizer, all_logprobs, random_model, slow_readout
 from scipy import stats
 from torch.testing import assert_close
 
 from nanolaser.grpo import read
 from nanolaser.readout import token_logprobs
 from nanolaser.sampler import draw, generate, pad, score, uniforms
+from tests.core import SIZE, VOCAB, FakeTokenizer, all_logprobs, random_model, slow_readout
 
 TOKENIZER = FakeTokenizer()
 PROMPTS = ["a", "bcdefghijk", "kk3", "0123456789abcdefg", "u1", "fed", "9"]
@@ -21,6 +21,7 @@ def model():
     return random_model().requires_grad_(False)
 
 
+@torch.no_grad()
 def greedy(model, prompt, max_new_tokens):
     """Argmax over a full forward pass for every token: no cache, no batch, no padding."""
     response = []
@@ -40,19 +41,18 @@ def texts(rollouts):
 
 
 @pytest.mark.parametrize("kind", ["qwen2, tied", "llama, untied"])
-@pytest.mark.parametrize("max_rows", [1, 3, 256])
-def test_greedy_equals_full_forward_argmax(kind, max_rows):
+def test_greedy_equals_full_forward_argmax(kind):
     changes = {} if kind == "qwen2, tied" else dict(
         model_type="llama", attention_bias=False, tie_word_embeddings=False, head_dim=12)
     model = random_model(**changes)
     # 70 tokens: beyond the first block of the cache
-    rollouts = generate(model, TOKENIZER, PROMPTS, max_new_tokens=70, temperature=0.0,
-                        max_rows=max_rows)
-    for rollout, text in zip(rollouts, PROMPTS):
-        assert rollout.prompt_tokens == TOKENIZER.encode_prompt(text)
-        assert rollout.response_tokens == greedy(model, rollout.prompt_tokens, 70)
-    lengths = {len(r.response_tokens) for r in rollouts}
-    assert len(lengths) >= 3, f"this model should stop early on some prompts: {lengths}"
+    expected = [greedy(model, TOKENIZER.encode_prompt(text), 70) for text in PROMPTS]
+    assert len(set(map(len, expected))) >= 3, "this model should stop early on some prompts"
+    for max_rows in (1, 3, 256):
+        rollouts = generate(model, TOKENIZER, PROMPTS, max_new_tokens=70, temperature=0.0,
+                            max_rows=max_rows)
+        assert texts(rollouts) == expected
+        assert [r.prompt_tokens for r in rollouts] == [TOKENIZER.encode_prompt(p) for p in PROMPTS]
 
 
 def test_sampled_rollouts_are_well_formed(model):
@@ -106,7 +106,7 @@ def test_bf16_model_samples_and_scores_alike():
 def test_same_seed_same_rollouts_whatever_the_batch(model):
     options = dict(n=5, max_new_tokens=20, seed=11)
     all_at_once = generate(model, TOKENIZER, PROMPTS, **options)
-    for max_rows in (1, 2, 3, 4, 7, 16, 34):
+    for max_rows in (1, 3, 5, 34):
         slots = generate(model, TOKENIZER, PROMPTS, max_rows=max_rows, **options)
         assert texts(slots) == texts(all_at_once)
         ours, theirs = ([r.logp_zc or 0.0 for r in x] for x in (slots, all_at_once))
