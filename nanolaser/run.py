@@ -73,7 +73,7 @@ class RunFolder:
             raise ValueError(f"--resume {path}: no run there (config.json is missing)")
         try:
             options = json.loads(config.read_text())["options"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{config} is damaged: {error}") from None
         return cls(Path(path)), options
 
@@ -89,7 +89,8 @@ class RunFolder:
     def read(self, name: str) -> list[dict]:
         """The rows of a log; a last line cut short by a crash is no row."""
         path, rows = self.path / name, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
