@@ -1,0 +1,100 @@
+"""A run's folder: never two runs in one, never a result overwritten, no half-written line read."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanolaser.run import RunFolder, peak_memory_bytes
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_unnamed_runs_get_a_number(here):
+    paths = [RunFolder.create(None, "tiny-laser", {"steps": 3}).path for _ in range(3)]
+    assert [str(p) for p in paths] == ["runs/tiny-laser", "runs/tiny-laser-2", "runs/tiny-laser-3"]
+    config = json.loads((paths[0] / "config.json").read_text())
+    assert config["options"] == {"steps": 3} and set(config["versions"]) == {"python", "torch"}
+
+
+def test_a_run_is_never_overwritten(here):
+    RunFolder.create("out", "x", {"steps": 3})
+    with pytest.raises(ValueError, match="--resume out continues it"):
+        RunFolder.create("out", "x", {"steps": 9})
+    run, options = RunFolder.reopen("out")
+    assert options == {"steps": 3} and run.latest() is None
+    (here / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        RunFolder.create("file", "x", {})
+
+
+def test_a_folder_in_use_is_refused_and_free_after_a_crash(here):
+    """Another process holds the lock, then is killed: what it leaves behind locks nobody out."""
+    code = ("import sys; from nanolaser.run import RunFolder;"
+            "r = RunFolder.create('out', 'x', {}); print('in', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match="in use by another run"):
+            RunFolder.reopen("out")
+    finally:
+        other.kill()
+        other.wait()
+    RunFolder.reopen("out")
+
+
+def environment():
+    """This process's environment, with the project importable from any folder."""
+    import os
+    from pathlib import Path
+
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", "\ud800"])
+def test_a_damaged_config_is_one_clear_error(here, damage):
+    RunFolder.create("out", "x", {})
+    (here / "out" / "config.json").write_bytes(damage.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match="damaged"):
+        RunFolder.reopen("out")
+    with pytest.raises(ValueError, match="no run there"):
+        RunFolder.reopen("elsewhere")
+
+
+def test_logs_are_cut_back_to_the_checkpoint(here):
+    run = RunFolder.create("out", "x", {})
+    run.append("metrics.jsonl", [{"step": s, "text": "a\u2028b\n\x85"} for s in range(1, 6)])
+    run.append("samples.jsonl", [{"step": s} for s in (1, 1, 4, 4)])
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "rew')  # the power failed here
+    assert [row["step"] for row in run.read("metrics.jsonl")] == [1, 2, 3, 4, 5]
+    run.cut_back(3)
+    run.append("metrics.jsonl", [{"step": 4}])
+    assert [row["step"] for row in run.read("metrics.jsonl")] == [1, 2, 3, 4]
+    assert run.read("samples.jsonl") == [{"step": 1}, {"step": 1}]
+    assert run.read("evals.jsonl") == []
+
+
+def test_a_line_cut_inside_a_character_is_no_row(here):
+    run = RunFolder.create("out", "x", {})
+    (run.path / "evals.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x": "\xe2\x82')
+    assert run.read("evals.jsonl") == [{"step": 1}]
+
+
+def test_latest_names_the_newest_whole_checkpoint(here):
+    run = RunFolder.create("out", "x", {})
+    for step in (20, 120):
+        run.checkpoint(step).mkdir(parents=True)
+        run.point_latest(step)
+    assert run.latest() == run.path / "checkpoints" / "step-000120"
+
+
+def test_peak_memory_is_in_bytes():
+    assert 50 * 2**20 < peak_memory_bytes(torch.device("cpu")) < 2**40
