@@ -26,6 +26,7 @@ Where this departs from the released code, to follow the paper (PAPER = arXiv 25
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -43,137 +44,80 @@ from nanolaser.run import RunFolder, is_terminal, peak_memory_bytes
 from nanolaser.sampler import generate
 
 
+# One helper a heading of --help; each option below is one line: default, meaning, limits.
+what, sampling, self_rewarding, updating, output = (
+    functools.partial(option, group=group)
+    for group in ("what", "sampling", "self-reward", "update", "output")
+)
+by_model = functools.partial(dict, default=None, by_model=True)  # the default is in PRESETS
+
+
+# fmt: off
 @dataclass
 class Options:
-    """Train with LaSeR or GRPO.  Defaults depend on the model: see PRESETS."""
+    """Train with LaSeR or GRPO; defaults that depend on the model are in PRESETS."""
 
-    model: str = option("tiny", "tiny (embedded), an alias, a hub id or a folder", group="what")
-    data: str | None = option(
-        None, "arithmetic, an alias, or a .jsonl file", group="what", by_model=True
-    )
-    eval_data: str | None = option(
-        None, "held-out problems, named likewise", group="what", by_model=True
-    )
-    algorithm: str = option(
-        "laser", "grpo is the baseline: alpha = tau = 0", group="what", choices=("laser", "grpo")
-    )
-    out: str | None = option(None, "the run's folder (default runs/MODEL-ALGORITHM)", group="what")
-    resume: str | None = option(
-        None, "go on with the run in this folder", group="what", metavar="DIR"
-    )
-    seed: int = option(0, "of problems and sampling", group="what")
-    device: str = option("auto", "where to compute", group="what", choices=("auto", "cpu", "cuda"))
-    dtype: str = option(
-        "auto", "of the forward pass", group="what", choices=("auto", "float32", "bfloat16")
-    )
+    model: str = what("tiny", "tiny (embedded), an alias, a hub id or a folder")
+    data: str | None = what(help="arithmetic, an alias, or a .jsonl file", **by_model())
+    eval_data: str | None = what(help="held-out problems, named likewise", **by_model())
+    algorithm: str = what("laser", "grpo: alpha = tau = 0, the baseline", choices=("laser", "grpo"))
+    out: str | None = what(None, "the run's folder (runs/MODEL-ALGORITHM if not given)")
+    resume: str | None = what(None, "go on with the run in this folder", metavar="DIR")
+    seed: int = what(0, "of problems and sampling")
+    device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = what("auto", "of the forward pass", choices=("auto", "float32", "bfloat16"))
 
-    steps: int | None = option(None, "updates", group="sampling", min=1, by_model=True)
-    problems_per_step: int | None = option(None, "P", group="sampling", min=1, by_model=True)
-    group_size: int = option(8, "G, solutions per problem", group="sampling", min=2)
-    max_new_tokens: int | None = option(
-        None, "longest solution", group="sampling", min=1, by_model=True
-    )
-    max_prompt_tokens: int = option(2048, "longer problems are left out", group="sampling", min=1)
-    temperature: float = option(1.0, "of sampling", group="sampling", above=0)
-    max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
+    steps: int | None = sampling(help="batches to sample and learn from", min=1, **by_model())
+    problems_per_step: int | None = sampling(help="P", min=1, **by_model())
+    # one solution has nothing to be compared with: its group's advantage would be 0 / 0
+    group_size: int = sampling(8, "G, solutions per problem", min=2)
+    max_new_tokens: int | None = sampling(help="longest solution", min=1, **by_model())
+    max_prompt_tokens: int = sampling(2048, "longer problems are left out", min=1)
+    # no top-p here: the policy gradient is that of the distribution that was sampled from
+    temperature: float = sampling(1.0, "of the policy; z_c is read at 1", above=0)
+    max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
 
-    alpha: float | None = option(
-        None, "weight of the loss on r_s", group="laser", min=0, by_model=True
-    )
-    beta_v: float = option(0.1, "scale of r_s", group="laser", above=0)
-    tau: float = option(0.1, "share of r_s in the advantage", group="laser", min=0, max=1)
-    min_std: float = option(
-        0.1, "a group whose r_s varies less keeps tau = 0", group="laser", min=0
-    )
-    c_ref: float | str = option(
-        "auto", "nats; auto estimates it before the first step", group="laser", words=("auto",)
-    )
-    z_c: str | None = option(
-        None, "readout token (default by model)", group="laser", metavar="TOKEN"
-    )
-    reasoning_warmup: int | None = option(
-        None, "steps of plain GRPO first", group="laser", min=0, by_model=True
-    )
-    self_reward_warmup: int | None = option(
-        None, "steps before r_s enters the advantage", group="laser", min=0, by_model=True
-    )
-    self_reward_loss: str = option(
-        "mse", "loss on r_s", group="laser", choices=("mse", "bce", "sft")
-    )
+    alpha: float | None = self_rewarding(help="weight of the loss on r_s", min=0, **by_model())
+    beta_v: float = self_rewarding(0.1, "scale of r_s", above=0)
+    tau: float = self_rewarding(0.1, "share of r_s in the advantage", min=0, max=1)
+    # normalising a group whose r_s hardly differs would make a signal out of noise
+    min_std: float = self_rewarding(0.1, "groups whose r_s varies less keep tau = 0", min=0)
+    c_ref: float | str = self_rewarding("auto", "nats; auto: measured first", words=("auto",))
+    z_c: str | None = self_rewarding(None, "readout token (else by model)", metavar="TOKEN")
+    reasoning_warmup: int | None = self_rewarding(help="steps of plain GRPO", min=0, **by_model())
+    self_reward_warmup: int | None = self_rewarding(
+        help="steps of learning r_s before it enters the advantage", min=0, **by_model())
+    self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
 
-    lr: float | None = option(None, "peak learning rate", group="update", above=0, by_model=True)
-    lr_warmup: int | None = option(
-        None, "steps of rising learning rate", group="update", min=0, by_model=True
-    )
-    lr_final: float | None = option(
-        None,
-        "learning rate at the end, as a share of the peak",
-        group="update",
-        min=0,
-        max=1,
-        by_model=True,
-    )
-    weight_decay: float = option(0.01, "of AdamW", group="update", min=0)
-    grad_clip: float = option(1.0, "largest gradient norm", group="update", above=0)
-    updates_per_batch: int = option(1, "optimizer steps on each batch", group="update", min=1)
-    micro_batch_tokens: int | None = option(
-        None, "tokens per forward pass", group="update", min=1, by_model=True
-    )
+    lr: float | None = updating(help="peak learning rate of AdamW", above=0, **by_model())
+    lr_warmup: int | None = updating(help="steps of rising learning rate", min=0, **by_model())
+    lr_final: float | None = updating(help="last learning rate / peak", min=0, max=1, **by_model())
+    weight_decay: float = updating(0.01, "of AdamW", min=0)
+    grad_clip: float = updating(1.0, "largest gradient norm", above=0)
+    # one update a batch, as in the paper: the policy that learns is the one that sampled
+    updates_per_batch: int = updating(1, "optimizer steps on each batch", min=1)
+    micro_batch_tokens: int | None = updating(help="tokens a forward pass", min=1, **by_model())
 
-    eval_every: int | None = option(
-        None, "steps between evaluations", group="output", min=1, by_model=True
-    )
-    eval_problems: int = option(
-        400,
-        "held-out problems before and after (a quarter of them in between)",
-        group="output",
-        min=1,
-    )
-    eval_n: int | None = option(
-        None, "solutions per held-out problem", group="output", min=1, by_model=True
-    )
-    save_every: int | None = option(
-        None, "steps between checkpoints", group="output", min=1, by_model=True
-    )
+    eval_every: int | None = output(help="steps between evaluations", min=1, **by_model())
+    eval_problems: int = output(400, "held-out problems (in between, a quarter of them)", min=1)
+    eval_n: int | None = output(help="solutions per held-out problem", min=1, **by_model())
+    save_every: int | None = output(help="steps between checkpoints", min=1, **by_model())
 
 
 # The embedded model learns in minutes; the paper's settings are those of its Qwen2.5-7B script.
 PRESETS = {
     "tiny": dict(
-        data="arithmetic",
-        eval_data="arithmetic",
-        steps=240,
-        problems_per_step=16,
-        max_new_tokens=96,
-        lr=2e-4,
-        lr_warmup=5,
-        lr_final=0.1,
-        alpha=0.5,
-        reasoning_warmup=10,
-        self_reward_warmup=60,
-        micro_batch_tokens=8192,
-        eval_every=60,
-        eval_n=8,
-        save_every=120,
+        data="arithmetic", eval_data="arithmetic", steps=240, problems_per_step=16,
+        max_new_tokens=96, lr=2e-4, lr_warmup=5, lr_final=0.1, alpha=0.5, reasoning_warmup=10,
+        self_reward_warmup=60, micro_batch_tokens=8192, eval_every=60, eval_n=8, save_every=120,
     ),
     "paper": dict(
-        data="deepmath",
-        eval_data="math500",
-        steps=800,
-        problems_per_step=128,
-        max_new_tokens=8192,
-        lr=1e-6,
-        lr_warmup=0,
-        lr_final=1.0,
-        alpha=0.1,
-        reasoning_warmup=200,
-        self_reward_warmup=200,
-        micro_batch_tokens=16384,
-        eval_every=20,
-        eval_n=2,
-        save_every=50,
+        data="deepmath", eval_data="math500", steps=800, problems_per_step=128,
+        max_new_tokens=8192, lr=1e-6, lr_warmup=0, lr_final=1.0, alpha=0.1, reasoning_warmup=200,
+        self_reward_warmup=200, micro_batch_tokens=16384, eval_every=20, eval_n=2, save_every=50,
     ),
 }
+# fmt: on
 
 MAX_SKIPPED = 5  # non-finite updates in a row after which the run stops
 
@@ -339,7 +283,7 @@ def describe(step: int, e: dict) -> str:
     return (
         f"eval {step:5d}  accuracy {show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}"
         f"  F1 {show(v['f1'])}  AUROC {show(v['auroc'])} (within problem {show(v['auroc_within'])})  "
-        f"vote@{k}: majority {show(e['majority_vote'][k])}  weighted {show(e['weighted_vote'][k])}"
+        f"vote@{k} {show(e['majority_vote'][k])}  weighted {show(e['weighted_vote'][k])}"
     )
 
 
