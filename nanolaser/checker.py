@@ -55,7 +55,7 @@ from typing import NamedTuple
 
 from .checker_parse import MAX_CHARS, ParseError, clean, is_structure, parse, unbox
 
-MAX_WORK = 20000         # unit: about one microsecond of work on a laptop core
+MAX_WORK = 15000         # unit: about one microsecond of work on a laptop core
 MAX_BITS = 32000         # of an exact numerator or denominator (about 9600 digits)
 MAX_FACTORIAL = 3000     # of the argument of an exact factorial
 MAX_SUM_TERMS = 2000
@@ -286,6 +286,7 @@ class _Comparison:
         return self.scalars(answer, gold)
 
     def equal(self, answer: tuple, gold: tuple) -> bool:
+        """The verdict alone."""
         return self.same(answer, gold)[0]
 
     def matched(self, answers: tuple, golds: tuple) -> bool:
@@ -307,6 +308,7 @@ class _Comparison:
                 and all(any(self.equal(a, g) for g in golds) for a in answers))
 
     def in_order(self, answers: tuple, golds: tuple) -> bool:
+        """As sequences: the same length, and equal at every place."""
         return len(answers) == len(golds) and all(map(self.equal, answers, golds))
 
     def lists(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
@@ -337,6 +339,7 @@ class _Comparison:
         return self.matched(answers, golds), "the same elements in any order"
 
     def sets(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Sets against sets; with a tuple or a single value the policy table decides."""
         if answer[0] == gold[0] == "set":
             return self.covered(answer[1], gold[1]), "the same set of elements"
         if answer[0] == "tuple" and (answer[1], answer[2]) == ("(", ")") and gold[0] == "set":
@@ -360,6 +363,7 @@ class _Comparison:
         return self.in_order(answer[3], gold[3]), "elements in order"
 
     def matrices(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """The same shape and equal entries; a row is not a column."""
         if answer[0] != gold[0]:
             return False, "a matrix against something else"
         if len(answer[1]) != len(gold[1]) or len(answer[1][0]) != len(gold[1][0]):
@@ -423,6 +427,7 @@ class _Comparison:
         return equal, f"right-hand side; {rule}"
 
     def two_relations(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """A relation against a relation; chains are compared link by link, in any order."""
         one, other = _assignment(answer), _assignment(gold)
         if answer[1] == ("in",) and gold[1] != ("in",) and one[0] in gold[2]:
             return self.same(one[1], gold)  # x in [2, oo) is as good as [2, oo)
@@ -493,6 +498,7 @@ class _Comparison:
         return self.values(answer, gold)
 
     def values(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Two expressions without units: infinity, constants, or functions of letters."""
         infinite = _infinity(answer), _infinity(gold)
         if any(infinite):
             return infinite[0] == infinite[1], "infinity with its sign"
@@ -524,6 +530,7 @@ class _Comparison:
 
 
 def _items(node: tuple) -> tuple:
+    """The elements of a list, set or tuple; anything else is a list of itself."""
     if node[0] in ("list", "or", "set"):
         return node[1]
     return node[3] if node[0] == "tuple" else (node,)
@@ -554,6 +561,7 @@ def _parts(node: tuple, op: str) -> tuple:
 
 
 def _is_name(node: tuple) -> bool:
+    """Can this be what an assignment names: x, m_max, f(x), f(2)?"""
     return node[0] in ("sym", "call") and not (node[0] == "call" and any(
         arg[0] not in ("sym", "num") for arg in node[2]))
 
@@ -596,12 +604,14 @@ def _links(node: tuple) -> list:
 
 
 def _is_clock(node: tuple) -> bool:
+    """Could 2:30 be a time? Then 2:30 and 1:15 are not the same ratio."""
     parts = [part[1] for part in node[1] if part[0] == "num" and part[2] is None]
     return len(parts) == len(node[1]) in (2, 3) and parts[0] <= 24 and all(
         10 <= part < 60 or part == 0 for part in parts[1:])
 
 
 def _is_choice(answer: tuple, gold: tuple) -> bool:
+    """Single letters a to j, in either case."""
     return len(answer[1]) == len(gold[1]) == 1 and answer[1].lower() == gold[1].lower() <= "j"
 
 
@@ -618,6 +628,7 @@ def _peel(node: tuple, kind: str) -> tuple:
 
 
 def _infinity(node: tuple) -> int:
+    """+1 or -1 for the two infinities, 0 for everything else."""
     if node == ("const", "inf"):
         return 1
     return -_infinity(node[1]) if node[0] == "neg" else 0
@@ -714,6 +725,7 @@ def _merge(pieces: list) -> list:
 
 
 def _intersection(one: list, other: list) -> list:
+    """What both lists of pieces share."""
     pieces = []
     for a in one:
         for b in other:
@@ -725,6 +737,7 @@ def _intersection(one: list, other: list) -> list:
 
 
 def _complement(region: list) -> list:
+    """The reals that are not in a region: the gaps between its pieces."""
     pieces, low, low_closed = [], _MINUS, False
     for piece in region:
         pieces.append((low, low_closed, piece.low, not piece.low_closed))
@@ -734,6 +747,7 @@ def _complement(region: list) -> list:
 
 
 def _same_region(one: list, other: list) -> bool:
+    """Equal ends, equally closed, piece by piece: both sides are merged and sorted."""
     return len(one) == len(other) and all(
         a.low_closed == b.low_closed and a.high_closed == b.high_closed
         and _order(a.low, b.low) == 0 == _order(a.high, b.high) for a, b in zip(one, other))
@@ -882,6 +896,7 @@ _ZERO, _ONE, _TWO = Decimal(0), Decimal(1), Decimal(2)
 
 
 def _is_zero(value) -> bool:
+    """Is it zero, or, if inexact, could it be?"""
     return value.is_null() if isinstance(value, Ball) else value == 0
 
 
@@ -901,6 +916,7 @@ def _agree(one, other) -> bool:
 
 
 def _ball(value, context: decimal.Context) -> Ball:
+    """An exact number as a ball: its error is one unit of the last digit."""
     if isinstance(value, Ball):
         return value
     quotient = context.divide(Decimal(value.numerator), Decimal(value.denominator))
@@ -952,6 +968,7 @@ def _rounds_to(answer: tuple, gold: tuple, work: _Work) -> bool:
 
 
 def _decimal_places(node: tuple) -> int | None:
+    """Digits after the point of a written decimal, of either sign; None for others."""
     if node[0] == "neg":
         return _decimal_places(node[1])
     return node[2] if node[0] == "num" else None
@@ -1007,6 +1024,7 @@ class _Evaluator:
 
     # -- arithmetic ---------------------------------------------------------------------------
     def ball(self, value) -> Ball:
+        """An exact number as a ball, remembering how many digits it takes to tell it apart."""
         if isinstance(value, Ball):
             return value
         digits = (value.numerator.bit_length() + value.denominator.bit_length()) * 0.302
@@ -1026,6 +1044,7 @@ class _Evaluator:
         return value
 
     def add(self, one, other):
+        """Exact, or with both errors and one rounding."""
         if not isinstance(one, Ball) and not isinstance(other, Ball):
             self.work.spend(1 + one.denominator.bit_length() // 200)
             return self.checked(one + other)
@@ -1038,9 +1057,11 @@ class _Evaluator:
         return Ball(re, im, one.err + other.err + self.ulp(abs(re) + abs(im)))
 
     def neg(self, value):
+        """Negation makes no error."""
         return Ball(-value.re, -value.im, value.err) if isinstance(value, Ball) else -value
 
     def mul(self, one, other):
+        """Exact, or with the error |a| eb + |b| ea + ea eb and one rounding."""
         if not isinstance(one, Ball) and not isinstance(other, Ball):
             bits = one.numerator.bit_length() + other.numerator.bit_length()
             self.work.spend(1 + bits // 200)
@@ -1059,6 +1080,7 @@ class _Evaluator:
                     + self.ulp(size * other_size))
 
     def inverse(self, value):
+        """1/z; its error is at most e / (|z| - e)^2. Refuses what could be zero."""
         if not isinstance(value, Ball):
             if value == 0:
                 raise CannotDecide("a division by zero")
@@ -1081,6 +1103,7 @@ class _Evaluator:
 
     # -- powers, exponentials, logarithms -----------------------------------------------------
     def power(self, base, exponent):
+        """base^exponent: whole, then rational, then exp(exponent log base) on the main branch."""
         if isinstance(exponent, Ball):
             exponent = self.real(exponent)
         elif exponent.denominator == 1:
@@ -1094,6 +1117,7 @@ class _Evaluator:
         return self.exp(self.mul(exponent, self.log(base)))
 
     def integer_power(self, base, n: int):
+        """Exact while the digits last, then by repeated squaring with error bounds."""
         if _is_zero(base) and n <= 0:
             raise CannotDecide("a power of zero")
         if n < 0:
@@ -1134,6 +1158,7 @@ class _Evaluator:
         return self.exp(self.mul(exponent, self.log(base)))
 
     def square_root(self, value) -> Ball:
+        """The root of a real number, imaginary if it is negative; error e / sqrt(x)."""
         value = self.ball(value)
         self.work.spend(4 + self.precision // 20)
         size = abs(value.re)
@@ -1146,6 +1171,7 @@ class _Evaluator:
         return Ball(root, _ZERO, error) if value.re > 0 else Ball(_ZERO, root, error)
 
     def exp(self, value) -> Ball:
+        """e^z; an error e in z becomes about |e^z| e."""
         value = self.ball(value)
         self.heavy()
         if value.err > Decimal("1e-10"):
@@ -1160,6 +1186,7 @@ class _Evaluator:
         return Ball(re, im, 3 * size * value.err + self.ulp(2 * size))
 
     def log(self, value) -> Ball:
+        """The main branch: the imaginary part is in (-pi, pi], and pi for negative numbers."""
         value = self.real(self.ball(value))
         self.heavy()
         low = value.floor_size() - 2 * value.err
@@ -1247,14 +1274,17 @@ class _Evaluator:
 
     # -- one method a kind of node ------------------------------------------------------------
     def do_num(self, value, places):
+        """A literal is exact."""
         return value
 
     def do_sym(self, name):
+        """A letter has the value of the point."""
         if name not in self.point:
             raise CannotDecide(f"{name} has no value")
         return self.point[name]
 
     def do_const(self, name):
+        """pi, e and i; arithmetic with infinity is refused."""
         if name == "pi":
             return Ball(+_pi(self.precision), _ZERO, self.ulp(Decimal(4)))
         if name == "e":
@@ -1282,12 +1312,14 @@ class _Evaluator:
         return self.inverse(self.evaluate(x))
 
     def do_pow(self, base, exponent):
+        """Powers of e go to exp at once; e^0 stays exact."""
         if base == ("const", "e"):
             exponent = self.evaluate(exponent)
             return 1 if _is_exact_zero(exponent) else self.exp(exponent)
         return self.power(self.evaluate(base), self.evaluate(exponent))
 
     def do_root(self, degree, x):
+        """The n-th root, n a whole number: a power of 1/n, real for odd n."""
         degree = self.evaluate(degree)
         if isinstance(degree, Ball) or degree.denominator != 1 or degree < 2:
             raise CannotDecide("a root whose degree is not a whole number")
@@ -1301,6 +1333,7 @@ class _Evaluator:
         return int(value)
 
     def do_fact(self, x, step: int = 1):
+        """n! (step 1) or n!! (step 2), exact up to MAX_FACTORIAL."""
         n = self.whole(x, "a factorial")
         if not 0 <= n <= MAX_FACTORIAL:
             raise CannotDecide(f"a factorial outside 0..{MAX_FACTORIAL}")
@@ -1311,6 +1344,7 @@ class _Evaluator:
         return self.do_fact(x, 2)
 
     def do_binom(self, n, k):
+        """n over k, exact, for 0 <= k <= n."""
         n, k = self.whole(n, "a binomial"), self.whole(k, "a binomial")
         if not 0 <= k <= n or min(k, n - k) * n.bit_length() > MAX_BITS:
             raise CannotDecide("a binomial outside its limits")
@@ -1319,6 +1353,7 @@ class _Evaluator:
         return math.comb(n, k)
 
     def do_abs(self, x):
+        """|z|; its error is that of z."""
         value = self.evaluate(x)
         if not isinstance(value, Ball):
             return abs(value)
@@ -1328,6 +1363,7 @@ class _Evaluator:
         return Ball(norm, _ZERO, value.err + self.ulp(norm))
 
     def do_floor(self, x, up: bool = False):
+        """The floor, or the ceiling with up."""
         value = self.evaluate(x)
         if not isinstance(value, Ball):
             return math.ceil(value) if up else math.floor(value)
@@ -1343,15 +1379,18 @@ class _Evaluator:
         return self.do_floor(x, True)
 
     def do_log(self, base, x):
+        """ln x / ln base."""
         numerator = self.log(self.evaluate(x))
         if base == ("const", "e"):
             return numerator
         return self.mul(numerator, self.inverse(self.log(self.evaluate(base))))
 
     def do_pct(self, x):
+        """In arithmetic, 5% is 5/100."""
         return self.mul(self.evaluate(x), Fraction(1, 100))
 
     def do_unit(self, x, name):
+        """A unit inside a sum carries no value."""
         return self.evaluate(x)
 
     def do_deg(self, x):
@@ -1374,6 +1413,7 @@ class _Evaluator:
         return Fraction(1000 + bits % 8999, 1000 + (bits >> 13) % 8999)
 
     def do_sum(self, name, low, high, body, multiply: bool = False):
+        """Term by term, as long as the work lasts."""
         low, high = self.whole(low, "a sum"), self.whole(high, "a sum")
         if high - low >= MAX_SUM_TERMS:
             raise CannotDecide(f"a sum of more than {MAX_SUM_TERMS} terms")
@@ -1390,6 +1430,7 @@ class _Evaluator:
         return self.do_sum(name, low, high, body, multiply=True)
 
     def do_fn(self, name, args):
+        """Functions of one argument and, by `several`, of many."""
         if name in ("gcd", "lcm", "max", "min"):
             return self.several(name, [self.evaluate(arg) for arg in args])
         if name in _CIRCULAR:
@@ -1403,6 +1444,7 @@ class _Evaluator:
         return self.inverse_circular(name, value)
 
     def several(self, name: str, values: list):
+        """gcd, lcm, max, min of rational numbers."""
         if any(isinstance(value, Ball) for value in values):
             raise CannotDecide(f"{name} of numbers that are not rational")
         if name in ("max", "min"):
@@ -1412,6 +1454,7 @@ class _Evaluator:
         return (math.gcd if name == "gcd" else math.lcm)(*map(int, values))
 
     def circular(self, name: str, value):
+        """The trigonometric functions as quotients of cos and sin."""
         if _is_exact_zero(value) and name in ("sin", "tan"):
             return 0
         cosine, sine = self.cosine_sine(value)
@@ -1425,6 +1468,7 @@ class _Evaluator:
         return self.mul(over, self.inverse(under))
 
     def hyperbolic(self, name: str, value):
+        """As quotients of e^x + e^-x and e^x - e^-x."""
         grown = self.exp(value)
         back = self.inverse(grown)
         plus, minus = self.add(grown, back), self.add(grown, self.neg(back))
@@ -1455,6 +1499,7 @@ _CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
 
 
 def _is_exact_zero(value) -> bool:
+    """Zero without any doubt."""
     return not isinstance(value, Ball) and value == 0
 
 

@@ -96,7 +96,8 @@ COMMANDS = {
 TEXT_COMMANDS = set("text mbox hbox textbf textit textrm textsf texttt textnormal mathrm mathbf "
                     "mathit mathsf mathtt operatorname rm bf".split())
 # Invisible: size and spacing. What stands in braces after them reads as a group.
-SILENT = set("tiny small large Large LARGE huge Huge left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
+SILENT = set("tiny small large Large LARGE huge Huge left right middle big Big bigg Bigg bigl bigr "
+             "Bigl Bigr biggl biggr Biggl Biggr "
              "quad qquad displaystyle textstyle scriptstyle limits nolimits thinspace enspace "
              "boldsymbol bm underline mathcal mathscr mathord mathop hfill nobreak negthinspace "
              "it em".split())
@@ -129,8 +130,9 @@ NOT_UNITS = set("if when for where not no and or because with is are was only si
                 "otherwise then nor to from than either neither hundred thousand million billion "
                 "trillion dozen half halves third thirds quarter quarters less more greater fewer "
                 "least most about almost roughly approximately infinity plus minus over divided "
-                "mod modulo tenth tenths hundredth hundredths thousandth thousandths fifth fifths sixth "
-                "sixths eighth eighths score gross base factorial negative positive true false remainder".split())
+                "mod modulo tenth tenths hundredth hundredths thousandth thousandths fifth "
+                "fifths sixth sixths eighth eighths score gross base factorial negative positive "
+                "true false remainder".split())
 SMALL_WORDS = set("no on or in is if of to up it by at so".split())
 CURRENCY = {"$": "dollar", "euro": "euro", "sterling": "sterling"}
 NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
@@ -149,7 +151,9 @@ _UNICODE = str.maketrans({
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
     "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\varphi ", "ω": r"\omega ", "σ": r"\sigma ",
     "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "−": "-", "⁄": "/", "∕": "/",
-    "€": r"\euro ", "£": r"\pounds ", "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",
+    "€": r"\euro ", "£": r"\pounds ",
+    # Invisible: zero-width characters vanish, odd spaces become plain ones.
+    "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",
     "\u202f": " ",
 })
 
@@ -157,6 +161,7 @@ _UNICODE = str.maketrans({
 # ---------------------------------------------------------------------------------------------
 # Cleaning: what a page would not show goes away before a token is read.
 
+# All of these are linear: a fixed prefix, then one bounded or one-class repetition.
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BOXES_IN_A_ROW = re.compile(r"\}\s{0,3}\\(?:boxed|fbox)(?![A-Za-z])")
 _JOIN_THOUSANDS = re.compile(r"(?<=\d)(?:,\s{0,3}\\!\s{0,3}|\{,\}|\\,|\\!)(?=\d{3}(?!\d))")
@@ -222,6 +227,12 @@ def clean(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # Tokens: (kind, value, gap) where gap says whether space stood before.
 
+# One pattern a kind of token, tried in this order; none of them can backtrack for long, because
+# each repeats one class of characters at a time and begins with what only it begins with.
+#   space      invisible, but remembered: 3 1/4 is a mixed number, 31/4 is not
+#   based      52_8, 52_{10}, 52_{\text{eight}}; 1A_{16} only where letters can be digits
+#   thousands  1,234,567 if the whole run of digits and commas has that form: not 27,54,108
+#   num        also 6.02e23
 _TOKEN = re.compile(r"""
     (?P<space>\s+|~|\\[,;:!>\s]|\\(?:left|right)\s*\.(?!\d))
   | (?P<based>\d+\s?_\s?(?:\d{1,2}(?!\d)|\{\s?\d{1,2}\s?\}|\{\s?\\text\s?\{\s?[a-z]+\s?\}\s?\})
@@ -398,7 +409,9 @@ def words_of(text: str) -> str | None:
 STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", "ratio", "text",
               "base"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
-_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "set", "domain", "begin", "node"}
+# What can begin a factor, by kind of token, and which operators can.
+_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "set", "domain", "begin",
+           "node"}
 _OPENERS = {"(", "[", "{", "\\{", "lfloor", "lceil", "<("}
 END = ("end of text", "", False)
 
@@ -431,19 +444,23 @@ class _Parser:
 
     # -- cursor -------------------------------------------------------------------------------
     def peek(self, ahead: int = 0) -> tuple:
+        """The token under the cursor, or a few further on; past the end it is END."""
         return self.tokens[self.at + ahead]
 
     def is_op(self, *values: str) -> bool:
+        """Is the token under the cursor one of these operators?"""
         kind, value, _ = self.tokens[self.at]
         return kind == "op" and value in values
 
     def take(self, *values: str) -> bool:
+        """Step over one of these operators, if it is next."""
         if self.is_op(*values):
             self.at += 1
             return True
         return False
 
     def expect(self, *values: str) -> str:
+        """Step over one of these operators, which must be next; returns which it was."""
         value = self.peek()[1]
         if not self.take(*values):
             raise ParseError(f"expected {' or '.join(values)}, found {value or 'the end'}")
@@ -451,6 +468,7 @@ class _Parser:
 
     # -- lists and relations ------------------------------------------------------------------
     def answer(self) -> tuple:
+        """The whole text: items, and nothing after them."""
         node = self.items(expand=True)
         if self.peek() is not END:
             raise ParseError(f"cannot read on at {self.peek()[1]!r}")
@@ -475,6 +493,7 @@ class _Parser:
         return ("or" if word == "or" else "list", tuple(found))
 
     def item(self) -> tuple:
+        """A side, or a chain of sides with relations between them: 1 < x <= 4."""
         sides, ops = [self.function_head() or self.side()], []
         while self.peek()[0] == "op" and self.peek()[1] in RELATIONS:
             ops.append(self.peek()[1])
@@ -565,6 +584,7 @@ class _Parser:
         return sign, both
 
     def sum(self) -> tuple:
+        """Terms with signs between them. A flat node: 1+1+...+1 must not nest."""
         terms = []
         while True:
             sign, both = self.signs()
@@ -624,6 +644,7 @@ class _Parser:
         return product(factors)
 
     def factor(self) -> tuple:
+        r"""A postfix with its signs: the -3 of 2 \cdot -3."""
         sign, both = self.signs()
         node = self.postfix()
         if (sign < 0 or both) and is_structure(node):
@@ -632,6 +653,7 @@ class _Parser:
         return ("pm", 1 if both == "pm" else -1, node) if both else node
 
     def postfix(self) -> tuple:
+        """A primary with what binds tighter than any sign: powers, n!, 5%, 30 degrees, f'."""
         node = self.primary()
         if self.is_op("_") and node[0] == "num" and node[2] is None and node[1] >= 0:
             self.at += 1  # (101)_2
@@ -654,6 +676,7 @@ class _Parser:
         return node
 
     def power(self, node: tuple) -> tuple:
+        """The exponent after ^, right to left: 2^3^2 is 2^9. A raised circle means degrees."""
         self.expect("^")
         if self.peek()[1] == "circ":
             self.at += 1
@@ -699,6 +722,7 @@ class _Parser:
         return node
 
     def primary_(self) -> tuple:
+        """One branch a kind of token; the longer ones are methods of their own."""
         kind, value, _ = self.peek()
         if kind == "op":
             return self.bracket()
@@ -831,6 +855,7 @@ class _Parser:
         return inside
 
     def bars_(self) -> tuple:
+        """An absolute value. While it is open, the next bar closes it, it does not open one."""
         self.expect("|")
         self.bars += 1
         inside = self.sum()
@@ -898,13 +923,16 @@ class _Parser:
 
     # -- commands with arguments --------------------------------------------------------------
     def cmd_frac(self) -> tuple:
+        """A fraction is a product with an inverse, so that there is one rule for both."""
         top, bottom = scalar(self.argument()), scalar(self.argument())
         return ("mul", (top, ("inv", bottom)))
 
     def cmd_binom(self) -> tuple:
+        r"""Two arguments, in TeX's way: \binom nk or \binom{n}{k}."""
         return ("binom", scalar(self.argument()), scalar(self.argument()))
 
     def cmd_sqrt(self) -> tuple:
+        r"""\sqrt[n]{x}; \sqrt12 is refused, because TeX and people read it differently."""
         degree = ("num", 2, None)
         if self.take("["):
             degree = scalar(self.sum())
@@ -919,15 +947,19 @@ class _Parser:
         return ("root", ("num", 2, None), scalar(self.argument(whole_number=True)))
 
     def cmd_cbrt(self) -> tuple:
+        """cbrt(x), as plain text has it."""
         return ("root", ("num", 3, None), scalar(self.argument()))
 
     def cmd_absolute(self) -> tuple:
+        """abs(x), as plain text has it."""
         return ("abs", scalar(self.argument()))
 
     def cmd_floor(self) -> tuple:
+        """floor(x), as plain text has it."""
         return ("floor", scalar(self.argument()))
 
     def cmd_ceil(self) -> tuple:
+        """ceil(x), as plain text has it."""
         return ("ceil", scalar(self.argument()))
 
     def cmd_angle(self) -> tuple:
@@ -943,6 +975,7 @@ class _Parser:
         return ("sym", "angle " + name)
 
     def cmd_mark(self) -> tuple:
+        """A letter with a bar, an arrow or a hat is another name; a bar over AB is one name too."""
         return ("sym", "mark " + self.raw())
 
     def cmd_sum(self, kind: str = "sum") -> tuple:
@@ -964,6 +997,7 @@ class _Parser:
         return (kind, name, low, high, body)
 
     def cmd_prod(self) -> tuple:
+        r"""\prod_{k=a}^{b} term."""
         return self.cmd_sum("prod")
 
 
@@ -1029,6 +1063,7 @@ def product(factors: list) -> tuple:
 
 
 def _is_set(node: tuple) -> bool:
+    """Could this stand on a side of a union? An interval is read as a pair."""
     return node[0] in ("set", "setop", "domain") or (node[0] == "tuple" and len(node[3]) == 2)
 
 
@@ -1040,6 +1075,7 @@ def expand_signs(node: tuple) -> list:
 
 
 def _has_sign(node) -> bool:
+    """Is there a plus-minus anywhere in the tree?"""
     if not isinstance(node, tuple):
         return False
     if node and node[0] == "pm":

@@ -123,9 +123,9 @@ def rows_of(name: str) -> list[dict]:
 def test_shared_cases(file, key):
     for line in (SHARED / f"{file}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        started = time.perf_counter()
+        started = time.process_time()
         equal = is_equivalent(row["answer"], row["gold"])
-        assert time.perf_counter() - started < 0.5, row["answer"][:80]
+        assert time.process_time() - started < 0.15, row["answer"][:80]
         if isinstance(row[key], bool):  # two policy rows accept either verdict
             assert equal is row[key], str(explain(row["answer"], row["gold"]))
 
@@ -179,10 +179,12 @@ def test_the_reviewed_pairs_are_still_equal():
 # ---------------------------------------------------------------------------------------------
 # Hostile input: fast, no exception, no expansion
 
-LIMIT_SECONDS = 0.25  # the promise is 50 ms on a quiet machine; a shared CI machine needs slack
+# Processor time, so that a busy machine fails nothing; the promise is 0.05, CI machines differ.
+LIMIT_SECONDS = 0.15
 
 HOSTILE_UNITS = ["(", "[", "{", "\\{", "|", "-", "1+", "x^", "9**", "\\frac", "\\frac{", "\\sqrt{",
-                 "!", "5!", "3000!+", "\\sqrt2+", "\\sin ", "\\sin 1+", "1,", "\\sqrt2,", "\\boxed{",
+                 "!", "5!", "3000!+", "\\sqrt2+", "\\sin ", "\\sin 1+", "1,", "\\sqrt2,",
+                 "\\boxed{",
                  "\\boxed{1}", "\\text{", "$", "\\$", "1", "1,234", ".", "\\", "&", "x_{", "1_",
                  "\\begin{pmatrix}", "\\pm ", "=1", "x<", " ", "½", "²", "1e9", "{,}", "1\\,", "'",
                  "\\angle A", "\\mathbb{R}\\cup", "0.\\overline{3}", "i^i+", "1/", "1%", "1 or ",
@@ -194,10 +196,10 @@ def test_repeated_input_is_fast_and_never_raises(unit):
     for length in (60, 400, MAX_CHARS - 20, 100_000):
         text = (unit * (length // len(unit) + 1))[:length]
         for answer, gold in ((text, "42"), ("x^2+1", text), (text, text[:-1] + "7")):
-            started = time.perf_counter()
+            started = time.process_time()
             assert is_equivalent(answer, gold) in (True, False)
             extract_answer(answer)
-            assert time.perf_counter() - started < LIMIT_SECONDS, (unit, length)
+            assert time.process_time() - started < LIMIT_SECONDS, (unit, length)
 
 
 @pytest.mark.parametrize("opening,closing", [
@@ -208,9 +210,9 @@ def test_nested_input_is_fast_and_never_raises(opening, closing):
     for depth in (5, 25, 31, 33, 100, 1000):
         for inside in ("2", "x"):
             text = opening * depth + inside + closing * depth
-            started = time.perf_counter()
+            started = time.process_time()
             is_equivalent(text, "1")
-            assert time.perf_counter() - started < LIMIT_SECONDS, (opening, depth)
+            assert time.process_time() - started < LIMIT_SECONDS, (opening, depth)
 
 
 @pytest.mark.parametrize("text", [
@@ -220,9 +222,9 @@ def test_nested_input_is_fast_and_never_raises(opening, closing):
     ",".join(f"\\sqrt{{{k}}}" for k in range(2, 300)), ",".join(map(str, range(600)))])
 def test_large_work_is_bounded(text):
     for gold in ("42", r"\sqrt2", "x", "1,2,3", text[:-1] + "1"):
-        started = time.perf_counter()
+        started = time.process_time()
         assert not is_equivalent(text, gold)
-        assert time.perf_counter() - started < LIMIT_SECONDS
+        assert time.process_time() - started < LIMIT_SECONDS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,9 +241,12 @@ def quick_and_slow(quick: int, slow: int):
         pytest.param(quick, id="quick"), pytest.param(slow, id="slow", marks=pytest.mark.slow)])
 
 
-PIECES = ["1", "2", "37", "0.5", "x", "y", "n", "\\pi", "e", "i", "+", "-", "*", "/", "^", "_", "(", ")",
-          "[", "]", "{", "}", "\\{", "\\}", ",", "=", "<", "\\le", "\\frac", "\\sqrt", "\\sin", "\\log",
-          "\\pm", "\\cup", "\\infty", "!", "%", "|", "\\text{cm}", "\\text{or}", "^\\circ", "$", "\\$",
+PIECES = ["1", "2", "37", "0.5", "x", "y", "n", "\\pi", "e", "i", "+", "-", "*", "/", "^", "_", "(",
+          ")",
+          "[", "]", "{", "}", "\\{", "\\}", ",", "=", "<", "\\le", "\\frac", "\\sqrt", "\\sin",
+          "\\log",
+          "\\pm", "\\cup", "\\infty", "!", "%", "|", "\\text{cm}", "\\text{or}", "^\\circ", "$",
+          "\\$",
           " ", "\\binom", "\\sum_{k=1}^{3}", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", ".",
           "\\boxed{", "and", "f(x)", ":", "\\lfloor", "\\rfloor", "\\in", "\\mathbb{R}", "é", "\0"]
 soup = st.lists(st.sampled_from(PIECES), max_size=24).map("".join)
@@ -320,7 +325,8 @@ def formulas(draw, depth: int = 2) -> str:
 INNER = [lambda s: s.replace("(", "\\left(").replace(")", "\\right)"),
          lambda s: s.replace("+", " + \\,").replace(",", ",\\;"),
          lambda s: s.replace("\\frac", "\\dfrac"), lambda s: s.replace("^{2}", " ^ 2"),
-         lambda s: s.replace("x", "\\mathrm{x}"), lambda s: s.replace("2", "\\text{2}"), lambda s: s]
+         lambda s: s.replace("x", "\\mathrm{x}"), lambda s: s.replace("2", "\\text{2}"),
+         lambda s: s]
 OUTER = [lambda s: f"${s}$", lambda s: f"\\({s}\\)", lambda s: f" {s} ", lambda s: f"{s}.",
          lambda s: f"\\boxed{{{s}}}", lambda s: f"\\displaystyle {s}", lambda s: f"$${s}$$"]
 
@@ -378,8 +384,8 @@ def test_a_changed_digit_or_sign_is_never_equal(count):
 
 def test_import_is_light(tmp_path):
     """No torch, no sympy, and fast: whoever only grades answers waits for nothing."""
-    code = ("import sys, time; t = time.perf_counter(); import nanolaser.checker; "
-            "print(time.perf_counter() - t, 'torch' in sys.modules, 'sympy' in sys.modules)")
+    code = ("import sys, time; t = time.process_time(); import nanolaser.checker; "
+            "print(time.process_time() - t, 'torch' in sys.modules, 'sympy' in sys.modules)")
     # Compiled once, as any installed module is; the fastest of five runs, for busy machines.
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     runs = [subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True,
