@@ -20,10 +20,12 @@ import difflib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ TINY = Path(__file__).parent / "tiny"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # All that is needed of a repository, which may also hold pickles, other formats and pictures.
+# huggingface_hub takes these as shell patterns; vLLM and transformers look for the same names.
 NEEDED = (*TOKENIZER_FILES, "config.json", "laser.json", WEIGHTS, INDEX, "model-*-of-*.safetensors")
 SHARD_BYTES = 5_000_000_000  # larger models are split: what hubs and file systems handle well
 CHUNK_BYTES = 256_000_000  # weights that are mapped at a time while loading
@@ -86,6 +89,7 @@ def load_pretrained(
     ValueError, FileNotFoundError or OSError, one line, for all that can be wrong with it.
     """
     folder = find_checkpoint(name)
+    # bfloat16 halves memory and more than doubles speed on GPUs; most CPUs emulate it, slowly.
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -117,7 +121,7 @@ def find_checkpoint(name: str | Path) -> Path:
     if not HUB_ID.fullmatch(hub_id):
         alike = difflib.get_close_matches(text.lower(), ["tiny", *ALIASES], n=3)
         hint = f"did you mean {' or '.join(alike)}?" if alike else "; ".join(["tiny", *ALIASES])
-        raise FileNotFoundError(f"{text!r} is no folder, no hub id (owner/name) and no alias: {hint}")
+        raise FileNotFoundError(f"{text!r} is no folder, hub id (owner/name) or alias: {hint}")
     try:
         return _local(fetch(hub_id, NEEDED))
     except OSError as error:
@@ -129,6 +133,7 @@ def find_checkpoint(name: str | Path) -> Path:
 def _local(path: Path) -> Path:
     """The checkpoint folder that a local folder is, or points to."""
     # A run's folder has a config.json too (its options), so this comes first.
+    # The pointer is followed only to a checkpoint: other tools use the name `latest` as well.
     for pointer in (path / "checkpoints" / "latest", path / "latest"):
         if pointer.is_file():
             newest = pointer.parent / pointer.read_text(encoding="utf-8").strip()
@@ -155,8 +160,11 @@ def load_config(folder: Path) -> ModelConfig:
 def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """Build the model without memory (device meta), then hand it its tensors one by one."""
     config = load_config(folder)
+    # On the device meta a tensor is a shape without memory.  Made on the CPU, the model would
+    # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
+    # All headers before any tensor: what does not fit is said at once, not after gigabytes.
     shards = [_header(path) for path in _weight_files(folder)]
     expected = {name: list(t.shape) for name, t in model.state_dict().items()}
     _check_names(folder, expected, {k: v for s in shards for k, v in s.tensors.items()}, config)
@@ -167,6 +175,7 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Causa
             # file, and starts at an odd address, on which fast kernels round differently.
             with _open(shard.path) as file:
                 tensors = {n: file.get_tensor(n).to(device, dtype, copy=True) for n in names}
+            # assign: these tensors become the parameters; there is nothing to copy into.
             model.load_state_dict(tensors, strict=False, assign=True)
     _check_tied(model, shards)
     return model
@@ -181,18 +190,20 @@ def _check_tied(model: CausalLM, shards: list[_Shard]) -> None:
                 own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
             if not torch.equal(own, model.lm_head_weight):
                 raise ValueError(
-                    f"{shard.path}: lm_head.weight differs from the embedding that config.json says "
-                    "it is tied to; set tie_word_embeddings to false there to use it"
+                    f"{shard.path}: lm_head.weight differs from the embedding, to which "
+                    "config.json ties it; set tie_word_embeddings to false there to use it"
                 )
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, one or many."""
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).is_file():  # transformers, too, prefers it to an index beside it
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        hint = f" ({pickles[0]} is a pickle, which can run any code and is not read)" if pickles else ""
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        hint = ""
+        if pickles:
+            hint = f" ({pickles[0]} is a pickle, which can run any code, and is not read)"
         raise FileNotFoundError(f"{folder}: no weights there; {WEIGHTS} is missing{hint}")
     try:
         names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
@@ -207,18 +218,20 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+@dataclass
 class _Shard:
-    """What the header of one safetensors file says: {name: shape}, and how many bytes each is."""
+    """One safetensors file: the shapes of its tensors, read from its header alone."""
 
-    def __init__(self, path: Path, tensors: dict[str, list[int]], sizes: dict[str, int]):
-        self.path, self.tensors, self.sizes = path, tensors, sizes
+    path: Path
+    tensors: dict[str, list[int]]
 
-    def chunks(self, wanted) -> Iterator[list[str]]:
+    def chunks(self, wanted: Container[str]) -> Iterator[list[str]]:
         """The wanted names, in portions of about CHUNK_BYTES."""
         chunk, size = [], 0
-        for name in self.tensors:
+        for name, shape in self.tensors.items():
             if name in wanted:
-                chunk, size = [*chunk, name], size + self.sizes[name]
+                chunk.append(name)
+                size += 4 * math.prod(shape)  # as fp32, the largest that it may become
             if size > CHUNK_BYTES:
                 yield chunk
                 chunk, size = [], 0
@@ -231,12 +244,14 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); copy or download it again") from None
+        raise ValueError(
+            f"{path} is truncated or corrupt ({error}); copy or download it again"
+        ) from None
 
 
 def _header(path: Path) -> _Shard:
     """Read the names, shapes and dtypes of a file, not its tensors."""
-    tensors, sizes = {}, {}
+    tensors = {}
     with _open(path) as file:
         for name in file.keys():
             part = file.get_slice(name)
@@ -244,12 +259,11 @@ def _header(path: Path) -> _Shard:
             if dtype not in DISK_DTYPES:
                 raise ValueError(f"{path}: {name} is {dtype}: quantised weights are not supported")
             tensors[name] = part.get_shape()
-            sizes[name] = 4 * torch.Size(tensors[name]).numel()
-    return _Shard(path, tensors, sizes)
+    return _Shard(path, tensors)
 
 
 def _check_names(folder: Path, expected: dict, found: dict, config: ModelConfig) -> None:
-    """ValueError unless the file's tensors are the model's: three names of each kind, and a count."""
+    """ValueError unless the tensors are the model's; names three of each kind, and counts."""
     # Two kinds of tensor may be there and are not needed: the duplicate of a tied output matrix,
     # and the rotary tables that old LLaMA checkpoints carry.
     duplicate = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -301,6 +315,7 @@ def save_pretrained(
         temporary.mkdir()
         dtype = str(model.dtype).removeprefix("torch.")
         write_atomic(temporary / "config.json", _json(model.config.to_hf(dtype)))
+        # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
         for name, content in tokenizer.files().items():
             write_atomic(temporary / name, content)
         _write_weights(model.state_dict(), temporary, shard_bytes)
@@ -313,7 +328,8 @@ def save_pretrained(
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, limit: int) -> None:
-    """Write model.safetensors, or shards of at most `limit` bytes (or one tensor) and their index."""
+    """Write model.safetensors; or, above `limit` bytes, shards of that size and their index."""
+    # Sizes first, then files: their names hold the number of all of them (00001-of-00004).
     shards: list[list[str]] = [[]]
     filled = total = 0
     for name, tensor in tensors.items():
@@ -336,12 +352,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file, flushed to the disk; OSError (not the library's own) if it is full."""
     path.touch()
     mode = path.stat().st_mode  # as the user's umask has it: the library would make it private
+    # The format stores dense rows; views (a transposed moment) are made dense first.
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for this mark
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, f"cannot write: {error}", str(path)) from None
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, f"cannot write: {error}", str(path)) from None
     path.chmod(mode)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
@@ -374,6 +392,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
+            # Without fsync the rename can reach the disk before the content does, and a power
+            # cut in between leaves an empty file under the real name.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -402,8 +422,9 @@ def _json(value: Any) -> str:
 
 
 def save_state(folder: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Write what resuming needs: tensors (optimizer) into state.safetensors, meta (anything JSON
-    can hold) into state.json, with a checksum of these and of the checkpoint files beside folder."""
+    """Write what resuming needs: tensors (the optimizer's) into state.safetensors and meta, which
+    is anything that JSON can hold, into state.json; with the checksums of both, and of the
+    checkpoint files in the folder above.  ValueError for a NaN in meta; OSError as in writing."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     meta = json.loads(_json(meta))  # as it will be read back: tuples are lists, keys are texts
@@ -420,6 +441,7 @@ def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no resume state there (state.json is missing)")
+    # Whether state.json itself is whole comes first: it holds all the other checksums.
     try:
         saved = json.loads(path.read_bytes())
         meta, sums = saved["meta"], dict(saved["sha256"])
@@ -455,10 +477,11 @@ def _guarded(folder: Path) -> list[str]:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 20):  # never a whole model in memory
             digest.update(block)
     return digest.hexdigest()
 
 
 def _sha256_of(meta: dict) -> str:
+    # of one canonical spelling, so that indentation and the order of keys do not matter
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

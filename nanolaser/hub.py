@@ -28,7 +28,7 @@ def fetch(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
     try:
         import huggingface_hub
         from huggingface_hub import errors
-    except ImportError:
+    except ImportError:  # optional: who works with folders never needs it
         raise ValueError(
             f"{name} is on the Hugging Face hub: pip install huggingface_hub, or name a local path"
         ) from None
@@ -64,4 +64,4 @@ def _explain(name: str, kind: str, error: Exception, errors) -> str:
             "connect once, point HF_HUB_CACHE at a cache that has it, or name a local path"
         )
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{name}: the download failed and can be repeated, it goes on where it ended ({first_line})"
+    return f"{name}: the download failed; repeat it, and it goes on where it ended ({first_line})"

@@ -68,7 +68,7 @@ class ModelConfig:
                 "this decoder implements qwen2 and llama"
             )
         if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported (silu)")
+            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not silu")
         if raw.get("quantization_config"):
             raise ValueError("config.json: quantised weights are not supported")
         # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
@@ -170,7 +170,8 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
             f"config.json: rope type {kind!r} is not supported (only default and llama3)"
         )
     scaling.pop("type", None)
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for name in numbers:  # read and not guessed: a wrong one only shows in long texts
         if not isinstance(scaling.get(name), (int, float)):
             raise ValueError(f"config.json: llama3 rope scaling has no number for {name}")
     return theta, {**scaling, "rope_type": "llama3"}

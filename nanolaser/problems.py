@@ -177,7 +177,8 @@ def _text(value: Any, where: str, notes: _Notes) -> str:
     text = str(value)
     # JSON can write half of a UTF-16 pair, which is no character and cannot be encoded again,
     # and NUL, which ends the text for everything written in C.  One row must not end a run.
-    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    clean = clean.replace("\0", "\ufffd")
     notes.broken += clean != text
     return clean.strip()
 

@@ -6,9 +6,9 @@ Text to token ids and back, as the checkpoint's own tokenizer files say.
     tokenizer.stop_ids                        # every token that ends an answer
     tokenizer.z_c_id                          # the token whose log-probability is the self-reward
 
-The files are Hugging Face's: tokenizer.json (run by the `tokenizers` library), tokenizer_config.json
-(chat template, names of special tokens), chat_template.jinja, generation_config.json and config.json
-(stop ids), and our laser.json (z_c, c_ref, beta_v, instruction).
+The files are Hugging Face's: tokenizer.json (run by the `tokenizers` library),
+tokenizer_config.json (chat template, names of special tokens), chat_template.jinja,
+generation_config.json and config.json (stop ids), and our laser.json (z_c, c_ref, ...).
 
 Three rules keep token ids honest:
 *  Ids in, ids out.  What was sampled is scored as it was sampled; text is decoded for people and
@@ -67,7 +67,9 @@ class Tokenizer:
     verify_prompt  how the model is asked for a judgement in a second turn; None: by default text
     """
 
-    def __init__(self, files: dict[str, bytes], config: dict | None = None, laser: dict | None = None):
+    def __init__(
+        self, files: dict[str, bytes], config: dict | None = None, laser: dict | None = None
+    ):
         """From the contents of the files; use `from_folder`.  ValueError says what is wrong."""
         self._files = dict(files)
         try:
@@ -139,7 +141,8 @@ class Tokenizer:
             "instruction": self.instruction,
             "verify_prompt": self.verify_prompt,
         }
-        return self._files | {"generation_config.json": _dump(generation), "laser.json": _dump(laser)}
+        written = {"generation_config.json": _dump(generation), "laser.json": _dump(laser)}
+        return self._files | written
 
     # -- text and ids ------------------------------------------------------------------------
 
@@ -359,8 +362,8 @@ def _compile(source: str):
         raise jinja2.TemplateError(message)
 
     def strftime_now(pattern):
-        # Some templates write today's date into the prompt.  A model trained or resumed over
-        # midnight would read another prompt, so it is always the day Llama's templates fall back to.
+        # Some templates write today's date into the prompt.  A run that goes on over midnight
+        # would read other prompts, so it is always the day that Llama's templates fall back to.
         return datetime.date(2024, 7, 26).strftime(pattern)
 
     def tojson(value, indent=None, **_):
@@ -420,8 +423,9 @@ def _typed(raw: dict, key: str, kind, default):
     value = raw.get(key)
     if value is None:
         return default
-    number = isinstance(value, (int, float))
-    if not isinstance(value, kind) or isinstance(value, bool) or (number and not math.isfinite(value)):
+    # bool is an int to Python, and JSON readers let NaN and Infinity through
+    odd = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+    if odd or not isinstance(value, kind):
         raise ValueError(f"laser.json: {key} is {value!r}, which it cannot be")
     return value
 

@@ -122,9 +122,9 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def downloads(self) -> list[str]:
         """The names of the files that were sent since the last call."""
-        names = [path.rsplit("/", 1)[1] for method, path in self.log if method == "GET" and "/resolve/" in path]
+        sent = [path for method, path in self.log if method == "GET" and "/resolve/" in path]
         self.log.clear()
-        return sorted(names)
+        return sorted(path.rsplit("/", 1)[1] for path in sent)
 
 
 class HubRequest(http.server.BaseHTTPRequestHandler):
@@ -150,10 +150,14 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             status, code = self.server.refuse.get(name, (404, "RepoNotFound"))
             return self.reply(status, b"", {"X-Error-Code": code})
         if what == "tree":
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": etag(b)} for n, b in files.items()]
-            return self.reply(200, json.dumps(tree).encode())
-        info = {"id": name.partition("/")[2], "sha": commit(files), "siblings": [{"rfilename": n} for n in files]}
-        self.reply(200, json.dumps(info).encode())
+            answer = [
+                {"type": "file", "path": path, "size": len(content), "oid": etag(content)}
+                for path, content in files.items()
+            ]
+        else:
+            siblings = [{"rfilename": n} for n in files]
+            answer = {"id": name.partition("/")[2], "sha": commit(files), "siblings": siblings}
+        self.reply(200, json.dumps(answer).encode())
 
     def file(self, name: str, path: str) -> None:
         content = self.server.repositories.get(name, {}).get(path)
@@ -166,7 +170,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.reply(206 if start else 200, content[start:], headers, cut=path in self.server.broken)
 
-    def reply(self, status: int, body: bytes, headers: dict | None = None, cut: bool = False) -> None:
+    def reply(self, status: int, body: bytes, headers=None, cut: bool = False) -> None:
         self.send_response(status)
         for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(key, value)

@@ -58,14 +58,17 @@ def same_weights(a, b) -> bool:
 
 def test_round_trip_is_bit_equal(tiny, tmp_path):
     model, tokenizer = tiny
+    tokenizer.set_z_c("<|reserved_0|>")
     tokenizer.c_ref, tokenizer.c_ref_std, tokenizer.beta_v = -19.25, 0.2, 0.05
     save_pretrained(model, tokenizer, tmp_path / "out")
     again, other = load_pretrained(tmp_path / "out")
     assert same_weights(model, again) and again.config == model.config
-    assert (other.c_ref, other.c_ref_std, other.beta_v, other.z_c) == (-19.25, 0.2, 0.05, "<|vision_start|>")
+    assert (other.c_ref, other.c_ref_std, other.beta_v) == (-19.25, 0.2, 0.05)
+    assert (other.z_c, other.z_c_id) == ("<|reserved_0|>", 260)
     assert all(p.requires_grad and not p.is_meta for p in again.parameters())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json", "generation_config.json", "laser.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json",
+        "config.json", "generation_config.json", "laser.json", WEIGHTS, "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def test_names_that_are_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused("qwen2.5-7", "did you mean qwen2.5-7b", FileNotFoundError)
     refused("tinny", "did you mean tiny", FileNotFoundError)
-    refused("a/b/c", "no folder, no hub id", FileNotFoundError)
+    refused("a/b/c", "is no folder, hub id .owner/name. or alias", FileNotFoundError)
     refused("./nowhere", "there is no folder ./nowhere", FileNotFoundError)
     (tmp_path / "file").write_text("")
     refused("file", "is a file; a model is a folder")
@@ -153,14 +156,14 @@ def test_a_runs_folder_means_its_newest_checkpoint(copy, tmp_path):
 
 
 def test_aliases_are_hub_ids():
-    wanted = {"qwen2.5-7b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-math-1.5b", "orz-7b", "octothinker-3b",
-              "llama-3.2-1b", "smollm2-135m"}  # fmt: skip
+    wanted = {"qwen2.5-7b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-math-1.5b", "orz-7b"}
+    wanted |= {"octothinker-3b", "llama-3.2-1b", "smollm2-135m"}
     assert wanted <= set(ALIASES)
     assert all(name == name.lower() and hub_id.count("/") == 1 for name, hub_id in ALIASES.items())
 
 
 def test_device_and_dtype(tiny_checkpoint, monkeypatch):
-    refused(tiny_checkpoint, "dtype 'int8' is not one of float32, bfloat16, float16, auto", dtype="int8")
+    refused(tiny_checkpoint, "dtype 'int8' is not one of float32, bfloat16,", dtype="int8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(tiny_checkpoint, "torch finds no GPU here; use --device cpu", device="cuda")
     assert load_pretrained(tiny_checkpoint, device="auto", dtype="auto")[0].device.type == "cpu"
@@ -191,8 +194,9 @@ def test_missing_surplus_and_misshapen_tensors_are_named_three_and_a_count(copy)
 
 
 @pytest.mark.parametrize("name, value", [
-    ("hidden_size", 64), ("num_hidden_layers", 3), ("num_hidden_layers", 1), ("vocab_size", 300), ("head_dim", 16),
-    ("intermediate_size", 50), ("num_key_value_heads", 4), ("tie_word_embeddings", False), ("model_type", "llama"),
+    ("hidden_size", 64), ("num_hidden_layers", 3), ("num_hidden_layers", 1), ("vocab_size", 300),
+    ("head_dim", 16), ("intermediate_size", 50), ("num_key_value_heads", 4),
+    ("tie_word_embeddings", False), ("model_type", "llama"),
 ])  # fmt: skip
 def test_the_config_of_another_model(copy, name, value):
     raw = json.loads((copy / "config.json").read_text()) | {name: value}
@@ -204,11 +208,12 @@ def test_tied_duplicates_are_taken_if_they_are_duplicates(copy, tiny):
     rewrite(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert same_weights(load_pretrained(copy)[0], tiny[0])
     rewrite(copy, lambda t: t["lm_head.weight"].add_(1e-3))
-    refused(copy, "lm_head.weight differs from the embedding .* set tie_word_embeddings to false")
+    refused(copy, "lm_head.weight differs from the embedding, .* set tie_word_embeddings to false")
 
 
 def test_rotary_tables_of_old_llama_checkpoints_are_no_surplus(copy):
-    rewrite(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(copy, lambda t: t.update({name: torch.ones(4)}))
     load_pretrained(copy)
 
 
@@ -218,8 +223,9 @@ def test_quantised_weights_are_refused(copy):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda b: b[:-100], lambda b: b[:1000], lambda b: b[:4], lambda b: b"", lambda b: b"\x80\x04" + b[2:],
-    lambda b: struct.pack("<Q", 2**63) + b[8:], lambda b: b + b"more", lambda b: b[:8] + b"?" + b[9:],
+    lambda b: b[:-100], lambda b: b[:1000], lambda b: b[:4], lambda b: b"", lambda b: b + b"more",
+    lambda b: b"\x80\x04" + b[2:], lambda b: struct.pack("<Q", 2**63) + b[8:],
+    lambda b: b[:8] + b"?" + b[9:],
 ])  # fmt: skip
 def test_truncated_and_corrupt_files_are_one_line_that_names_them(copy, damage):
     (copy / WEIGHTS).write_bytes(damage((copy / WEIGHTS).read_bytes()))
@@ -228,7 +234,7 @@ def test_truncated_and_corrupt_files_are_one_line_that_names_them(copy, damage):
 
 def test_folders_without_weights(copy):
     os.rename(copy / WEIGHTS, copy / "pytorch_model.bin")
-    refused(copy, "pytorch_model.bin is a pickle, which can run any code and is not read", FileNotFoundError)
+    refused(copy, "pytorch_model.bin is a pickle, .* and is not read", FileNotFoundError)
     (copy / "pytorch_model.bin").unlink()
     refused(copy, "no weights there; model.safetensors is missing", FileNotFoundError)
 
@@ -240,7 +246,7 @@ def test_a_missing_shard_and_a_hostile_index(tiny, tmp_path):
     refused(tmp_path / "out", f"shard {victim.name} is missing", FileNotFoundError)
     index = tmp_path / "out" / "model.safetensors.index.json"
     for content, message in [
-        ('{"weight_map": {"x": "../../secrets"}}', "names '../../secrets', which is not a file beside it"),
+        ('{"weight_map": {"x": "../../secrets"}}', "names '../../secrets', .* not a file beside"),
         ('{"weight_map": {"x": 5}}', "names 5"),
         ("{}", "no weight_map"),
         ("[]", "no weight_map"),
@@ -388,7 +394,8 @@ def test_state_round_trip_is_bit_equal(tiny, tmp_path):
     for name, value in optimizer_like().items():
         assert torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype
     assert read == {"step": 7, "phase": "reasoning", "c_ref": 0.1 + 0.2, "order": [3, 1], "5": None}
-    assert sorted(p.name for p in (tmp_path / "out" / "state").iterdir()) == ["state.json", "state.safetensors"]
+    names = sorted(p.name for p in (tmp_path / "out" / "state").iterdir())
+    assert names == ["state.json", "state.safetensors"]
 
 
 def test_state_alone(tmp_path):
@@ -401,8 +408,8 @@ def test_state_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "laser.json", "generation_config.json",
-    "state/state.safetensors", "state/state.json",
+    WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "laser.json",
+    "generation_config.json", "state/state.safetensors", "state/state.json",
 ])  # fmt: skip
 def test_one_changed_byte_is_found_and_the_file_named(tiny, tmp_path, name):
     out = tmp_path / "out"
@@ -413,11 +420,11 @@ def test_one_changed_byte_is_found_and_the_file_named(tiny, tmp_path, name):
     (out / name).write_bytes(content)
     with pytest.raises(ValueError, match="damaged") as error:
         load_state(out / "state")
-    assert Path(name).name in str(error.value) and "resume from an older checkpoint" in str(error.value)
-    assert "\n" not in str(error.value)
+    line = str(error.value)
+    assert Path(name).name in line and "resume from an older" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("name", ["laser.json", WEIGHTS, "tokenizer.json", "state/state.safetensors"])
+@pytest.mark.parametrize("name", ["laser.json", WEIGHTS, "state/state.safetensors"])
 def test_a_lost_file_is_found_and_named(tiny, tmp_path, name):
     out = tmp_path / "out"
     save_pretrained(*tiny, out, state=(optimizer_like(), {}))
@@ -426,7 +433,9 @@ def test_a_lost_file_is_found_and_named(tiny, tmp_path, name):
         load_state(out / "state")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"meta": {}, "sha256": {}}', '{"meta": {}, "sha256": 5}'])
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "{}", '{"meta": {}, "sha256": {}}', '{"meta": {}, "sha256": 5}',
+])  # fmt: skip
 def test_a_damaged_state_json(tmp_path, content):
     save_state(tmp_path, {"x": torch.ones(2)}, {})
     (tmp_path / "state.json").write_text(content)
@@ -485,7 +494,8 @@ def test_r_s_read_in_plain_transformers(tiny, tmp_path):
     from nanolaser.laser import self_reward
     from nanolaser.readout import token_logprobs
 
-    prompt, answer = tokenizer.encode_prompt("2+2?"), [*tokenizer.encode("4"), tokenizer.stop_ids[0]]
+    prompt = tokenizer.encode_prompt("2+2?")
+    answer = [*tokenizer.encode("4"), tokenizer.stop_ids[0]]
     with torch.no_grad():
         hidden = model(torch.tensor([prompt + answer]))[:, -1]
         ours = token_logprobs(hidden, model.lm_head_weight, torch.tensor([tokenizer.z_c_id])).item()
@@ -495,8 +505,8 @@ def test_r_s_read_in_plain_transformers(tiny, tmp_path):
     laser = json.loads((tmp_path / "out" / "laser.json").read_text())
     chat = [{"role": "user", "content": "2+2? " + laser["instruction"]}]
     text = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    ids = words(text + "4" + words.eos_token, add_special_tokens=False, return_tensors="pt").input_ids
-    logp = theirs(ids).logits[0, -1].log_softmax(-1)[laser["z_c_id"]].item()
+    ids = words(text + "4" + words.eos_token, add_special_tokens=False)["input_ids"]
+    logp = theirs(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[laser["z_c_id"]].item()
     r_s = laser["beta_v"] * (logp - laser["c_ref"])
-    assert ids.tolist() == [prompt + answer]
+    assert ids == prompt + answer
     assert abs(r_s - float(self_reward(ours, -4.0, tokenizer.beta_v))) < 1e-5
