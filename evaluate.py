@@ -15,10 +15,12 @@ What is written into --output:
     results.json    {data set: accuracy, votes, verification, ...}
     *.png           votes, reliability, r_s, length of each data set (where matplotlib is)
 
-Stopped?  The same command goes on where it was: finished problems are not sampled again.  The
-solutions of a problem depend on --seed and the problem alone, not on what else is sampled beside
-it, so a resumed evaluation ends like one that ran through (only the last bits of floating-point
-sums may differ with the batch, which results.json, at six decimals, rounds away).
+Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
+solutions of a problem depend on --seed and its text alone, so a resumed evaluation ends like one
+that ran through.  On a CPU that holds to the last bit, because problems are sampled in waves and a
+wave that was cut off is sampled again as a whole.  A GPU would idle at the end of each wave, so
+there every free row is refilled at once and finished problems are kept one by one; the rounding of
+a sum depends on the rows beside it, and a resumed run may differ in late digits (--wave N: exact).
 
 External scores (--scores) are JSON lines with `score` (or `r_s`, as verify.py writes it) and either
 `dataset`, `prompt_id` and `sample`, or one line for each line of samples.jsonl in its order.
@@ -31,6 +33,7 @@ import json
 import platform
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +42,7 @@ import torch
 from tqdm import tqdm
 
 from nanolaser import grpo, metrics, report
-from nanolaser.checker import is_equivalent
+from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import write_atomic
 from nanolaser.config import ModelOptions, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, judge, open_model
@@ -47,7 +50,8 @@ from nanolaser.problems import ARITHMETIC, Problem, load_problems
 from nanolaser.run import RunFolder, is_terminal
 from nanolaser.sampler import Rollout, generate
 
-GENERATED = 200  # arithmetic problems, where --max-problems does not say: they are made up, there is no end
+MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
+CPU_WAVE = 64  # solutions; see --wave
 
 
 @dataclass
@@ -67,6 +71,8 @@ class Options(ModelOptions):
     max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1,
                                         by_model=True)
     max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
+    wave: int = option(0, "problems sampled together, the unit in which a stopped run goes on",
+                       group="sampling", min=0, shown="64 solutions' worth on a CPU, all on a GPU")
     token_ids: bool = option(False, "keep the solutions' tokens in samples.jsonl", group="sampling")
     generative: bool = option(False, "also ask the model in words whether each solution is right, "
                                      "the baseline that r_s replaces", group="verifiers")
@@ -128,9 +134,9 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
             name = source  # two files called alike: then by their paths
         if name in sets:
             raise ValueError(f"--data names {source} twice")
-        # the test split: neither the embedded model nor its training has seen any of it
-        most = o.max_problems or (GENERATED if source in ARITHMETIC else None)
-        sets[name] = load_problems(source, split="test", max_problems=most)
+        # The test split: of arithmetic, neither the embedded model nor its training has seen any.
+        most = o.max_problems or (MADE_UP if source in ARITHMETIC else None)
+        sets[name] = load_problems(source, split="test", max_problems=most, parses=parses)
     return sets
 
 
@@ -220,10 +226,13 @@ def read_identity(path: Path) -> dict | None:
 
 def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options) -> None:
     """Sample what is missing, problem by problem into samples.jsonl; in order when all is there."""
-    rows = whole_problems(run.read("samples.jsonl"), o.n)
-    # A kill may have cut a line or left some solutions of a problem: those are done again.
+    size = o.wave or (max(1, CPU_WAVE // o.n) if model.device.type == "cpu" else 0)
+    rows = run.read("samples.jsonl")
+    todo = {name: waves(name, len(problems), rows, o.n, size) for name, problems in sets.items()}
+    # What is about to be sampled is forgotten first: half-written problems, half-done waves.
+    again = {(name, i) for name in todo for wave in todo[name] for i in wave}
+    rows = [row for row in rows if (row["dataset"], row["prompt_id"]) not in again]
     write_rows(run, "samples.jsonl", rows)
-    done = {(row["dataset"], row["prompt_id"]) for row in rows}
     total = sum(map(len, sets.values())) * o.n
     if rows:
         print(f"{len(rows)} of {total} solutions are there already")
@@ -232,19 +241,36 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options)
     with tqdm(total=total, initial=len(rows), unit="solution", smoothing=0,
               disable=not is_terminal()) as bar:
         for name, problems in sets.items():
-            left = [i for i in range(len(problems)) if (name, i) not in done]
             bar.set_description(name)
-            if left:
-                sample_set(model, tokenizer, run, name, problems, left, limit, o, bar)
-    rows = run.read("samples.jsonl")
+            began, tokens = time.perf_counter(), 0
+            for wave in todo[name]:
+                tokens += sample_wave(model, tokenizer, run, name, problems, wave, limit, o, bar)
+            if todo[name]:
+                solutions = sum(map(len, todo[name])) * o.n
+                log_time(run, "sampling", name, solutions, tokens, time.perf_counter() - began)
     order = {name: place for place, name in enumerate(sets)}
     write_rows(run, "samples.jsonl", sorted(
-        rows, key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"])))
+        run.read("samples.jsonl"),
+        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"])))
 
 
-def sample_set(model, tokenizer, run, name, problems, left, limit, o: Options, bar) -> None:
-    """Sample the problems `left` (indices) of one data set, writing each when it is complete."""
-    chosen = [problems[i] for i in left]
+def waves(name: str, problems: int, rows: list[dict], n: int, size: int) -> list[list[int]]:
+    """The problems of one data set that are still to be sampled, those of a wave together."""
+    have = Counter(row["prompt_id"] for row in rows if row["dataset"] == name)
+    missing = lambda indices: [i for i in indices if have[i] != n]  # noqa: E731
+    if not size:
+        left = missing(range(problems))
+        return [left] if left else []
+    # A wave that is not complete is sampled again as a whole: the same rows side by side give the
+    # same numbers to the last bit, other rows would not.
+    cut = [list(range(i, min(i + size, problems))) for i in range(0, problems, size)]
+    return [wave for wave in cut if missing(wave)]
+
+
+def sample_wave(model, tokenizer, run, name, problems, wave, limit, o: Options, bar) -> int:
+    """Sample some problems (indices) of one data set, writing each when all its solutions have
+    ended; returns the number of tokens."""
+    chosen = [problems[i] for i in wave]
     groups: dict[int, list[Rollout]] = {}
 
     def finish(rollout: Rollout) -> None:
@@ -254,37 +280,26 @@ def sample_set(model, tokenizer, run, name, problems, left, limit, o: Options, b
         if len(group) < o.n:
             return
         group.sort(key=lambda r: r.sample_id)  # they end in any order
-        place = left[rollout.prompt_id]
+        place = wave[rollout.prompt_id]
         extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
         rows = grpo.check(group, chosen, tokenizer, token_ids=o.token_ids)
         run.append("samples.jsonl", [{**row, **extra, "sample": j} for j, row in enumerate(rows)])
         del groups[rollout.prompt_id]
 
-    began = time.perf_counter()
     rollouts = generate(
         model, tokenizer, [p.problem for p in chosen], n=o.n, max_new_tokens=limit,
         temperature=o.temperature, top_p=o.top_p, seed=o.seed, max_rows=o.max_rows,
         streams=[stream(p) for p in chosen], on_finish=finish,
     )  # fmt: skip
-    tokens = sum(len(r.response_tokens) for r in rollouts)
-    log_time(run, "sampling", name, len(rollouts), tokens, time.perf_counter() - began)
+    return sum(len(r.response_tokens) for r in rollouts)
 
 
 def stream(problem: Problem) -> int:
-    """The random stream of a problem's first solution: of the problem itself, not of its place,
-    so the same problem gets the same solutions in any data set, order or selection."""
+    """The random stream of a problem's first solution: of its text, not of its place, so the same
+    problem gets the same solutions in any data set, order or selection."""
     # 2^20 solutions fit between two problems.  Should two checksums collide, nothing breaks: two
     # different problems would see the same random numbers.
-    return zlib.crc32(f"{problem.id}\n{problem.problem}".encode()) << 20
-
-
-def whole_problems(rows: list[dict], n: int) -> list[dict]:
-    """The rows of the problems that have all their n solutions."""
-    count: dict[tuple, int] = {}
-    for row in rows:
-        key = (row["dataset"], row["prompt_id"])
-        count[key] = count.get(key, 0) + 1
-    return [row for row in rows if count[row["dataset"], row["prompt_id"]] == n]
+    return zlib.crc32(problem.problem.encode()) << 20
 
 
 def write_rows(run: RunFolder, name: str, rows: Iterable[dict]) -> None:
