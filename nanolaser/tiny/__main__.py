@@ -63,7 +63,7 @@ USER, END = SPECIAL[:2]
 class Options:
     """How the embedded model is made."""
 
-    updates: int = option(16_500, "optimizer steps; the learning rate falls along them", min=1)
+    updates: int = option(19_000, "optimizer steps; the learning rate falls along them", min=1)
     out: str = option(str(FOLDER), "folder to write")
     seed: int = option(0, "of the initial weights and of the texts")
     threads: int = option(1, "processor threads", min=1)
