@@ -1,6 +1,6 @@
 """nanolaser's answer checker beside Math-Verify, the checker of the official LaSeR code.
 
-    python benchmarks/checker.py [--data ../shared/data] [--max-pairs 2000]
+    python benchmarks/checker.py --data BENCHMARKS [--max-pairs 2000]
 
 One run, the same pairs, both checkers. Four sets of pairs:
     solutions   every MATH-500 solution against its gold: find the box, compare (truth: equal)
@@ -116,7 +116,7 @@ def compare(name: str, pairs: list[tuple], peer: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data",
+    parser.add_argument("--data", type=Path, required=True,
                         help="folder with math500/ and OlympiadBench/ (test.jsonl each)")
     parser.add_argument("--max-pairs", type=int, default=2000, help="random pairs of golds")
     parser.add_argument("--seed", type=int, default=0, help="of the random pairs")
