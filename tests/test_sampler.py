@@ -118,6 +118,26 @@ def test_same_seed_same_rollouts_whatever_the_batch(model):
     assert sum(a == b for a, b in zip(texts(other), texts(all_at_once))) < 10
 
 
+def test_a_stream_keeps_its_text_in_any_order(model):
+    """Prompts in another order, and only some of them, each with the stream it had."""
+    options = dict(n=5, max_new_tokens=20, seed=11)
+    usual = texts(generate(model, TOKENIZER, PROMPTS, **options))
+    order = [5, 0, 3, 2]
+    picked = generate(model, TOKENIZER, [PROMPTS[i] for i in order], max_rows=6,
+                      streams=[5 * i for i in order], **options)
+    assert texts(picked) == [t for i in order for t in usual[5 * i : 5 * i + 5]]
+    assert [r.prompt_id for r in picked] == [i for i in range(4) for _ in range(5)]
+
+
+def test_on_turn_shows_solutions_as_they_grow(model):
+    seen = []
+    look = lambda flying: seen.append([len(r.response_tokens) for r in flying])  # noqa: E731
+    rollouts = generate(model, TOKENIZER, PROMPTS, max_new_tokens=9, on_turn=look)
+    assert seen[0] == [1] * len(PROMPTS) and all(map(all, seen))
+    # a row is in flight for each of its tokens, and one turn more where its end is read
+    assert sum(map(len, seen)) == sum(len(r.response_tokens) + r.finished for r in rollouts)
+
+
 def test_rows_of_a_group_differ(model):
     rollouts = generate(model, TOKENIZER, ["abc", "abc"], n=8, max_new_tokens=12)
     assert len({tuple(t) for t in texts(rollouts)}) > 12  # two problems of one text differ too
