@@ -107,9 +107,9 @@ class Options:
 # The embedded model learns in minutes; the paper's settings are those of its Qwen2.5-7B script.
 PRESETS = {
     "tiny": dict(
-        data="arithmetic", eval_data="arithmetic", steps=300, problems_per_step=16,
-        max_new_tokens=96, lr=2e-4, lr_warmup=5, lr_final=0.1, alpha=1.0, reasoning_warmup=10,
-        self_reward_warmup=90, micro_batch_tokens=8192, eval_every=100, eval_n=8, save_every=100,
+        data="arithmetic", eval_data="arithmetic", steps=240, problems_per_step=16,
+        max_new_tokens=96, lr=2e-4, lr_warmup=5, lr_final=0.1, alpha=0.5, reasoning_warmup=10,
+        self_reward_warmup=70, micro_batch_tokens=8192, eval_every=80, eval_n=8, save_every=80,
     ),
     "paper": dict(
         data="deepmath", eval_data="math500", steps=800, problems_per_step=128,
