@@ -69,7 +69,7 @@ INDEX = "model.safetensors.index.json"
 # huggingface_hub takes these as shell patterns; vLLM and transformers look for the same names.
 NEEDED = (*TOKENIZER_FILES, "config.json", "laser.json", WEIGHTS, INDEX, "model-*-of-*.safetensors")
 SHARD_BYTES = 5_000_000_000  # larger models are split: what hubs and file systems handle well
-CHUNK_BYTES = 256_000_000  # weights that are mapped at a time while loading
+CHUNK_BYTES = 32_000_000  # weights that are mapped at a time while loading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISK_DTYPES = ("F32", "BF16", "F16", "F64")  # as safetensors calls them; others are quantised

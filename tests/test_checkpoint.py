@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -25,7 +27,9 @@ from nanolaser.checkpoint import (
     save_state,
     write_atomic,
 )
+from nanolaser.laser import self_reward
 from nanolaser.model import CausalLM, ModelConfig
+from nanolaser.readout import token_logprobs
 
 from .conftest import TINY
 
@@ -484,29 +488,25 @@ def test_loading_needs_one_copy_and_a_chunk(tiny, tmp_path):
         assert 0.9 * size < grown < 1.1 * size + 12e6, f"{grown / 1e6:.0f} for {size / 1e6:.0f} MB"
 
 
-def test_r_s_read_in_plain_transformers(tiny, tmp_path):
-    """The self-reward of a saved checkpoint, with nothing of nanolaser but its laser.json."""
-    transformers = pytest.importorskip("transformers")
+def test_r_s_read_in_plain_transformers_as_the_readme_does(tiny, tmp_path, capsys):
+    """Exactly the README's snippet, on another folder and another solution."""
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (snippet,) = [block for block in blocks if "AutoModelForCausalLM" in block]
     model, tokenizer = tiny
     tokenizer.c_ref = -4.0
     save_pretrained(model, tokenizer, tmp_path / "out")
+    snippet = re.sub(r'folder = ".*"', f"folder = {str(tmp_path / 'out')!r}", snippet)
+    (tmp_path / "snippet.py").write_text(snippet)
+    names = runpy.run_path(str(tmp_path / "snippet.py"))
 
-    from nanolaser.laser import self_reward
-    from nanolaser.readout import token_logprobs
-
-    prompt = tokenizer.encode_prompt("2+2?")
-    answer = [*tokenizer.encode("4"), tokenizer.stop_ids[0]]
+    # ours: ids in, no text in between
+    ids = tokenizer.encode_prompt(names["problem"]) + tokenizer.encode(names["solution"])
+    ids.append(tokenizer.stop_ids[0])
+    assert names["ids"] == ids
     with torch.no_grad():
-        hidden = model(torch.tensor([prompt + answer]))[:, -1]
-        ours = token_logprobs(hidden, model.lm_head_weight, torch.tensor([tokenizer.z_c_id])).item()
-
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    laser = json.loads((tmp_path / "out" / "laser.json").read_text())
-    chat = [{"role": "user", "content": "2+2? " + laser["instruction"]}]
-    text = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    ids = words(text + "4" + words.eos_token, add_special_tokens=False)["input_ids"]
-    logp = theirs(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[laser["z_c_id"]].item()
-    r_s = laser["beta_v"] * (logp - laser["c_ref"])
-    assert ids == prompt + answer
-    assert abs(r_s - float(self_reward(ours, -4.0, tokenizer.beta_v))) < 1e-5
+        hidden = model(torch.tensor([ids]))[:, -1]
+        logp = token_logprobs(hidden, model.lm_head_weight, torch.tensor([tokenizer.z_c_id]))
+    r_s = float(self_reward(logp, -4.0, tokenizer.beta_v))
+    printed = float(capsys.readouterr().out.split("r_s =")[1].split()[0])
+    assert printed == pytest.approx(r_s, abs=1e-5)
