@@ -434,7 +434,14 @@ def read_samples(folder: str) -> list[dict]:
         raise FileNotFoundError(f"no such folder: {folder}")
     if read_identity(path) is None or not (path / "samples.jsonl").exists():
         raise ValueError(f"{folder} holds no evaluation: samples.jsonl or config.json is missing")
-    rows = [json.loads(line) for line in open(path / "samples.jsonl", encoding="utf-8")]
+    rows = []
+    with open(path / "samples.jsonl", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise ValueError(f"{path}/samples.jsonl, line {number}: not JSON; is the evaluation "
+                                 "still running?") from None
     if not rows:
         raise ValueError(f"{folder}: no solutions there")
     return rows

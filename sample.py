@@ -32,7 +32,7 @@ from nanolaser.checker import is_equivalent
 from nanolaser.config import ModelOptions, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, open_model
 from nanolaser.problems import Problem
-from nanolaser.report import decimal, percent, shorten, table
+from nanolaser.report import percent, shorten, table
 from nanolaser.sampler import Rollout, generate
 
 
@@ -40,7 +40,8 @@ from nanolaser.sampler import Rollout, generate
 class Options(ModelOptions):
     """One problem, several solutions."""
 
-    problem: str | None = option(None, "the problem; - reads it from standard input", group="problem")
+    problem: str | None = option(None, "the problem; - reads it from standard input",
+                                 group="problem")
     gold: str | None = option(None, "its answer, if you know it: the checker then says which "
                                     "solutions are right", group="problem")
     n: int | None = option(None, "solutions; the most there may be, with --adaptive",
@@ -70,6 +71,7 @@ def main() -> int:
     n = o.n or (32 if o.adaptive else 8 if vote else 1)
     model, tokenizer = open_model(o)
 
+    # Programs get rows at the end; people see each solution when it is there.
     show = Silent() if o.json else Live(tokenizer, problem, n, full=not vote)
     rows = draw(model, tokenizer, problem, n, o, show)
     decision = decide(rows, n, o) if vote else None
@@ -113,6 +115,7 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options, show) -> list[d
             streams=[len(rows)],
             on_turn=show.turn, on_finish=show.finish,
         )  # fmt: skip
+        # Tokens go along for programs: verify.py then scores exactly what was sampled.
         rows += grpo.check(new, [problem], tokenizer, token_ids=o.json)
         if o.adaptive and change_probability(rows, n - len(rows)) <= o.risk:
             break
@@ -172,16 +175,16 @@ class Silent:
 
 
 def describe(row: dict) -> str:
-    """One solution in one line: r_s and its verdict, the answer, the length."""
+    """One solution in one line: r_s and what it says, the answer, the length."""
     if not row["finished"]:
-        belief = f"r_s {'-':>6}  cut off (no end, no r_s: raise --max-new-tokens)"
+        belief = "cut off, no r_s"
     elif row["r_s"] is None:
-        belief = f"log pi(z_c) {row['logp_zc']:.2f} (no c_ref, so no r_s)"
+        belief = f"log pi(z_c) {row['logp_zc']:.2f}, no c_ref, no r_s"
     else:
-        belief = f"r_s {row['r_s']:6.3f}  {'right' if row['r_s'] > 0.5 else 'wrong'}, it believes"
-    answer = "no \\boxed{} answer" if row["answer"] is None else f"answer {row['answer']}"
-    checked = "" if row["r_v"] is None else f"  checker: {'right' if row['r_v'] else 'wrong'}"
-    return f"{belief}  {shorten(answer, 60)}  ({count(row['response_tokens'], 'token')}){checked}"
+        belief = f"r_s {row['r_s']:6.3f}, says {'right' if row['r_s'] > 0.5 else 'wrong'}"
+    answer = "no boxed answer" if row["answer"] is None else f"answer {shorten(row['answer'], 60)}"
+    checked = "" if row["r_v"] is None else f"   checker: {'right' if row['r_v'] else 'wrong'}"
+    return f"{belief}   {answer}   ({count(row['response_tokens'], 'token')}){checked}"
 
 
 def count(n: int, noun: str = "solution") -> str:
@@ -204,6 +207,7 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
     ]
     # "No answer" is a line of the table but cannot win; the heaviest answer stands on top.
     candidates.sort(key=lambda c: (c["answer"] is not None, c["weight"], c["votes"]), reverse=True)
+    # A class is called by its first member's text (the last assignment wins, hence reversed).
     name = {int(c): answers[i] for i, c in reversed(list(enumerate(classes)))}
     decision = {
         "candidates": candidates,
@@ -227,13 +231,16 @@ def print_vote(rows: list[dict], d: dict) -> None:
     for c in d["candidates"]:
         wins = [kind for kind in ("majority", "weighted") if c["answer"] == d[kind] is not None]
         shown = "(no answer)" if c["answer"] is None else shorten(c["answer"], 50)
-        lines.append([shown, str(c["votes"]), f"{c['weight']:.2f}", "  <- " * bool(wins) + ", ".join(wins)])
+        arrow = "  <- " + ", ".join(wins) if wins else ""
+        lines.append([shown, str(c["votes"]), f"{c['weight']:.2f}", arrow])
     print("\n" + table(("answer", "votes", "sum of r_s" if d["by_r_s"] else "weight", ""), lines))
     if d["weighted"] is None:
         cut = sum(not row["finished"] for row in rows)
-        print(f"\nno solution has a \\boxed{{}} answer, so there is nothing to vote on; {cut} of "
-              f"{count(len(rows))} cut off")
+        print("\nno solution has a boxed answer: there is nothing to vote on")
+        if cut:
+            print(f"{cut} of {count(len(rows))} cut off: a larger --max-new-tokens may help")
         return
+    # The share is of what was given to answers: solutions without one have no part in it.
     answered = [c for c in d["candidates"] if c["answer"] is not None]
     total = sum(c["weight"] for c in answered)
     first = next(c for c in answered if c["answer"] == d["weighted"])
@@ -243,15 +250,20 @@ def print_vote(rows: list[dict], d: dict) -> None:
     print(f"weighted  {d['weighted']}   {share}")
     if not d["by_r_s"]:
         print("(this model has no r_s: every solution weighs the same)")
-    print(f"how sure: {count(len(rows))} more would change the weighted answer with probability "
-          f"{decimal(d['change_probability'], 2)} at most")
+    print(f"how sure: {len(rows)} more would change the weighted answer with probability "
+          f"{chance(d['change_probability'])}")
     if "saved" in d:
         why = "the budget is used up"
         if d["saved"]:
             risk = d["saved_change_probability"]
-            chance = "cannot change it" if not risk else f"change it with probability {risk:.3f}"
-            why = f"the other {d['saved']} {chance}"
-        print(f"adaptive: {len(rows)} of at most {count(d['budget'])} drawn, {d['saved']} saved: {why}")
+            change = f"would change it with probability {chance(risk)}"
+            why = f"the other {d['saved']} " + (change if risk else "cannot change it")
+        print(f"adaptive: {len(rows)} of {count(d['budget'])} drawn, {d['saved']} saved: {why}")
+
+
+def chance(probability: float) -> str:
+    """A probability estimated from 2000 draws: its resolution ends at a thousandth."""
+    return "below 0.001" if probability < 0.001 else f"{probability:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 How sure is the model that a given solution is right?
 
-    python verify.py --problem "2+3=?" --solution '2+3=5\\n\\boxed{5}' --gold 5
+    python verify.py --problem "2+3=?" --solution $'2+3=5\\n\\\\boxed{5}' --gold 5
     python verify.py --input solutions.jsonl --output scored.jsonl
 
 One forward pass over problem and solution, and one number from it: r_s = beta_v (log pi(z_c) -

@@ -44,7 +44,7 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(
-                    f"{path} is in use by another run; give this one its own --out"
+                    f"{path} is in use by another run; give this one a folder of its own"
                 ) from None
 
     @classmethod
