@@ -120,7 +120,7 @@ def test_gold_answers_that_the_checker_cannot_read_are_counted(tmp_path, capsys)
     ("gsm8", ValueError, "did you mean gsm8k"),
     ("math-500", ValueError, "did you mean math500"),
     ("arithmetik", ValueError, "did you mean arithmetic"),
-    ("zzz", ValueError, "known: arithmetic, deepmath, gsm8k"),
+    ("zzz", ValueError, "known: arithmetic, arithmetic-hard, deepmath"),
     ("nope.jsonl", FileNotFoundError, "no such data file: nope.jsonl"),
     ("no/where", FileNotFoundError, "no such data file"),
 ])  # fmt: skip
