@@ -6,8 +6,8 @@ Loading and saving checkpoints: seconds and peak memory, beside transformers.
 For random LLaMA models of about so many million parameters, stored in bfloat16 in one file, each
 measured in a process of its own: the seconds that loading takes, and how far the resident memory
 rises above what it was before, as a multiple of the model's own size (1.00 is the least that is
-possible; 2.00 would be a second copy).  The files are read once before, so that both tools find
-them in the page cache.  The last line is JSON.
+possible; 2.00 would be a second copy).  The files were written just before, so both tools find them
+in the page cache; both must read the same weights.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def write_model(folder: Path, hidden: int, layers: int) -> None:
     with torch.device("meta"):
         model = CausalLM(config).bfloat16()
     model = model.to_empty(device="cpu").init_weights(0)
+    with torch.no_grad():  # init_weights leaves the norms as they were made: here, unset memory
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
     write_tokenizer(folder / "tokenizer")
     save_pretrained(model, Tokenizer.from_folder(folder / "tokenizer"), folder / "model")
 
@@ -102,7 +106,10 @@ def main() -> None:
                     )  # fmt: skip
                     row = json.loads(result.stdout.splitlines()[-1])
                     rows.append({"parameters": f"{size}M", "dtype": dtype, "tool": tool, **row})
-                    print(f"{size:>9}M {dtype:>9} {tool:>13} {row['seconds']:8.2f} {row['ratio']:12.2f}")
+                    if tool == "transformers" and row["checksum"] != rows[-2]["checksum"]:
+                        sys.exit(f"{size}M {dtype}: the two tools read different weights")
+                    figures = f"{row['seconds']:8.2f} {row['ratio']:12.2f}"
+                    print(f"{size:>9}M {dtype:>9} {tool:>13} {figures}")
     print(json.dumps({"benchmark": "loading", "rows": rows}))
 
 
