@@ -196,11 +196,23 @@ def unbox(text: str) -> str:
     return text
 
 
+_EDGES = ("\\,", "\\;", "\\:", "\\!", "\\ ", "~", "\\quad")
+
+
+def trim(text: str) -> str:
+    """Take spaces, visible or TeX's, off both ends."""
+    while text.startswith(_EDGES):
+        text = text[next(len(edge) for edge in _EDGES if text.startswith(edge)):].lstrip()
+    while text.endswith(_EDGES) and not text.endswith("\\\\,"):  # a line break, then a comma
+        text = text[:-next(len(edge) for edge in _EDGES if text.endswith(edge))].rstrip()
+    return text
+
+
 def clean(text: str) -> str:
     """One spelling for unicode symbols, no boxes, no $...$, no final full stop."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
-    text = text.strip()
+    text = trim(text.strip())
     if text.startswith("**") and text.endswith("**"):
         text = text.strip("* ")  # bold in Markdown
     if "\\boxed" in text or "\\fbox" in text:
@@ -209,7 +221,7 @@ def clean(text: str) -> str:
         # An odd number of bare dollars is a currency sign, not a pair of delimiters.
         if len(_BARE_DOLLAR.findall(text)) % 2:
             text = _BARE_DOLLAR.sub(lambda _: "\\$", text)
-        text = _DELIMITERS.sub(" ", text).strip()
+        text = trim(_DELIMITERS.sub(" ", text).strip())
     while text.endswith("\\\\"):
         text = text[:-2].rstrip()
     if text.endswith(".") and not text.endswith("..") and not text.endswith("\\right."):
