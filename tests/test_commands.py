@@ -1,0 +1,430 @@
+"""sample.py, verify.py and evaluate.py as a user runs them, on the embedded model.
+
+What a user pipes, kills or starts side by side runs in processes of its own; everything else runs
+a script in this process (`call`), which saves two seconds of imports each.
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+PROBLEM = "(14+25)*2-9=?"
+# The base model has no c_ref (training estimates it); any number near its log pi(z_c) will do.
+C_REF = ["--c-ref", "-24"]
+BELIEVE = ["--c-ref", "-30"]  # r_s near 1
+ENVIRONMENT = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1"}
+ROW_KEYS = {"problem", "gold", "response", "answer", "r_v", "r_s", "logp_zc", "finished",
+            "response_tokens", "prompt_id"}  # fmt: skip
+RESULT_KEYS = {"problems", "n", "accuracy", "accuracy_stderr", "majority_vote", "weighted_vote",
+               "best_of", "pass_at", "verification", "mean_response_tokens",
+               "finished_share"}  # fmt: skip
+VERIFICATION_KEYS = {"f1", "accuracy_correct", "accuracy_wrong", "auroc", "ece", "brier",
+                     "spearman_length", "auroc_within", "mean_r_s_correct",
+                     "mean_r_s_wrong"}  # fmt: skip
+
+
+def start(script, *arguments, **more):
+    """The script in a process of its own."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=ENVIRONMENT, **more)  # fmt: skip
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, arguments...) -> (exit code, stdout, stderr) of the script, in this process."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def rows_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py
+
+
+def test_one_solution_is_printed_with_its_r_s(call):
+    code, out, err = call("sample.py", PROBLEM, *C_REF, "--seed", 1)
+    assert (code, err) == (0, "")
+    assert "\\boxed{" in out and "r_s " in out and "answer " in out
+    assert call("sample.py", PROBLEM, *C_REF, "--seed", 1)[1] == out  # the seed says it all
+    assert call("sample.py", PROBLEM, *C_REF, "--seed", 2)[1] != out
+
+
+def test_json_rows_and_vote(call):
+    code, out, _ = call("sample.py", "--n", 6, "--vote", "--json", *C_REF, "--gold", 69, PROBLEM)
+    *rows, last = rows_of(out)
+    assert code == 0 and len(rows) == 6
+    for row in rows:
+        assert ROW_KEYS <= set(row)
+        assert row["r_v"] == float(row["answer"] == "69")
+        assert len(row["response_token_ids"]) == row["response_tokens"]
+        assert row["r_s"] == pytest.approx(0.1 * (row["logp_zc"] + 24))
+    vote = last["vote"]
+    assert sum(c["votes"] for c in vote["candidates"]) == 6
+    weight = sum(min(1, max(0, row["r_s"])) for row in rows)
+    assert sum(c["weight"] for c in vote["candidates"]) == pytest.approx(weight)
+    assert vote["majority"] in {row["answer"] for row in rows}
+
+
+def test_vote_merges_what_is_equal_as_mathematics(capsys):
+    import sample
+
+    made = [("0.5", 0.4), ("2", 0.9), ("\\frac12", 0.6), ("2", -3.0), (None, 0.9), ("1/2", None)]
+    rows = [{"answer": a, "r_s": r, "finished": r is not None} for a, r in made]
+    decision = sample.decide(rows, 6, sample.Options())
+    assert decision["candidates"] == [
+        {"answer": "0.5", "votes": 3, "weight": 1.0},
+        {"answer": "2", "votes": 2, "weight": 0.9},
+        {"answer": None, "votes": 1, "weight": 0.9},
+    ]
+    assert decision["majority"] == decision["weighted"] == "0.5"
+    sample.print_vote(rows, decision)
+    out = capsys.readouterr().out
+    assert "<- majority, weighted" in out and "52.6 % of the weight" in out and "how sure" in out
+
+
+def test_vote_without_c_ref_is_the_majority(call):
+    _, out, err = call("sample.py", "--n", 4, "--vote", "--model", "tiny", "2+3=?")
+    assert "c_ref was never estimated" in err and "every solution weighs the same" in out
+
+
+def test_adaptive_stops_early_with_the_same_solutions(call):
+    _, plain, _ = call("sample.py", "--n", 24, "--json", *BELIEVE, "2+3=?")
+    _, out, _ = call("sample.py", "--n", 24, "--adaptive", "--json", *BELIEVE, "2+3=?")
+    *rows, last = rows_of(out)
+    vote = last["vote"]
+    # nearly every solution says 5 and is believed: that is settled long before 24
+    assert len(rows) < 24 and vote["saved"] == 24 - len(rows) > 0
+    assert vote["saved_change_probability"] <= 0.05
+    drawn = [row["response_token_ids"] for row in rows]
+    assert drawn == [row["response_token_ids"] for row in rows_of(plain)][: len(rows)]
+    _, out, _ = call("sample.py", "--n", 24, "--adaptive", *BELIEVE, "2+3=?")
+    assert f"{vote['saved']} saved" in out
+
+
+def test_nothing_to_vote_on(call):
+    code, out, _ = call("sample.py", "--vote", "--n", 3, "--max-new-tokens", 3, *C_REF, PROBLEM)
+    assert code == 0 and "cut off, no r_s" in out and "nothing to vote on" in out
+    assert "3 of 3 solutions cut off" in out
+
+
+# ---------------------------------------------------------------------------------------------
+# verify.py
+
+
+def test_pipe_from_sample_to_verify_gives_the_samplers_number(tmp_path):
+    sampled = start("sample.py", "--n", 4, "--json", *C_REF, "--gold", 69, PROBLEM)
+    checked = start("verify.py", "--input", "-", "--output", "-", *C_REF, stdin=sampled.stdout)
+    out, err = checked.communicate(timeout=120)
+    assert checked.returncode == 0, err
+    rows = rows_of(out)
+    assert len(rows) == 4 and "4 solutions" in err and "4 with gold" in err
+    # verify.py overwrites r_s: what the sampler said is drawn again
+    again = start("sample.py", "--n", 4, "--json", *C_REF, PROBLEM).communicate(timeout=120)[0]
+    for row, own in zip(rows, rows_of(again)):
+        assert row["response_token_ids"] == own["response_token_ids"]
+        assert row["logp_zc"] == pytest.approx(own["logp_zc"], abs=1e-4)
+        assert row["verdict"] == ("right" if row["r_s"] > 0.5 else "wrong")
+        assert row["text_tokens_differ"] is False  # characters are always cut alike
+
+
+def test_verify_one_solution(call):
+    one = ["verify.py", "--problem", "2+3=?", "--solution"]
+    code, out, _ = call(*one, "2+3=5\n\\boxed{5}", "--gold", "5", *C_REF)
+    assert code == 0 and "verdict " in out and "answer    5" in out and "checker   right" in out
+    code, out, _ = call(*one, "no idea", "--gold", "-5", *C_REF)
+    assert code == 0 and "no boxed answer" in out and "checker   wrong" in out
+    code, out, err = call(*one, "\\boxed{5}")
+    assert code == 0 and "log pi(<|reserved_0|>)" in out and "c_ref was never estimated" in err
+
+
+def test_verify_file_reports_bad_rows_and_does_the_rest(call, tmp_path):
+    good = {"question": "2+3=?", "response": "\\boxed{5}", "gold": 5, "mine": "kept"}
+    lines = [json.dumps(good), "{", "[]", '{"problem": "x"}', "",
+             json.dumps({**good, "finished": False}),
+             json.dumps({**good, "response_token_ids": ["a"]})]  # fmt: skip
+    data = tmp_path / "in.jsonl"
+    data.write_text("\n".join(lines))
+    out = tmp_path / "out.jsonl"
+    code, _, err = call("verify.py", "--input", data, "--output", out, *C_REF)
+    assert code == 1
+    for said in ("line 2: not JSON", "line 3: not a JSON object", "line 4: no response",
+                 "line 7: response_token_ids must be a list"):  # fmt: skip
+        assert said in err
+    done, cut = rows_of(out.read_text())
+    assert (done["mine"], done["r_v"], done["answer"]) == ("kept", 1.0, "5")
+    assert done["r_s"] is not None and done["checker"]
+    assert cut["r_s"] is None and cut["verdict"] is None  # no end: nothing to read r_s at
+
+
+def test_verify_scores_tokens_as_they_are(call, tmp_path):
+    # The same text, cut off in one row: with ids it is their end that counts.
+    from nanolaser.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(ROOT / "nanolaser" / "tiny")
+    ids = tokenizer.encode("2+3=5\n\\boxed{5}")
+    whole = {"problem": "2+3=?", "response": "2+3=5\n\\boxed{5}"}
+    rows = [whole, {**whole, "response_token_ids": ids + [tokenizer.stop_ids[0]]},
+            {**whole, "response_token_ids": ids}]  # fmt: skip
+    data = write_rows(tmp_path / "in.jsonl", rows)
+    call("verify.py", "--input", data, "--output", tmp_path / "out.jsonl", *C_REF)
+    text, tokens, cut = rows_of((tmp_path / "out.jsonl").read_text())
+    assert text["logp_zc"] == pytest.approx(tokens["logp_zc"], abs=1e-5)
+    assert cut["r_s"] is None
+    write_rows(data, [{**whole, "response_token_ids": [10**6]}])
+    code, _, err = call("verify.py", "--input", data, "--output", tmp_path / "x.jsonl")
+    assert code == 2 and "does not exist in this model" in err and not (tmp_path / "x.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluate.py
+
+SMALL = ["--max-problems", 24, "--n", 4, "--max-new-tokens", 64, "--wave", 4, *C_REF]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """One undisturbed evaluation with both verifiers, shared by the tests that look at it."""
+    out = tmp_path_factory.mktemp("evaluation") / "results"
+    done = start("evaluate.py", *SMALL, "--generative", "--output", out)
+    text, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    return out, text
+
+
+def test_results_and_samples(evaluated):
+    out, text = evaluated
+    rows = rows_of((out / "samples.jsonl").read_text())
+    assert len(rows) == 24 * 4 and all(ROW_KEYS <= set(row) for row in rows)
+    order = [(row["prompt_id"], row["sample"]) for row in rows]
+    assert order == sorted(order)
+    entry = json.loads((out / "results.json").read_text())["arithmetic"]
+    assert set(entry) == RESULT_KEYS | {"generative_verification"}
+    assert set(entry["verification"]) >= VERIFICATION_KEYS
+    assert (entry["problems"], entry["n"]) == (24, 4)
+    assert set(entry["weighted_vote"]) == {"1", "2", "4"}
+    assert entry["accuracy"] == pytest.approx(sum(r["r_v"] for r in rows) / 96, abs=1e-6)
+    # the terminal shows the same, and the pictures are there
+    assert f"{100 * entry['accuracy']:.1f} +-" in text and "weighted@n" in text
+    pytest.importorskip("matplotlib")
+    kinds = ("votes", "reliability", "r_s", "length")
+    assert all((out / f"arithmetic-{kind}.png").stat().st_size > 5000 for kind in kinds)
+
+
+def test_generative_baseline(evaluated):
+    out, text = evaluated
+    entry = json.loads((out / "results.json").read_text())["arithmetic"]["generative_verification"]
+    judgements = rows_of((out / "judgements.jsonl").read_text())
+    assert len(judgements) == 96 and {j["judgement"][:1] for j in judgements} <= {"y", "n"}
+    # the model knows the question: one letter and its end
+    assert entry["tokens"] == pytest.approx(2, abs=0.1) and entry["undecided"] < 0.1
+    assert entry["self_reward_tokens"] == 1 and entry["seconds"] > entry["self_reward_seconds"] > 0
+    assert "asked in words" in text
+
+
+def test_killed_and_resumed_equals_undisturbed(evaluated, tmp_path):
+    whole, _ = evaluated
+    out = tmp_path / "results"
+    first = start("evaluate.py", *SMALL, "--output", out)
+    samples = out / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and first.poll() is None:
+        # half-way: some waves are done, some are not
+        if samples.exists() and samples.read_text().count("\n") > 40:
+            break
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    kept = samples.read_text()
+    assert 40 < kept.count("\n") < 96, "the machine was too quick for this test"
+    samples.write_text(kept + '{"cut in the midd')
+    done = start("evaluate.py", *SMALL, "--output", out)
+    text, err = done.communicate(timeout=300)
+    assert done.returncode == 0 and "are there already" in text, err
+    # what was finished was not touched, what was not came out the same, to the last bit
+    assert samples.read_text() == (whole / "samples.jsonl").read_text()
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, out)]
+    del results[0]["arithmetic"]["generative_verification"]
+    assert results[0] == results[1]
+
+
+def test_solutions_do_not_depend_on_their_company(evaluated, call, tmp_path):
+    # another selection, another order, a file instead of the generator: the same solutions
+    rows = rows_of((evaluated[0] / "samples.jsonl").read_text())
+    some = [{"problem": row["problem"], "answer": row["gold"]} for row in rows[80:60:-4]]
+    data = write_rows(tmp_path / "some.jsonl", some)
+    out = tmp_path / "results"
+    code, _, err = call("evaluate.py", *SMALL, "--data", data, "--output", out, "--token-ids")
+    assert code == 0, err
+    mine = rows_of((out / "samples.jsonl").read_text())
+    assert all(row["response_token_ids"] for row in mine)
+    texts = {(r["problem"], r["sample"]): r["response"] for r in rows}
+    assert all(texts[r["problem"], r["sample"]] == r["response"] for r in mine)
+    assert list(json.loads((out / "results.json").read_text())) == ["some"]
+
+
+def test_a_folder_of_other_results_is_refused(evaluated, call, tmp_path):
+    out, _ = evaluated
+    before = (out / "samples.jsonl").read_bytes()
+    code, _, err = call("evaluate.py", *SMALL, "--n", 8, "--output", out)
+    assert code == 2 and "n 4 there, 8 here" in err and err.count("\n") == 1
+    assert (out / "samples.jsonl").read_bytes() == before
+    (tmp_path / "config.json").write_text('{"options": {}}')
+    code, _, err = call("evaluate.py", *SMALL, "--output", tmp_path)
+    assert code == 2 and "something else" in err
+
+
+def test_external_scores(evaluated, call, tmp_path):
+    out, _ = evaluated
+    rows = rows_of((out / "samples.jsonl").read_text())
+    # by place in the file, an oracle
+    oracle = write_rows(tmp_path / "oracle.jsonl", [{"score": row["r_v"]} for row in rows])
+    code, text, err = call("evaluate.py", "--output", out, "--scores", oracle)
+    assert code == 0 and "arithmetic: oracle" in text, err
+    entry = json.loads((out / "scores-oracle.json").read_text())["arithmetic"]
+    assert entry["verification"]["f1"] == entry["verification"]["auroc"] == 1.0
+    assert entry["weighted_vote"]["4"] == entry["best_of"]["4"] == entry["pass_at"]["4"]
+    # by name, in any order: r_s itself has to give what results.json says
+    keys = ("dataset", "prompt_id", "sample", "r_s")
+    own = write_rows(tmp_path / "own.jsonl", [{k: row[k] for k in keys} for row in rows[::-1]])
+    assert call("evaluate.py", "--output", out, "--scores", own)[0] == 0
+    entry = json.loads((out / "scores-own.json").read_text())["arithmetic"]
+    results = json.loads((out / "results.json").read_text())["arithmetic"]
+    assert entry["verification"] == results["verification"]
+    write_rows(own, [{"score": 1}])
+    code, _, err = call("evaluate.py", "--output", out, "--scores", own)
+    assert code == 2 and "scores 1 solutions, but there are 96" in err
+
+
+def test_compare(evaluated, call, tmp_path):
+    out, _ = evaluated
+    code, text, err = call("evaluate.py", *SMALL, "--seed", 5, "--output", tmp_path / "b")
+    assert code == 0, err
+    code, text, err = call("evaluate.py", "--compare", out, tmp_path / "b")
+    assert code == 0 and "24 problems in common" in text and "95 % interval" in text, err
+    accuracy = [json.loads((f / "results.json").read_text())["arithmetic"]["accuracy"]
+                for f in (out, tmp_path / "b")]  # fmt: skip
+    line = next(x for x in text.splitlines() if x.startswith("accuracy"))
+    assert line.split()[1:3] == [f"{a:.4f}" for a in accuracy]
+    code, _, err = call("evaluate.py", "--compare", out)
+    assert code == 2 and "two folders" in err
+
+
+def test_waves():
+    from evaluate import waves
+
+    have = [{"dataset": "a", "prompt_id": i} for i in (0, 0, 1, 1, 2, 3, 3, 4, 4)]
+    # two solutions each: problem 2 has one of them, 5 and 6 have none
+    assert waves("a", 7, have, 2, 2) == [[2, 3], [4, 5], [6]]
+    assert waves("a", 7, have, 2, 0) == [[2, 5, 6]]
+    assert waves("a", 5, have[:4] + have[5:] + have[4:5] * 2, 2, 0) == []
+    assert waves("b", 2, have, 2, 2) == [[0, 1]]
+
+
+def test_judgements_of_models_without_a_question_of_their_own(tiny):
+    from nanolaser.judge import judgement_prompt, verdict
+
+    _, tokenizer = tiny
+    row = {"problem": "2+3=?", "response": "it is \\boxed{5}"}
+    text = tokenizer.decode(judgement_prompt(tokenizer, row), skip_special=False)
+    assert "2+3=?" in text and "it is \\boxed{5}" in text and text.endswith("assistant\n")
+    for judgement, expected in (
+        ("The sum is right. \\boxed{Yes}", 1.0), ("Yes? \\boxed{\\text{no}}", 0.0),
+        ("At first yes, but then: No.", 0.0), ("\\boxed{5}, so yes", 1.0),
+        ("nothing to notice", None), ("", None),
+    ):  # fmt: skip
+        assert verdict(judgement, follow_up=False) == expected, judgement
+    assert [verdict(t, follow_up=True) for t in ("y", " n", "x")] == [1.0, 0.0, None]
+
+
+@pytest.mark.slow
+def test_real_benchmarks_pass_through(call, shared, tmp_path):
+    names = ("math500", "aime24", "aime25", "amc23", "OlympiadBench")
+    files = ",".join(str(shared / name / "test.jsonl") for name in names)
+    code, _, err = call("evaluate.py", *C_REF, "--data", files, "--n", 1, "--max-new-tokens", 48,
+                        "--output", tmp_path / "r")  # fmt: skip
+    assert code == 0, err
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert {k: e["problems"] for k, e in results.items()} == dict(zip(names, (500, 30, 30, 40, 675)))
+
+
+# ---------------------------------------------------------------------------------------------
+# every script
+
+
+@pytest.mark.parametrize("script", ["sample.py", "verify.py", "evaluate.py"])
+def test_help(call, script):
+    code, out, _ = call(script, "--help")
+    options = runpy.run_path(str(ROOT / script))["Options"]
+    positional = {"sample.py": "problem"}.get(script)
+    for name in options.__dataclass_fields__:
+        assert (name if name == positional else f"--{name.replace('_', '-')} ") in out
+    assert code == 0 and max(map(len, out.splitlines())) <= 100
+
+
+BAD = [
+    ("sample.py", [], "no problem given"),
+    ("sample.py", [" "], "the problem is empty"),
+    ("sample.py", ["2", "+", "3"], "quote a text that has spaces"),
+    ("sample.py", ["x", "--n", "0"], "--n: must be at least 1"),
+    ("sample.py", ["x", "--votes"], "did you mean --vote"),
+    ("sample.py", ["x", "--model", "qwen2.5-7"], "did you mean qwen2.5-7b"),
+    ("sample.py", ["x", "--model", "HERE"], "no config.json"),
+    ("sample.py", ["x", "--z-c", "ab"], "2 tokens"),
+    ("verify.py", [], "nothing to verify"),
+    ("verify.py", ["--problem", "x"], "belong together"),
+    ("verify.py", ["--problem", "x", "--input", "y"], "not both"),
+    ("verify.py", ["--input", "HERE/none.jsonl", "--output", "-"], "none.jsonl"),
+    ("verify.py", ["--input", "HERE/bad.jsonl", "--output", "-"], "no row can be read"),
+    ("verify.py", ["--input", "HERE/good.jsonl", "--output", "HERE/no/where"], "no such folder"),
+    ("evaluate.py", ["--n", "0"], "--n: must be at least 1"),
+    ("evaluate.py", ["--data", "HERE/none.jsonl"], "none.jsonl"),
+    ("evaluate.py", ["--data", "aime2"], "aime24"),
+    ("evaluate.py", ["--data", "HERE/bad.jsonl"], "bad.jsonl"),
+    ("evaluate.py", ["--data", "HERE/nogold.jsonl"], "nogold.jsonl"),
+    ("evaluate.py", ["--model", "HERE"], "no config.json"),
+    ("evaluate.py", ["--output", "HERE/good.jsonl"], "is a file"),
+    ("evaluate.py", ["--output", "HERE/taken"], "holds a samples.jsonl"),
+    ("evaluate.py", ["--compare", "HERE/none", "HERE"], "no such folder"),
+    ("evaluate.py", ["--scores", "HERE/good.jsonl"], "--scores needs --output"),
+    ("evaluate.py", ["--scores", "x", "--output", "HERE"], "holds no evaluation"),
+]
+
+
+@pytest.mark.parametrize("script, arguments, said", BAD, ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else x.split(".")[0])
+def test_bad_input_is_one_line_and_exit_2(call, tmp_path, script, arguments, said):
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    write_rows(tmp_path / "nogold.jsonl", [{"problem": "x"}])
+    write_rows(tmp_path / "good.jsonl", [{"problem": "x", "answer": "1", "response": "y"}])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "samples.jsonl").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call(script, *(a.replace("HERE", str(tmp_path)) for a in arguments))
+    errors = [x for x in err.splitlines() if not x.startswith("warning: ")]
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("error: "), err
+    assert said in errors[0]
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was left behind
