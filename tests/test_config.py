@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolaser.config import apply_preset, main_guard, near, option, parse_args
+from nanolaser.config import ModelOptions, apply_preset, main_guard, near, option, parse_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -207,3 +207,24 @@ def test_closed_pipe_is_quiet():
     child.stdout.readline()
     child.stdout.close()
     assert child.stderr.read() == b"" and child.wait() == 141
+
+
+@dataclass
+class Comparing(ModelOptions):
+    compare: tuple[str, ...] = option((), "two folders", group="mine", count=2)
+    n: int | None = option(None, "solutions", group="mine", shown="1, or 8")
+
+
+@pytest.mark.parametrize("argv", [["--compare", "a", "b"], ["--compare", "a,b"], ["--compare=a,b"],
+                                  ["--compare", "a", "b", "--n", "3"]])  # fmt: skip
+def test_an_option_of_two_words(argv):
+    options, given = parse_args(Comparing, argv)
+    assert options.compare == ("a", "b") and "compare" in given
+    assert options.n == (3 if "--n" in argv else None)
+
+
+def test_a_class_shows_its_own_options_before_inherited_ones(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(Comparing, ["--help"])
+    out = capsys.readouterr().out
+    assert out.index("--compare") < out.index("--model") and "(default: 1, or 8)" in out
