@@ -103,6 +103,11 @@ class Options:
     eval_n: int | None = output(help="solutions per held-out problem", min=1, **by_model())
     save_every: int | None = output(help="steps between checkpoints", min=1, **by_model())
 
+    def sampling(self) -> dict:
+        """How this run samples, in training and in evaluation alike."""
+        names = ("max_new_tokens", "temperature", "max_rows")
+        return {name: getattr(self, name) for name in names}
+
 
 # The embedded model learns in minutes; the paper's settings are those of its Qwen2.5-7B script.
 PRESETS = {
@@ -132,16 +137,8 @@ def train_step(model, tokenizer, optimizer, problems, o: Options, step: int):
     phase = laser.phase(step, o.reasoning_warmup, o.self_reward_warmup)
 
     # 1. Sample.  The seed depends on the step alone: a resumed run draws what it would have drawn.
-    rollouts = generate(
-        model,
-        tokenizer,
-        [p.problem for p in problems],
-        n=o.group_size,
-        seed=o.seed * 1_000_003 + step,
-        max_new_tokens=o.max_new_tokens,
-        temperature=o.temperature,
-        max_rows=o.max_rows,
-    )
+    texts, seed = [p.problem for p in problems], o.seed * 1_000_003 + step
+    rollouts = generate(model, tokenizer, texts, n=o.group_size, seed=seed, **o.sampling())
     sampled = time.perf_counter()
 
     # 2. and 3.  r_v from the checker, r_s from the model's own readout.
@@ -204,13 +201,7 @@ def learning_rate(step: int, o: Options) -> float:
 def find_c_ref(model, tokenizer, problems, o: Options) -> None:
     """Estimate c_ref on the untouched model, and say how steady it is."""
     mean, std, others = grpo.estimate_c_ref(
-        model,
-        tokenizer,
-        problems,
-        seed=o.seed,
-        max_new_tokens=o.max_new_tokens,
-        temperature=o.temperature,
-        max_rows=o.max_rows,
+        model, tokenizer, problems, seed=o.seed, **o.sampling()
     )
     tokenizer.c_ref, tokenizer.c_ref_std = mean, std
     print(f"c_ref = {mean:.2f} nats, spread {std:.2f} ({tokenizer.z_c})")
@@ -260,19 +251,10 @@ def held_out(o: Options) -> list[Problem]:
 
 def evaluate(model, tokenizer, problems, o: Options, label: str) -> dict:
     """Accuracy, self-verification and votes on held-out problems, as in results.json."""
-    total = len(problems) * o.eval_n
-    with tqdm(total=total, desc=label, leave=False, disable=not is_terminal(), unit="y") as bar:
-        rollouts = generate(
-            model,
-            tokenizer,
-            [p.problem for p in problems],
-            n=o.eval_n,
-            seed=o.seed,
-            max_new_tokens=o.max_new_tokens,
-            temperature=o.temperature,
-            max_rows=o.max_rows,
-            on_finish=lambda _: bar.update(),
-        )
+    texts, total = [p.problem for p in problems], len(problems) * o.eval_n
+    with tqdm(total=total, desc=label, leave=False, disable=not is_terminal()) as bar:
+        how = {"seed": o.seed, "on_finish": lambda _: bar.update(), **o.sampling()}
+        rollouts = generate(model, tokenizer, texts, n=o.eval_n, **how)
     return metrics.summarise(grpo.check(rollouts, problems, tokenizer), is_equivalent)
 
 

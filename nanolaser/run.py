@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import sys
 from pathlib import Path
@@ -123,8 +124,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process ever held: on the GPU if it has one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; getrusage there starts from the parent's peak, not from zero
+        line = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(line[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
 def is_terminal() -> bool:
