@@ -264,7 +264,7 @@ def describe(step: int, e: dict) -> str:
     show = lambda x: "  -  " if x is None else f"{100 * x:5.1f}"  # noqa: E731
     return (
         f"eval {step:5d}  accuracy {show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}"
-        f"  F1 {show(v['f1'])}  AUROC {show(v['auroc'])} (within problem {show(v['auroc_within'])})  "
+        f"  F1 {show(v['f1'])}  AUROC {show(v['auroc'])} (within {show(v['auroc_within'])})  "
         f"vote@{k} {show(e['majority_vote'][k])}  weighted {show(e['weighted_vote'][k])}"
     )
 

@@ -2,7 +2,7 @@
 The README's table: the embedded run with LaSeR and with plain GRPO, over seeds.
 
     python benchmarks/embedded.py                     # six runs, about half an hour on two cores
-    python benchmarks/embedded.py --runs runs/table   # runs that are finished there are not repeated
+    python benchmarks/embedded.py --runs runs/table   # finished runs are not repeated
 
 Every number comes from files that train.py and evaluate.py wrote: summary.json (400 held-out
 problems x 8 solutions at temperature 1) and results.json (400 longer ones, harder than any trained

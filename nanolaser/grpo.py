@@ -467,7 +467,8 @@ def estimate_c_ref(
     with torch.no_grad():
         for rows in micro_batches(rollouts[:pairs], 8192):
             picked = [rollouts[i] for i in rows]
-            tokens, lengths = pad([r.prompt_tokens + r.response_tokens for r in picked], model.device)
+            sequences = [r.prompt_tokens + r.response_tokens for r in picked]
+            tokens, lengths = pad(sequences, model.device)
             last = torch.arange(len(rows), device=model.device)
             hidden = model(tokens)[last, lengths - 1]  # (B, C) at the stop tokens
             # all candidates share one logsumexp: target 0's log-prob is logit[0] - lse

@@ -377,7 +377,10 @@ def is_held_out(text: str) -> bool:
 
 
 def arithmetic_problems(
-    count: int, seed: int, split: str = "train", operations: tuple[int, ...] = ARITHMETIC["arithmetic"]
+    count: int,
+    seed: int,
+    split: str = "train",
+    operations: tuple[int, ...] = ARITHMETIC["arithmetic"],
 ) -> list[Problem]:
     """`count` random problems of the split (train, test); the same seed gives the same ones."""
     rng = random.Random(f"{split} {seed}")

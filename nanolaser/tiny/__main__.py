@@ -226,9 +226,8 @@ def train(model: CausalLM, encode, options: Options) -> None:
     """Supervised training on random texts for options.updates steps; cosine learning rate."""
     # eps 1e-7: the gradient of a token that never occurs shrinks to nothing, and Adam would
     # divide it by its own size and go on pushing that token down for ever; so would z_c drift.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True
-    )
+    settings = dict(lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     verdicts = torch.tensor([VOCABULARY.index(c) for c in "ynvx"])
     start = time.perf_counter()
     for update, (tokens, lengths, prompts) in zip(range(options.updates), batches(options, encode)):
