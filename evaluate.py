@@ -87,7 +87,7 @@ class Options(ModelOptions):
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
         if self.scores is not None and self.output is None:
-            raise ValueError("--scores needs --output, the folder with the solutions they belong to")
+            raise ValueError("--scores needs --output, the folder of the solutions they belong to")
 
 
 def main() -> int:
@@ -200,8 +200,10 @@ def open_results(o: Options, mine: dict) -> RunFolder:
         if not differ:
             return RunFolder(path)
         if o.output:
-            shown = "; ".join(f"{key} {there.get(key)} there, {mine[key]} here" for key in differ[:3])
-            raise ValueError(f"{path} holds other results ({shown}); give another --output")
+            shown = [f"{key} {there.get(key)} there, {mine[key]} here" for key in differ[:3]]
+            raise ValueError(
+                f"{path} holds other results ({'; '.join(shown)}); give another --output"
+            )
 
 
 def read_identity(path: Path) -> dict | None:
@@ -217,7 +219,8 @@ def read_identity(path: Path) -> dict | None:
     try:
         return dict(json.loads(config.read_bytes())["evaluation"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds something else than an evaluation; give another --output") from None
+        # a training run, a model, anything that has a config.json
+        raise ValueError(f"{path} is in use for something else; give another --output") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ def read_identity(path: Path) -> dict | None:
 def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options) -> None:
     """Sample what is missing, problem by problem into samples.jsonl; in order when all is there."""
     size = o.wave or (max(1, CPU_WAVE // o.n) if model.device.type == "cpu" else 0)
-    rows = run.read("samples.jsonl")
+    rows = run.read("samples.jsonl")  # a last line that a kill cut short is no row
     todo = {name: waves(name, len(problems), rows, o.n, size) for name, problems in sets.items()}
     # What is about to be sampled is forgotten first: half-written problems, half-done waves.
     again = {(name, i) for name in todo for wave in todo[name] for i in wave}
@@ -248,6 +251,8 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options)
             if todo[name]:
                 solutions = sum(map(len, todo[name])) * o.n
                 log_time(run, "sampling", name, solutions, tokens, time.perf_counter() - began)
+    # Problems end in the order of their lengths; a finished file is in the order of the data.  With
+    # it every sum over its rows is taken in one order, however the run was interrupted.
     order = {name: place for place, name in enumerate(sets)}
     write_rows(run, "samples.jsonl", sorted(
         run.read("samples.jsonl"),
@@ -319,6 +324,7 @@ def log_time(run: RunFolder, what: str, name: str, solutions: int, tokens: int, 
 
 def by_set(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows by data set, in the order of the file."""
+    # A dict keeps the order in which its keys came: it is that of the file, and so of --data.
     sets: dict[str, list[dict]] = {}
     for row in rows:
         sets.setdefault(row["dataset"], []).append(row)
@@ -329,6 +335,7 @@ def summarise(run: RunFolder) -> tuple[dict, dict]:
     """(entries of results.json, vote tables), by data set, from the samples on disk."""
     results, votes = {}, {}
     for name, rows in by_set(run.read("samples.jsonl")).items():
+        # Once, for the numbers and for the pictures: merging equal answers is the slow part.
         votes[name] = metrics.vote_tables(rows, is_equivalent)
         results[name] = metrics.summarise(rows, is_equivalent, votes=votes[name])
     return results, votes
@@ -350,8 +357,9 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
              if "generative_verification" in e}
     if asked:
         print("\n" + report.generative_table(asked))
-    rows = by_set(run.read("samples.jsonl"))
-    drawn = [p for name in results for p in report.pictures(run.path, name, rows[name], votes[name])]
+    drawn = []
+    for name, rows in by_set(run.read("samples.jsonl")).items():
+        drawn += report.pictures(run.path, name, rows, votes[name])
     print(f"\nresults.json and {len(drawn)} pictures are in {run.path}")
 
 
@@ -383,6 +391,7 @@ def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
                 bar.update()
 
             began = time.perf_counter()
+            # Nothing left after a resume: no call, and no line in the log of times.
             if left:
                 judge(model, tokenizer, left, limit, o.max_rows, finish)
                 log_time(run, "judging", name, len(left), tokens, time.perf_counter() - began)
@@ -400,6 +409,7 @@ def generative_entries(run: RunFolder) -> dict[str, dict]:
     for name, rows in by_set(run.read("samples.jsonl")).items():
         mine = [judgements[key_of(row)] for row in rows if key_of(row) in judgements]
         scored = [row | {"r_s": judgements.get(key_of(row), {}).get("score")} for row in rows]
+        # The same function as for r_s, so that the two lines of the table mean the same.
         quality = metrics.verification(scored)
         cost = {what: pace([t for t in timing if t["what"] == what and t["dataset"] == name])
                 for what in ("judging", "sampling")}
@@ -440,8 +450,8 @@ def read_samples(folder: str) -> list[dict]:
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                raise ValueError(f"{path}/samples.jsonl, line {number}: not JSON; is the evaluation "
-                                 "still running?") from None
+                where = f"{path / 'samples.jsonl'}, line {number}"
+                raise ValueError(f"{where}: not JSON; is it still being written?") from None
     if not rows:
         raise ValueError(f"{folder}: no solutions there")
     return rows
@@ -452,6 +462,7 @@ def external_scores(o: Options) -> int:
     rows = read_samples(o.output)
     scores = read_scores(o.scores, rows)
     label, results, shown = Path(o.scores).stem, {}, {}
+    # In the place of r_s: every metric that is defined for it is defined for them.
     rescored = by_set([row | {"r_s": s} for row, s in zip(rows, scores)])
     votes = {name: metrics.vote_tables(these, is_equivalent) for name, these in rescored.items()}
     for name, own in by_set(rows).items():

@@ -56,12 +56,14 @@ class Options(ModelOptions):
     batch_tokens: int = option(16_384, "tokens in one forward pass", group="many solutions", min=1)
 
     def __post_init__(self):
+        # Half of a question is refused before a model is loaded for it.
         one = self.problem is not None or self.solution is not None
         if one and (self.input is not None or self.output is not None):
             raise ValueError("give --problem and --solution, or --input and --output, not both")
         if not one and (self.input is None or self.output is None):
-            missing = "--output" if self.input is not None else "--problem and --solution, or --input"
-            raise ValueError(f"nothing to verify: {missing} is missing")
+            both = "--problem and --solution, or --input and --output"
+            missing = "--output" if self.input is not None else both
+            raise ValueError(f"nothing to verify: give {missing}")
         if one and (self.problem is None or self.solution is None):
             raise ValueError("--problem and --solution belong together: one of them is missing")
         if not one and self.gold is not None:
@@ -118,6 +120,7 @@ def verify_file(o: Options) -> int:
     # stderr, all that is for people: standard output may be the data
     with tqdm(total=len(rows), unit="solution", disable=not is_terminal()) as bar:
         scored = score_rows(model, tokenizer, rows, o.batch_tokens, bar.update)
+    # At the end and at once: whoever sees the file sees all of it.
     text = "".join(json.dumps(row) + "\n" for row in scored)
     if o.output == "-":
         sys.stdout.write(text)
@@ -147,10 +150,12 @@ def read_rows(name: str) -> tuple[list[dict], list[tuple[int, str]]]:
 
 
 def check_row(row: dict) -> None:
-    """Give a row its usual names, in place; ValueError if something is missing or of a wrong kind."""
+    """Give a row its usual names, in place; ValueError if something is missing or of a wrong
+    kind."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    # Benchmarks say question; people say solution where rollout rows say response.
+    # Benchmarks say question; people say solution where rollout rows say response.  Where there
+    # are token ids, the text is not needed.
     for name, other in (("problem", "question"), ("response", "solution")):
         if row.get(name) is None and row.get(other) is not None:
             row[name] = row[other]
@@ -184,9 +189,10 @@ def report(rows: list[dict], bad: int, o: Options) -> None:
             "token ids were used")
     checked = [row for row in rows if row["r_v"] is not None]
     if checked:
-        # AUROC and F1 take rows of one problem as such by its text
-        known = [dict(row, prompt_id=None, problem=row.get("problem") or str(row["prompt_token_ids"]))
-                 for row in checked]
+        # Solutions of one problem belong together (AUROC within): its text tells, for rows of
+        # several files may have the same prompt_id.
+        text = lambda row: row.get("problem") or str(row["prompt_token_ids"])  # noqa: E731
+        known = [dict(row, prompt_id=None, problem=text(row)) for row in checked]
         say(verification_table({f"{len(checked)} with gold": metrics.verification(known)}))
 
 
@@ -236,6 +242,7 @@ def to_tokens(tokenizer, row: dict) -> tuple[list[int], list[int], dict]:
             again = tokenizer.encode(row["response"]) + response[-1:] * finished
             facts["text_tokens_differ"] = again != response
         facts["response"] = row.get("response") or text
+    # Beyond the vocabulary an id has no embedding: torch would say so, but not of which row.
     if max(prompt + response) >= tokenizer.size:
         raise ValueError(
             f"token {max(prompt + response)} does not exist in this model (it has "
@@ -249,6 +256,7 @@ def ask_checker(row: dict) -> dict:
     answer = row["answer"] = extract_answer(row["response"])
     gold, row["r_v"] = row.get("gold"), None
     if gold is not None:
+        # Not strict: exactly one box is a rule for training, where a model would exploit more.
         row["r_v"] = float(answer is not None and is_equivalent(answer, str(gold)))
         reason = "no boxed answer" if answer is None else explain(answer, str(gold)).rule
         row["checker"] = reason
