@@ -92,7 +92,7 @@ class Options(ModelOptions):
 
 def main() -> int:
     """Load, sample what is missing, measure, write, show."""
-    o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
+    o, _ = parse_args(Options, description=__doc__.split("\n\n")[0])
     if o.compare:
         return compare(*o.compare)
     if o.scores is not None:
@@ -249,8 +249,9 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options)
             for wave in todo[name]:
                 tokens += sample_wave(model, tokenizer, run, name, problems, wave, limit, o, bar)
             if todo[name]:
-                solutions = sum(map(len, todo[name])) * o.n
-                log_time(run, "sampling", name, solutions, tokens, time.perf_counter() - began)
+                solutions, seconds = sum(map(len, todo[name])) * o.n, time.perf_counter() - began
+                log_time(run, "sampling", name, solutions, tokens, seconds)
+                bar.write(f"{name}: {solutions} solutions, {tokens} tokens in {seconds:.0f} s")
     # Problems end in the order of their lengths; a finished file is in the order of the data.  With
     # it every sum over its rows is taken in one order, however the run was interrupted.
     order = {name: place for place, name in enumerate(sets)}

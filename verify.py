@@ -16,7 +16,9 @@ gold answer, what the rule-based checker says of the \\boxed{} answer, and why.
 Tokens or text?  A model's own tokens are not always the ones its tokenizer would make of the text
 it wrote, and r_s belongs to tokens.  Rows that carry token ids are therefore scored on exactly
 those, and get exactly the sampler's number.  A text is tokenised once, in the model's prompt, and
-the model's end token is put after it: for the same text that can give a slightly other r_s.
+the model's end token is put after it: for the same text that can give a slightly other r_s.  Ids
+of another tokenizer (they do not spell the text that comes with them) are not used: so one model
+can verify another's solutions.
 
 A row that cannot be read is reported by its line and left out; the others are done all the same,
 and the exit code is then 1.
@@ -183,6 +185,9 @@ def report(rows: list[dict], bad: int, o: Options) -> None:
     said = {v: sum(row["verdict"] == v for row in rows) for v in ("right", "wrong", None)}
     say(f"{len(rows)} solutions: {said['right']} believed right, {said['wrong']} wrong, "
         f"{said[None]} without r_s" + (f"; {bad} lines left out" if bad else ""))
+    foreign = sum(row["tokens_from"] == "text" and "response_token_ids" in row for row in rows)
+    if foreign:
+        say(f"{foreign} rows carry another tokenizer's ids: their text was used")
     differ = sum(row.get("text_tokens_differ", False) for row in rows)
     if differ:
         say(f"{differ} texts would be cut into other tokens than they were sampled as; their "
@@ -227,28 +232,40 @@ def score_rows(model, tokenizer, rows: list[dict], batch_tokens: int, on_scored=
 def to_tokens(tokenizer, row: dict) -> tuple[list[int], list[int], dict]:
     """(prompt ids, response ids, what is known of the row before scoring)."""
     prompt, response = row.get(TOKENS["problem"]), row.get(TOKENS["response"])
-    facts = {"logp_zc": None, "r_s": None, "verdict": None}
+    facts = {"logp_zc": None, "r_s": None, "verdict": None, "tokens_from": "text"}
+    if response is not None and own_tokens(tokenizer, row):
+        facts["tokens_from"] = "ids"
+        finished = response[-1] in tokenizer.stop_ids
+        text = facts["response"] = tokenizer.decode(response)
+        again = tokenizer.encode(text) + response[-1:] * finished
+        facts["text_tokens_differ"] = again != response
+    else:
+        # With the ids of its response those of its prompt fall: they are the same model's.
+        prompt = prompt if response is None else None
+        finished = bool(row.get("finished", True))
+        # The end of a solution is where r_s is read: a text has none, so it is given one.
+        response = tokenizer.encode(row["response"]) + [tokenizer.stop_ids[0]] * finished
     if prompt is None:
         prompt = tokenizer.encode_prompt(row["problem"])
-    if response is None:
-        finished = bool(row.get("finished", True))
-        response = tokenizer.encode(row["response"])
-        # The end of a solution is where r_s is read: a text has none, so it is given one.
-        response += [tokenizer.stop_ids[0]] if finished else []
-    else:
-        finished = response[-1] in tokenizer.stop_ids
-        text = tokenizer.decode(response)
-        if row.get("response") is not None:
-            again = tokenizer.encode(row["response"]) + response[-1:] * finished
-            facts["text_tokens_differ"] = again != response
-        facts["response"] = row.get("response") or text
-    # Beyond the vocabulary an id has no embedding: torch would say so, but not of which row.
-    if max(prompt + response) >= tokenizer.size:
+    elif max(prompt) >= tokenizer.size:
+        raise ValueError(f"prompt_token_ids: token {max(prompt)} does not exist in this model")
+    facts |= {"finished": finished, "response_tokens": len(response)}
+    return prompt, response, facts
+
+
+def own_tokens(tokenizer, row: dict) -> bool:
+    """Are a row's token ids this model's?  ValueError if not and there is no text instead."""
+    prompt, response = row.get(TOKENS["problem"]) or [], row[TOKENS["response"]]
+    fit = max(prompt + response) < tokenizer.size
+    # Solutions of one model scored by another: its ids mean other text here, or none.
+    if fit and row.get("response") in (None, tokenizer.decode(response)):
+        return True
+    if row.get("response") is None or row.get("problem") is None:
         raise ValueError(
-            f"token {max(prompt + response)} does not exist in this model (it has "
-            f"{tokenizer.size}): the rows are another model's"
+            "a row's token ids are another model's (too large, or of another text), and it has no "
+            "problem and response as text"
         )
-    return prompt, response, facts | {"finished": finished, "response_tokens": len(response)}
+    return False
 
 
 def ask_checker(row: dict) -> dict:

@@ -63,14 +63,18 @@ def accuracy_table(results: Mapping[str, dict], votes: Mapping[str, dict]) -> st
 
 
 def verification_table(entries: Mapping[str, dict]) -> str:
-    """A line a verifier: how well its score tells right solutions from wrong ones."""
+    """A line a verifier: how well its score tells right solutions from wrong ones.
+
+    F1 is over all solutions, "F1 boxed" over those with an answer; "within" is the AUROC inside
+    problems, Spearman the rank correlation with the length, the last two columns mean scores.
+    """
     rows = [[name, percent(v["f1"]), percent(v["accuracy_correct"]), percent(v["accuracy_wrong"]),
              percent(v["f1_answered"]), decimal(v["auroc"]), decimal(v["auroc_within"]),
              decimal(v["ece"]), decimal(v["brier"]), decimal(v["spearman_length"], 2),
              decimal(v["mean_r_s_correct"], 2), decimal(v["mean_r_s_wrong"], 2)]
             for name, v in entries.items()]
     return table(("verification", "F1", "on right", "on wrong", "F1 boxed", "AUROC", "within",
-                  "ECE", "Brier", "length", "r right", "r wrong"), rows)
+                  "ECE", "Brier", "Spearman", "r right", "r wrong"), rows)
 
 
 def generative_table(entries: Mapping[str, dict]) -> str:

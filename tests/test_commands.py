@@ -195,9 +195,15 @@ def test_verify_scores_tokens_as_they_are(call, tmp_path):
     text, tokens, cut = rows_of((tmp_path / "out.jsonl").read_text())
     assert text["logp_zc"] == pytest.approx(tokens["logp_zc"], abs=1e-5)
     assert cut["r_s"] is None
-    write_rows(data, [{**whole, "response_token_ids": [10**6]}])
+    # Another tokenizer's ids, too large or of another text: the row's text is scored instead.
+    write_rows(data, [{**whole, "response_token_ids": wrong} for wrong in ([10**6], ids[:3])])
+    _, _, err = call("verify.py", "--input", data, "--output", tmp_path / "out.jsonl", *C_REF)
+    assert "2 rows carry another tokenizer's ids" in err
+    for row in rows_of((tmp_path / "out.jsonl").read_text()):
+        assert row["logp_zc"] == pytest.approx(text["logp_zc"], abs=1e-5)
+    write_rows(data, [{"problem": "2+3=?", "response_token_ids": [10**6]}])
     code, _, err = call("verify.py", "--input", data, "--output", tmp_path / "x.jsonl")
-    assert code == 2 and "does not exist in this model" in err and not (tmp_path / "x.jsonl").exists()
+    assert code == 2 and "another model's" in err and not (tmp_path / "x.jsonl").exists()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,7 +375,8 @@ def test_real_benchmarks_pass_through(call, shared, tmp_path):
                         "--output", tmp_path / "r")  # fmt: skip
     assert code == 0, err
     results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert {k: e["problems"] for k, e in results.items()} == dict(zip(names, (500, 30, 30, 40, 675)))
+    counts = {name: entry["problems"] for name, entry in results.items()}
+    assert counts == dict(zip(names, (500, 30, 30, 40, 675)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,7 +422,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("script, arguments, said", BAD, ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else x.split(".")[0])
+@pytest.mark.parametrize("script, arguments, said", BAD, ids=[f"{b[0]}: {b[2]}" for b in BAD])
 def test_bad_input_is_one_line_and_exit_2(call, tmp_path, script, arguments, said):
     (tmp_path / "bad.jsonl").write_text("{\n")
     write_rows(tmp_path / "nogold.jsonl", [{"problem": "x"}])
