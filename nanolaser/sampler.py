@@ -27,6 +27,9 @@ from .model import CausalLM, KVCache
 from .readout import token_logprobs
 
 
+PREFILL_TOKENS = 16_384  # of prompts, padding included, in one forward pass
+
+
 @dataclass
 class Rollout:
     """One sampled solution: token ids in, token ids out, nothing decoded and re-encoded."""
@@ -163,19 +166,34 @@ class _Batch:
         free = self.max_rows - len(self.live)
         if not self.waiting or (self.live and free < max(1, self.max_rows // 4)):
             return
-        taken = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-        problems = sorted({self.rollouts[i].prompt_id for i in taken})
-        place = {problem: row for row, problem in enumerate(problems)}
-        sources = [place[self.rollouts[i].prompt_id] for i in taken]
-        prompts = {self.rollouts[i].prompt_id: self.rollouts[i].prompt_tokens for i in taken}
-        tokens, lengths = pad([prompts[p] for p in problems], self.model.device)
-        cache = KVCache(self.model.config, len(problems), self.model.device, self.model.dtype)
+        groups: dict[int, list[int]] = {}  # rollouts by prompt
+        for _ in range(min(free, len(self.waiting))):
+            i = self.waiting.pop()
+            groups.setdefault(self.rollouts[i].prompt_id, []).append(i)
+        # In pieces, neighbours in length together: one prompt of 4000 tokens among 64 short ones
+        # would make all of them 4000 tokens long.  The first of a piece is its longest.
+        length = lambda group: len(self.rollouts[group[0]].prompt_tokens)  # noqa: E731
+        piece: list[list[int]] = []
+        for group in sorted(groups.values(), key=length, reverse=True):
+            if piece and length(piece[0]) * (len(piece) + 1) > PREFILL_TOKENS:
+                self.prefill(piece)
+                piece = []
+            piece.append(group)
+        self.prefill(piece)
+
+    def prefill(self, groups: list[list[int]]) -> None:
+        """Run the model over the prompt of each group of rollouts, and give every rollout a row
+        with a copy of its cache."""
+        prompts = [self.rollouts[group[0]].prompt_tokens for group in groups]
+        tokens, lengths = pad(prompts, self.model.device)
+        cache = KVCache(self.model.config, len(prompts), self.model.device, self.model.dtype)
         hidden = self.model(tokens, lengths, cache)  # (P, T, C)
-        last = hidden[torch.arange(len(problems)), lengths - 1]  # (P, C)
-        source = torch.tensor(sources, device=self.model.device)
+        last = hidden[torch.arange(len(prompts)), lengths - 1]  # (P, C)
+        source = [p for p, group in enumerate(groups) for _ in group]  # whose prompt each row copies
+        source = torch.tensor(source, device=self.model.device)
         self.cache.admit(cache, source)
         self.hidden = torch.cat((self.hidden, last[source])) if self.live else last[source]
-        self.live += taken
+        self.live += [i for group in groups for i in group]
 
     def turn(self, max_new_tokens: int) -> tuple[list[Rollout], int]:
         """Draw one token for every row that goes on, read z_c of every row that has ended;
