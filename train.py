@@ -39,6 +39,7 @@ from nanolaser import grpo, laser, metrics, plots
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import load_pretrained, load_state, save_pretrained
 from nanolaser.config import apply_preset, main_guard, option, parse_args
+from nanolaser.memory import plan_for, settle
 from nanolaser.problems import ARITHMETIC, Problem, arithmetic_problems, load_problems
 from nanolaser.run import RunFolder, is_terminal, peak_memory_bytes
 from nanolaser.sampler import generate
@@ -63,6 +64,7 @@ class Options:
     algorithm: str = what("laser", "grpo: alpha = tau = 0, the baseline", choices=("laser", "grpo"))
     out: str | None = what(None, "the run's folder (runs/MODEL-ALGORITHM if not given)")
     resume: str | None = what(None, "go on with the run in this folder", metavar="DIR")
+    plan: bool = what(False, "print what memory and time this run needs, and exit")
     seed: int = what(0, "of problems and sampling")
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = what("auto", "of the forward pass", choices=("auto", "float32", "bfloat16"))
@@ -97,6 +99,8 @@ class Options:
     # one update a batch, as in the paper: the policy that learns is the one that sampled
     updates_per_batch: int = updating(1, "optimizer steps on each batch", min=1)
     micro_batch_tokens: int | None = updating(help="tokens a forward pass", min=1, **by_model())
+    # a third more arithmetic; activations then no longer grow with the number of layers
+    gradient_checkpointing: bool = updating(False, "recompute activations in the backward pass")
 
     eval_every: int | None = output(help="steps between evaluations", min=1, **by_model())
     eval_problems: int = output(400, "held-out problems (in between, a quarter of them)", min=1)
@@ -315,10 +319,11 @@ def start(o: Options, given) -> tuple[RunFolder, Options, object]:
         o = apply_preset(o, given, PRESETS["tiny" if tiny else "paper"])
         if o.algorithm == "grpo":
             o = dataclasses.replace(o, alpha=0.0, tau=0.0)
-        return None, o, None
+        # What cannot fit is refused before gigabytes are downloaded.
+        return None, o if o.plan else settle(o), None
     run, saved = RunFolder.reopen(o.resume)
     # A resumed run is the same run: its own options hold, and a contradiction is refused.
-    for name in sorted(given - {"resume", "device"}):
+    for name in sorted(given - {"resume", "device", "plan"}):
         if getattr(o, name) != saved.get(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(
@@ -332,6 +337,9 @@ def main() -> int:
     """Parse, load, train, save; the loop over steps is here."""
     o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
     run, o, checkpoint = start(o, given)
+    if o.plan:
+        print(plan_for(o).table())
+        return 0
     stop = Stop()
 
     # The model, its tokenizer, the data: everything that can be wrong fails here, before a
@@ -339,6 +347,7 @@ def main() -> int:
     model, tokenizer = load_pretrained(
         str(checkpoint) if checkpoint else o.model, device=o.device, dtype=o.dtype, z_c=o.z_c
     )
+    model.gradient_checkpointing = o.gradient_checkpointing
     stream, test = ProblemStream(o, tokenizer), held_out(o)
     optimizer = grpo.Optimizer(model, o.lr, o.weight_decay)
     if run is None:
