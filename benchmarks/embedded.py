@@ -5,8 +5,8 @@ The README's table: the embedded run with LaSeR and with plain GRPO, over seeds.
     python benchmarks/embedded.py --runs runs/table   # finished runs are not repeated
 
 Every number comes from files that train.py and evaluate.py wrote: summary.json (400 held-out
-problems x 8 solutions at temperature 1) and results.json (400 longer ones, harder than any trained
-on, where votes have room to differ).  Prints a table and, last, one JSON line.
+problems x 8 solutions at temperature 1) and results.json (400 of the longest alone, hard enough
+for votes to differ).  Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Options:
 
 
 def finished_run(runs: Path, algorithm: str, seed: int) -> tuple[dict, dict]:
-    """(summary, results on longer problems) of one run, made where it is not there yet."""
+    """(summary, results on hard problems) of one run, made where it is not there yet."""
     out = runs / f"{algorithm}-{seed}"
     if not (out / "summary.json").exists():
         # a folder without a summary is a run that was interrupted
@@ -84,7 +84,7 @@ def main() -> None:
     sets = {
         "base": [[base]],
         "held-out": [[s["after"] for s, _ in done[a]] for a in done],
-        "longer": [[hard for _, hard in done[a]] for a in done],
+        "hard": [[hard for _, hard in done[a]] for a in done],
     }
     rows, record = [], {}
     for title, columns in sets.items():
