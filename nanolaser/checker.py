@@ -70,7 +70,7 @@ MAX_SUM_TERMS = 2000
 # cap of 1000 lets an answer hold 10^-900, and stops one that holds 10^-100000.
 FIRST_PRECISION = 50     # digits
 MAX_PRECISION = 1000
-MAX_REAL_ROOT = 100      # (-8)^(1/3) is -2; those of random points hardly ever are so short
+MAX_REAL_ROOT = 100      # (-8)^(1/3) is -2; denominators at random points rarely are so low
 
 
 class CannotDecide(ValueError):
@@ -1287,8 +1287,9 @@ class _Evaluator:
         if one.im or other.im:
             re = one.re * other.re - one.im * other.im
             im = one.re * other.im + one.im * other.re
-        # Kept apart, so that reals stay real: an im of 1e-50 would take sqrt off the real branch.
         else:
+            # Kept apart, so that reals stay real: an im of 1e-50 would take
+            # sqrt off the real branch.
             re, im = one.re * other.re, _ZERO
         size, other_size = one.size(), other.size()
         return Ball(re, im, size * other.err + other_size * one.err + one.err * other.err

@@ -36,6 +36,8 @@ import re
 import unicodedata
 from fractions import Fraction
 
+# The bounds keep parsing linear and shallow for any text a model can write. Past one of them there
+# is a ParseError, so the answer can still be right as equal text, never by arithmetic.
 MAX_CHARS = 3000    # a longer text is compared as text only: no benchmark answer has 400
 MAX_TOKENS = 1500
 MAX_DEPTH = 32      # nested groups; each costs about eleven Python frames of the 1000 there are
@@ -50,21 +52,30 @@ class ParseError(ValueError):
 # ---------------------------------------------------------------------------------------------
 # Words and commands. Each table is one decision, so that a new spelling is one new entry.
 
+# Greek letters are names like x and y. Without pi, which is a number; the others have no fixed
+# meaning: \varphi may be the golden ratio, an angle or Euler's function.
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
             "mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta "
             "Lambda Xi Pi Sigma Phi Psi Omega ell hbar aleph mho partial".split())
+# Without a backslash too: models write sin(x) as often as \sin(x). A new function needs an
+# evaluation rule in checker.py beside its entry here.
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh "
                 "coth ln lg log exp cis gcd lcm max min".split())
+#   \sin^{-1} x is arcsin x, and not 1/sin x: the mathematician's reading, also that of graders
 INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec",
            "csc": "arccsc"}
+# Spellings of other schools and of programming languages.
 FUNCTION_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec": "csc",
                     "tg": "tan", "ctg": "cot"}
+# Words that are symbols when written without a backslash, in plain text or inside \text{}.
 NAMES = {"pi": ("const", "pi"), "inf": ("const", "inf"), "infty": ("const", "inf"),
          "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"),
          "degree": ("op", "deg"), "degrees": ("op", "deg"), "deg": ("op", "deg"),
          "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("cmd", "root"),
          "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("cmd", "absolute"),
          "floor": ("cmd", "floor"), "ceil": ("cmd", "ceil")}
+# The values are the tokens that the parser sees, so \times, \cdot and * are one token "*", and the
+# grammar needs one rule for the three of them.
 COMMANDS = {
     "cdot": ("op", "*"), "times": ("op", "*"), "ast": ("op", "*"), "cdotp": ("op", "*"),
     "div": ("op", "/"), "slash": ("op", "/"), "pm": ("op", "pm"), "mp": ("op", "mp"),
@@ -98,11 +109,15 @@ TEXT_COMMANDS = set("text mbox hbox textbf textit textrm textsf texttt textnorma
 # Invisible: size and spacing. What stands in braces after them reads as a group.
 SILENT = set("tiny small large Large LARGE huge Huge left right middle big Big bigg Bigg bigl bigr "
              "Bigl Bigr biggl biggr Biggl Biggr "
+             # \rm and \bf are no switches here: they are in TEXT_COMMANDS, as
+             # their argument may follow.
              "quad qquad displaystyle textstyle scriptstyle limits nolimits thinspace enspace "
              "boldsymbol bm underline mathcal mathscr mathord mathop hfill nobreak negthinspace "
              "it em".split())
 MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "psmallmatrix"}
 
+# "5 meters" and "5 m" must give one tree. A unit is only read after a number: m alone is a letter.
+# Counted things (apples, ways) are listed because golds often omit them: 12 apples is 12.
 # Unit spellings; the value is the one name that is compared. An unknown \text{...} is its own name.
 UNITS = {}
 for _line in ("m meter meters metre metres", "cm centimeter centimeters centimetre centimetres",
@@ -124,7 +139,10 @@ for _line in ("m meter meters metre metres", "cm centimeter centimeters centimet
               "side sides", "path paths", "flower flowers", "tree trees", "dog dogs", "cat cats",
               "bag bags", "box boxes", "pen pens", "pencil pencils", "pair pairs", "sq. sq"):
     for _word in _line.split():
+        # The first word of a line is the name: metres -> m, inches -> in.
         UNITS[_word] = _line.split()[0]
+# "5 hundred" is 500, "3 quarters" is 0.75, "5 if x > 0" is a case: read as numbers with a
+# unit, these would be equal to 5 and 3.
 # Words that, after a number, make a sentence or another number of it: never a unit.
 NOT_UNITS = set("if when for where not no and or because with is are was only since so but the "
                 "otherwise then nor to from than either neither hundred thousand million billion "
@@ -133,11 +151,15 @@ NOT_UNITS = set("if when for where not no and or because with is are was only si
                 "mod modulo tenth tenths hundredth hundredths thousandth thousandths fifth "
                 "fifths sixth sixths eighth eighths score gross base factorial negative positive "
                 "true false remainder".split())
+# Two letters would be a product (see `is_word`): "no" must not equal "on".
 SMALL_WORDS = set("no on or in is if of to up it by at so".split())
 CURRENCY = {"$": "dollar", "euro": "euro", "sterling": "sterling"}
+# Golds write 52_{\text{eight}} as well as 52_8.
 NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
                 "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
 
+# Unicode signs become the LaTeX that stands for them, so that there is one grammar for both. A
+# space after each command: "\pi r" from πr must not read as the command \pir.
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
     "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "±": r"\pm ", "∓": r"\mp ",
@@ -162,12 +184,18 @@ _UNICODE = str.maketrans({
 # Cleaning: what a page would not show goes away before a token is read.
 
 # All of these are linear: a fixed prefix, then one bounded or one-class repetition.
+# The lookahead in each: \boxedfoo would be another command.
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BOXES_IN_A_ROW = re.compile(r"\}\s{0,3}\\(?:boxed|fbox)(?![A-Za-z])")
+#   1{,}234  1\,234  1,\!234   ->  1234, where exactly three digits follow: 1\,23 stays as it is
 _JOIN_THOUSANDS = re.compile(r"(?<=\d)(?:,\s{0,3}\\!\s{0,3}|\{,\}|\\,|\\!)(?=\d{3}(?!\d))")
+# What takes space or colour but has no mathematical content goes with its argument. {0,40} bounds
+# the search for the brace; a colour's name is short.
 _DROPPED = re.compile(r"\\(?:hspace|phantom|hphantom|vphantom|color|tag|label)\*?\{[^{}]{0,40}\}"
                       r"|\\textcolor\{[^{}]{0,40}\}")
+# The marks round a choice letter: (B), B., B: are all the choice B.
 _CHOICE = re.compile(r"\(?([A-Ja-j])[).:]")
+# The lookbehinds spare "\$", which is money, and "\\[2pt]", which is a line break.
 _DELIMITERS = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)")
 _BARE_DOLLAR = re.compile(r"(?<!\\)\$")
 
@@ -175,6 +203,7 @@ _BARE_DOLLAR = re.compile(r"(?<!\\)\$")
 def closing_brace(text: str, start: int) -> int:
     """Position of the brace that closes the one at `start`, or -1; escaped braces do not count."""
     depth = 0
+    # One scan with a counter; a pattern that matches nested braces could take exponential time.
     for match in _BRACE.finditer(text, start):
         brace = match.group()
         depth += (brace == "{") - (brace == "}")
@@ -188,7 +217,9 @@ _BRACE = re.compile(r"\\.|[{}]", re.S)  # "\\." swallows an escaped brace, so it
 
 def unbox(text: str) -> str:
     r"""Take away \boxed and \fbox; their braces stay as groups, boxes side by side are a list."""
+    #   \boxed{3}\boxed{5}  ->  {3}, {5}  ->  the list 3, 5
     text = _BOX.sub("", _BOXES_IN_A_ROW.sub("}, ", text)).strip()
+    # Four times is more than models nest, and the bound keeps a text of 3000 braces linear.
     for _ in range(4):  # {{9}} is 9, so that words in a box are seen as words
         if not text.startswith("{") or closing_brace(text, 0) != len(text) - 1:
             break
@@ -203,6 +234,7 @@ def trim(text: str) -> str:
     """Take spaces, visible or TeX's, off both ends."""
     while text.startswith(_EDGES):
         text = text[next(len(edge) for edge in _EDGES if text.startswith(edge)):].lstrip()
+    # The text ends in a TeX space, unless the backslash of "\\," belongs to a line break before it.
     while text.endswith(_EDGES) and not text.endswith("\\\\,"):  # a line break, then a comma
         text = text[:-next(len(edge) for edge in _EDGES if text.endswith(edge))].rstrip()
     return text
@@ -211,6 +243,8 @@ def trim(text: str) -> str:
 def clean(text: str) -> str:
     """One spelling for unicode symbols, no boxes, no $...$, no final full stop."""
     if not text.isascii():
+        # Our own table first: NFKC would turn ½ into 1⁄2 and ² into a plain
+        # 2, so that x² became x2.
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
     text = trim(text.strip())
     if text.startswith("**") and text.endswith("**"):
@@ -219,17 +253,23 @@ def clean(text: str) -> str:
         text = unbox(text)
     if "$" in text or "\\(" in text or "\\[" in text:
         # An odd number of bare dollars is a currency sign, not a pair of delimiters.
+        #   "$5"  ->  "\$5", five dollars        "$5$"  ->  "5", mathematics
         if len(_BARE_DOLLAR.findall(text)) % 2:
             text = _BARE_DOLLAR.sub(lambda _: "\\$", text)
         text = trim(_DELIMITERS.sub(" ", text).strip())
     while text.endswith("\\\\"):
+        # A trailing line break is left over from a display; two of them as well.
         text = text[:-2].rstrip()
+    # The full stop of a sentence goes, an ellipsis stays (and is refused later): 0.333... is no
+    # 0.333. \right. is a delimiter that shows nothing.
     if text.endswith(".") and not text.endswith("..") and not text.endswith("\\right."):
         text = text[:-1].rstrip()
     if "+/-" in text:
         text = text.replace("+/-", "\\pm ")
+    # Only the whole text: in "(A) 5" the letter stands beside a value.
     if choice := _CHOICE.fullmatch(text):
         return choice.group(1)  # A) and (A): are choice letters
+    # Last, when the braces that could hide them are gone; the test spares plain answers two scans.
     if "{" in text or "\\" in text:
         text = _DROPPED.sub("", text)
         text = _JOIN_THOUSANDS.sub("", text.replace("{}", ""))
@@ -245,6 +285,8 @@ def clean(text: str) -> str:
 #   based      52_8, 52_{10}, 52_{\text{eight}}; 1A_{16} only where letters can be digits
 #   thousands  1,234,567 if the whole run of digits and commas has that form: not 27,54,108
 #   num        also 6.02e23
+# Thousands begin with a digit that is not 0, since 0,123 is a European decimal
+# or a list, never a thousand.
 _TOKEN = re.compile(r"""
     (?P<space>\s+|~|\\[,;:!>\s]|\\(?:left|right)\s*\.(?!\d))
   | (?P<based>\d+\s?_\s?(?:\d{1,2}(?!\d)|\{\s?\d{1,2}\s?\}|\{\s?\\text\s?\{\s?[a-z]+\s?\}\s?\})
@@ -260,17 +302,22 @@ _TOKEN = re.compile(r"""
 
 def tokenize(text: str, level: int = 0) -> list[tuple]:
     """Split cleaned text into tokens; raises ParseError on a character or command unknown here."""
+    # `listing` counts the open brackets in which a comma separates items.
     tokens, position, gap, listing = [], 0, False, 0
     while position < len(text):
+        # `match` at a position and not `findall`: a character that no pattern knows must be an
+        # error. Skipping what is unknown would read "5 ☃" as 5, and let garbage pass for an answer.
         match = _TOKEN.match(text, position)
         if not match:
             raise ParseError(f"unknown character {text[position]!r}")
         kind, value, position = match.lastgroup, match.group(), match.end()
         if kind == "thousands" and listing:
+            #   (1,000)  ->  the pair (1, 0)       1,000  ->  one thousand
             # Inside ( ), [ ] and \{ \} a comma separates: (1,000) is a pair.
             value = value[:value.index(",")]
             position, kind = match.start() + len(value), "num"
         if kind == "space":
+            # A space is no token, but the next token remembers it.
             gap = True
             continue
         if kind == "command":
@@ -281,6 +328,7 @@ def tokenize(text: str, level: int = 0) -> list[tuple]:
             tokens.append(("num", value.replace(",", ""), gap))
         else:
             tokens.append((kind, "^" if value == "**" else value, gap))
+        # May go below zero for ]0, 1[: it only says whether a comma is a separator.
         if tokens and tokens[-1][0] == "op":
             listing += _LISTING.get(tokens[-1][1], 0)
         gap = False
@@ -295,6 +343,7 @@ _LISTING = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
 
 def _command(name: str, text: str, position: int, gap: bool, tokens: list, level: int) -> int:
     """Append the tokens of one LaTeX command; returns where reading goes on."""
+    # No token: \left( is "(", \displaystyle x is "x".
     if name in SILENT:
         return position
     if name in COMMANDS:
@@ -304,14 +353,19 @@ def _command(name: str, text: str, position: int, gap: bool, tokens: list, level
     elif name in FUNCTIONS:
         tokens.append(("fn", name, gap))
     elif name in TEXT_COMMANDS or name in ("mathbb", "begin", "end"):
+        # Commands with an argument that is not read as mathematics (or not
+        # at once): find its braces.
         while position < len(text) and text[position] == " ":
             position += 1
         if text[position:position + 1] != "{":
             if name in ("rm", "bf"):
+                #   {\bf 42}: the switch stands alone, what follows is read as usual
                 return position  # {\bf 42}
             if name == "mathbb" and text[position:position + 1].isalpha():
+                #   \mathbb R without braces, as TeX allows
                 tokens.append(("domain", text[position], gap))
                 return position + 1
+            # Refused, since \text 5 takes one character, and nobody knows whether that was meant.
             raise ParseError(f"\\{name} without braces")
         end = closing_brace(text, position)
         if end < 0:
@@ -321,6 +375,7 @@ def _command(name: str, text: str, position: int, gap: bool, tokens: list, level
         if name in ("mathbb", "begin", "end"):
             tokens.append(({"mathbb": "domain"}.get(name, name), content.strip(), gap))
         else:
+            # `level` bounds \text{\text{...}}: each level calls the tokeniser once more.
             _text(name, content.strip(), gap, tokens, level)
     else:
         raise ParseError(f"unknown command \\{name}")
@@ -331,18 +386,25 @@ def _text(name: str, content: str, gap: bool, tokens: list, level: int) -> None:
     r"""Append the tokens of \text{content}: words, a unit, or mathematics in another face."""
     letters = len(content) - len(content.lstrip(_ASCII_LETTERS))
     head, known = content[:letters], content.strip(" .").lower()
+    # After a number, a name or a closing bracket a unit can stand: 5\text{ m}, (5)\text{ m}.
+    # Elsewhere \text{m} is the letter m in upright type.
     after_number = tokens and (tokens[-1][0] in ("num", "text") or tokens[-1][1] in ("}", ")"))
+    #   5\text{ cm^2}  ->  num 5, text cm, op ^, num 2: the exponent is read by `unit` in the parser
+    # Not e and i: 2\mathrm{e} is twice Euler's number.
     if after_number and head.lower() in UNITS and head not in ("e", "i") and (
             letters < len(content) and content[letters] == "^" or letters == len(content)):
         tokens.append(("text", head, gap))  # \text{ m}, \text{ cm^2}
         tokens.extend(tokenize(content[letters:], level + 1))
         return
+    # Words only: letters, spaces and the few marks that names have (O'Brien, Mr., m/s).
     if len(content) > 1 and all(c.isalpha() or c in " '-./" for c in content):
+        # \text{and}, \operatorname{lcm}, \mathrm{pi} mean the symbol, not a word of prose.
         if known in NAMES or known in FUNCTIONS or content in GREEK:
             _letters(known if known in NAMES or known in FUNCTIONS else content, True, tokens)
         else:
             tokens.append(("text", content, gap))
         return
+    # Anything else is mathematics in another face: \mathbf{x}, \text{(A)}, \mathrm{2x}.
     if level >= 4:
         raise ParseError("text nested too deeply")
     tokens.extend(tokenize(content, level + 1))
@@ -350,6 +412,7 @@ def _text(name: str, content: str, gap: bool, tokens: list, level: int) -> None:
 
 def _letters(run: str, gap: bool, tokens: list) -> None:
     """Append a run of plain letters: a function, a name, a word, or a product of letters."""
+    # Functions first, whole runs only: "sin" is one function, though "sinh" begins with it as well.
     lower = FUNCTION_ALIASES.get(run.lower(), run.lower())
     if lower in FUNCTIONS:
         tokens.append(("fn", lower, gap))
@@ -358,19 +421,25 @@ def _letters(run: str, gap: bool, tokens: list) -> None:
     elif run in GREEK:
         tokens.append(("sym", run, gap))
     elif len(run) > 1 and is_word(run):
+        #   sinx + 1  ->  sin x + 1, as one letter follows; any longer run is a word and no product
         head = next((f for f in ("sin", "cos", "tan", "ln", "log") if run == f + run[-1]), None)
         if head:
             tokens.append(("fn", head, gap))
             _letters(run[-1], False, tokens)
         else:
+            # A word is a token of its own kind: allowed as a unit or as a whole
+            # item, refused in arithmetic.
             tokens.append(("word", run, gap))
     else:
+        #   xy  ->  x, y    2e  ->  2, Euler's number    3i  ->  3, the imaginary unit
         for letter in run:
             kind = "const" if letter in "ei" else "sym"
             tokens.append((kind, letter, gap))
+            # Only the first letter had space before it.
             gap = False
 
 
+# Letters that are usual together as variables; any subset of a family, in any order, multiplies.
 _VARIABLE_RUNS = [set("abcd"), set("uvwxyz"), set("pqrst"), set("ijkmn"), set("xyzt"), set("abxy"),
                   set("mnpq"), set("hkr")]
 
@@ -382,8 +451,10 @@ def is_word(run: str) -> bool:
     RC) or where all come from one usual family (abc, xyz).
     """
     lower = run.lower()
+    # One letter is a letter, and the symbols of the tables are no words.
     if len(run) == 1 or lower in NAMES or lower in FUNCTIONS or run in GREEK:
         return False
+    # Before the rule for pairs: cm, kg, no, on are words although they have two letters.
     if lower in UNITS or lower in SMALL_WORDS:
         return True
     if len(run) == 2:
@@ -392,25 +463,32 @@ def is_word(run: str) -> bool:
     return not any(letters <= family for family in _VARIABLE_RUNS)
 
 
+# The content has no braces or commands of its own: \text{two \emph{words}} is refused.
 _WRAPPED = re.compile(r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit)\s?"
                       r"\{([^{}\\]*)\}\s*[.]?")
 
 
 def words_of(text: str) -> str | None:
     """The words, if the whole answer is words (\\text{Evelyn}, odd, Yes); None otherwise."""
+    # Unwraps \text{\textbf{odd}} from outside in; each round is shorter, so this ends.
     wrapped = False
     while match := _WRAPPED.fullmatch(text):
         text, wrapped = match.group(1).strip(), True
     stripped = text.strip(" .\"")
+    # A single letter is a choice or a variable, never a word.
     if len(stripped) < 2 or not stripped[0].isalpha():
         return None
+    # A digit or a sign makes it mathematics or a sentence: "5 apples" goes to the grammar.
     if not all(c.isalpha() or c in " '-" for c in stripped):
         return None
     runs = stripped.replace("-", " ").split()
+    # "x and y" is a list; "sin x" is an expression, even if it has letters only.
     if any(run.lower() in ("and", "or") or run.lower() in FUNCTIONS for run in runs):
         return None
+    # \text{pi} is the number, \text{pi day} are words.
     known = runs[0].lower() in NAMES or runs[0] in GREEK
     if any(is_word(run) for run in runs) or (wrapped and not (known and len(runs) == 1)):
+        # Case and spacing carry no meaning in words: "Yes", "YES" and "yes " are the same.
         return " ".join(stripped.lower().split())
     return None
 
@@ -418,6 +496,7 @@ def words_of(text: str) -> str | None:
 # ---------------------------------------------------------------------------------------------
 # The parser proper: one method a line of the grammar.
 
+# The kinds that are answers but not numbers. Everything else can be added, multiplied and raised.
 STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", "ratio", "text",
               "base"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
@@ -430,11 +509,13 @@ END = ("end of text", "", False)
 
 def parse(text: str) -> tuple:
     """The tree of an answer's text; raises ParseError with the reason when it has none."""
+    # Checked before the cleaning, whose passes would cost time on a text of a megabyte.
     if len(text) > MAX_CHARS:
         raise ParseError(f"longer than {MAX_CHARS} characters")
     text = clean(text)
     if not text:
         raise ParseError("empty")
+    # Words before tokens: "odd" is a word and not o times d times d.
     if words := words_of(text):
         return ("text", words)
     return _Parser(tokenize(text)).answer()
@@ -445,6 +526,9 @@ def is_structure(node: tuple) -> bool:
     return node[0] in STRUCTURES
 
 
+# An ordinary recursive descent: each method is a line of the grammar in the module's docstring,
+# sees only the tokens from `self.at` on, and either consumes its part or raises. It never goes back
+# (the two places that look ahead say so), hence linear time.
 class _Parser:
     """A cursor over the tokens; every method reads its part of the grammar and returns a tree."""
 
@@ -461,6 +545,7 @@ class _Parser:
 
     def is_op(self, *values: str) -> bool:
         """Is the token under the cursor one of these operators?"""
+        # The kind is tested as well: the text token "in" is no operator.
         kind, value, _ = self.tokens[self.at]
         return kind == "op" and value in values
 
@@ -474,6 +559,7 @@ class _Parser:
     def expect(self, *values: str) -> str:
         """Step over one of these operators, which must be next; returns which it was."""
         value = self.peek()[1]
+        # The message names what was found, since `explain` shows it to whoever debugs a reward.
         if not self.take(*values):
             raise ParseError(f"expected {' or '.join(values)}, found {value or 'the end'}")
         return value
@@ -482,6 +568,8 @@ class _Parser:
     def answer(self) -> tuple:
         """The whole text: items, and nothing after them."""
         node = self.items(expand=True)
+        # Everything must be consumed. To ignore a rest would make "5 because x is positive" equal
+        # to 5, and pay for any hedge that begins with the right value.
         if self.peek() is not END:
             raise ParseError(f"cannot read on at {self.peek()[1]!r}")
         return node
@@ -493,11 +581,14 @@ class _Parser:
         set, but not inside brackets, where arithmetic still goes on.
         """
         found, word = [self.item()], ""
+        # Commas and words may come together, and "and" between two items says no more than a comma.
         while self.is_op(",", ";") or self.peek()[0] == "sep":
             while self.is_op(",", ";") or self.peek()[0] == "sep":  # "3, 5, and 8"
                 word = self.peek()[1] if self.peek()[0] == "sep" else word
                 self.at += 1
             found.append(self.item())
+        #   2 \pm \sqrt3  ->  the list 2 + \sqrt3, 2 - \sqrt3
+        # `signed` spares the walk over the tree for answers without such a sign, which are most.
         if expand and self.signed:
             found = [choice for node in found for choice in expand_signs(node)]
         if len(found) == 1:
@@ -506,18 +597,23 @@ class _Parser:
 
     def item(self) -> tuple:
         """A side, or a chain of sides with relations between them: 1 < x <= 4."""
+        # The head of a definition must be tried first: as a product, f(x) = ... would name nothing.
         sides, ops = [self.function_head() or self.side()], []
         while self.peek()[0] == "op" and self.peek()[1] in RELATIONS:
             ops.append(self.peek()[1])
             self.at += 1
             sides.append(self.side())
+        #   1 < x \le 4  ->  ("rel", ("<", "<="), (1, x, 4)): a chain keeps all its members
         return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
 
     def function_head(self) -> tuple | None:
         """f(x) or N(n, k) left of '=': a name, not a product."""
+        # Looks ahead without moving the cursor: only the "=" after the bracket tells.
         if self.peek()[0] != "sym" or self.peek(1)[:2] != ("op", "("):
             return None
         end, args = self.at + 2, []
+        # Letters and commas only: f(x), N(n, k). f(2) = 7 takes the ordinary way, where f, g and h
+        # are functions and k(2) is a product.
         while self.tokens[end][0] == "sym":
             args.append(("sym", self.tokens[end][1]))
             end += 1
@@ -526,22 +622,28 @@ class _Parser:
             end += 1
         if not args or [t[1] for t in self.tokens[end:end + 2]] != [")", "="]:
             return None
+        # Now it is sure, and the cursor moves past the bracket.
         name = self.peek()[1]
         self.at = end + 1
         return ("call", name, tuple(args))
 
     def side(self) -> tuple:
         """A sum with its unit; set operations and ratios bind looser than +."""
+        #   \$5  ->  ("unit", 5, "dollar")
         currency = CURRENCY[self.expect(*CURRENCY)] if self.is_op(*CURRENCY) else ""
         node = self.sum()
         while self.is_op("cup", "cap", "setminus") or self.union_letter(node):
             op = self.peek()[1].replace("U", "cup")
             self.at += 1
             right = self.sum()
+            # Units, numbers and letters have no union; a cup of something
+            # else was probably misread.
             if not (_is_set(node) and _is_set(right)):
                 raise ParseError("a set operation on something that is not a set")
+            # Left to right: A \cup B \setminus C is (A \cup B) \setminus C.
             node = ("setop", op, node, right)
         if self.is_op(":"):
+            #   3:4:5  ->  ("ratio", (3, 4, 5)), all parts in one node
             parts = [node]
             while self.take(":"):
                 parts.append(self.sum())
@@ -557,12 +659,14 @@ class _Parser:
 
     def union_letter(self, node: tuple) -> bool:
         """(0,1) U (2,3): a plain U between two sets."""
+        # As a letter U stays usable: only between two sets it is a union.
         return self.peek()[:2] == ("sym", "U") and _is_set(node)
 
     def unit(self) -> str:
         """The unit words after a number, spelled one way: 'cm^2', 'square unit', 'm/s'."""
         parts = []
         while True:
+            #   5\text{ m/s}, 5 cm^2, 5 cm^{2}, 5 square units  ->  "m/s", "cm ^2", "cm ^2", "square unit"
             kind, value, _ = self.peek()
             if kind == "op" and value == "/" and parts:
                 parts.append("/")
@@ -574,10 +678,13 @@ class _Parser:
                 parts.append("^" + self.peek(2)[1])
                 self.at += 3
             elif kind == "text" or (kind == "word" and value.lower() in UNITS):
+                # More than three words are a sentence. Each word of NOT_UNITS changes the number,
+                # so the answer is not that number: "5 hundred", "2 thirds", "3 or more".
                 words = value.lower().strip(" .").split()
                 if len(words) > 3 or NOT_UNITS.intersection(words) or (
                         not parts and words[0] in ("squared", "cubed")):
                     raise ParseError(f"words after the answer: {value!r}")
+                # Spelled in one way, for units are compared as text: "meters" and "m" are both "m".
                 parts += [UNITS.get(word, word) for word in words]
             else:
                 return " ".join(parts)
@@ -587,11 +694,13 @@ class _Parser:
     def signs(self) -> tuple[int, str]:
         """Skip leading signs in a loop (4000 minus signs are no deeper than one)."""
         sign, both = 1, ""
+        # The signs are multiplied out here: - - 5 is 5, and no node is built for each.
         while self.is_op("+", "-", "pm", "mp"):
             op = self.expect("+", "-", "pm", "mp")
             if op == "-":
                 sign = -sign
             elif op != "+":
+                #   \pm and \mp are remembered, not resolved: the whole item decides which sign goes with which
                 both, self.signed = op, True
         return sign, both
 
@@ -601,50 +710,63 @@ class _Parser:
         while True:
             sign, both = self.signs()
             node = self.term()
+            # Structures cannot be negated or added; a lone structure is passed through as it is.
             if (sign < 0 or both or terms) and is_structure(node):
                 raise ParseError("arithmetic on something that is not a number")
             node = ("neg", node) if sign < 0 else node
+            # ("pm", 1, x) is +-x and ("pm", -1, x) is -+x: in a \pm b \mp c the signs are opposite.
             terms.append(("pm", 1 if both == "pm" else -1, node) if both else node)
             if not self.is_op("+", "-", "pm", "mp"):
                 break
         if len(terms) > 1 and is_structure(terms[0]):
             raise ParseError("arithmetic on something that is not a number")
+        # A single term needs no node, so that "5" and "(5)" are the same tree.
         return terms[0] if len(terms) == 1 else ("add", tuple(terms))
 
     def starts_factor(self) -> bool:
         """Can the next token begin a factor written without a multiplication sign?"""
         kind, value, _ = self.peek()
         if kind == "op":
+            # A bar that could close the open absolute value closes it: |x|y|z| is |x| y |z|.
             return value in _OPENERS or (value == "|" and not self.bars)
         return kind in _STARTS
 
     def number_may_follow(self) -> bool:
+        # Refusing costs a rare answer; guessing x2 as x^2 or 2x would pay for wrong ones.
         """(n-2) 2^n is a product; x2 could mean an index, a power or a product."""
         before, gap = self.tokens[self.at - 1], self.peek()[2]
         if before[1] == ")":
             return True
+        #   x 2^n, {x}2^n: a power after a space or a group is a factor; 3 2^n could be a misprint of 32^n
         return before[0] != "num" and (gap or before[1] == "}") and self.peek(1)[1] == "^"
 
     def term(self, before_function: bool = False) -> tuple:
         """A product; with before_function, the argument of an unbracketed function (sin 2x)."""
+        # The tree of a product is flat, ("mul", (a, b, c)), and division is a factor ("inv", x), so
+        # that one rule evaluates a/b, \frac{a}{b} and a b^{-1}.
         factors = [self.factor()]
         divided = None  # the factors after the last '/', while they are still juxtaposed
         while True:
+            # In the argument of an unbracketed function "*" and "/" end it: \sin
+            # x \cdot y is (\sin x) y.
             if not before_function and self.is_op("*", "/"):
                 divided = [] if self.expect("*", "/") == "/" else None
                 node = self.factor()
                 if divided is None:
                     factors.append(node)
                 else:
+                    #   a/b  ->  factors [a, ("inv", b)], divided [b]
                     divided.append(node)
                     factors.append(("inv", node))
             elif self.starts_factor() and not self.union_letter(factors[-1]):
+                #   \sin x \cos y and \sin x (y+1): the argument of the first function ends here
                 if before_function and (self.peek()[0] == "fn" or self.is_op("(", "[", "\\{")):
                     break
                 if self.peek()[0] in ("num", "based", "repeating") and not self.number_may_follow():
                     raise ParseError("a number right after a factor is ambiguous")
                 node = self.factor()
                 if divided:
+                    #   1/2x is half of x to some and 1/(2x) to others; a/bc has the one usual reading a/(bc)
                     if divided[0][0] == "num":
                         raise ParseError("a/b c can be read in two ways")
                     divided.append(node)  # a/bc is a/(bc)
@@ -653,11 +775,13 @@ class _Parser:
                     factors.append(node)
             else:
                 break
+        # `product` checks that all factors are numbers, or one of them a matrix.
         return product(factors)
 
     def factor(self) -> tuple:
         r"""A postfix with its signs: the -3 of 2 \cdot -3."""
         sign, both = self.signs()
+        # After a sign the grammar descends to powers: -x^2 is -(x^2).
         node = self.postfix()
         if (sign < 0 or both) and is_structure(node):
             raise ParseError("arithmetic on something that is not a number")
@@ -667,12 +791,15 @@ class _Parser:
     def postfix(self) -> tuple:
         """A primary with what binds tighter than any sign: powers, n!, 5%, 30 degrees, f'."""
         node = self.primary()
+        #   (101)_2  ->  ("base", "101", 2); a decimal or a negative number has no digits in a base
         if self.is_op("_") and node[0] == "num" and node[2] is None and node[1] >= 0:
             self.at += 1  # (101)_2
             node = ("base", str(node[1]), number_base(self.raw()))
+        # A loop, for they come in rows: 3!^2, f'', 50\%.
         while self.is_op("^", "!", "%", "deg", "'"):
             if is_structure(node):
                 raise ParseError("arithmetic on something that is not a number")
+            # 5!! is the double factorial 5*3*1, not (5!)!.
             if self.take("!"):
                 node = ("fact2", node) if self.take("!") else ("fact", node)
             elif self.take("%"):
@@ -680,6 +807,7 @@ class _Parser:
             elif self.take("deg"):
                 node = ("deg", node)
             elif self.take("'"):
+                # Only f' and x': a prime after a number would be feet or minutes.
                 if node[0] != "sym":
                     raise ParseError("a prime after something that is not a letter")
                 node = ("sym", node[1] + "'")
@@ -690,6 +818,7 @@ class _Parser:
     def power(self, node: tuple) -> tuple:
         """The exponent after ^, right to left: 2^3^2 is 2^9. A raised circle means degrees."""
         self.expect("^")
+        #   30^\circ and 30^{\circ}: a raised circle means degrees and is no power
         if self.peek()[1] == "circ":
             self.at += 1
             return ("deg", node)
@@ -697,11 +826,16 @@ class _Parser:
             self.at += 3
             return ("deg", node)
         self.deeper()  # a^b^c^... recurses here
+        # The sign of the exponent is met here: 2^-3.
         sign, both = self.signs()
+        # All digits count, 2^10 = 1024, though TeX would raise the 1 alone:
+        # models and plain text write so.
         exponent = self.argument(whole_number=True)
+        #   2^3^2 = 2^(3^2) = 512
         if self.is_op("^"):
             exponent = self.power(exponent)
         self.depth -= 1
+        # A bare 2^\pm 1 is refused; in braces, 2^{\pm 1}, the sign belongs to the item as a whole.
         if both or is_structure(exponent):
             raise ParseError("an exponent that is not a number")
         return ("pow", node, ("neg", exponent) if sign < 0 else exponent)
@@ -709,11 +843,15 @@ class _Parser:
     def argument(self, whole_number: bool = False) -> tuple:
         """What a command applies to: a braced group or one token; TeX takes one digit only."""
         kind, value, gap = self.peek()
+        #   \frac43: 4 over 3. \frac123 leaves the 3 behind, which is refused as ambiguous afterwards
         if kind == "num" and not whole_number and len(value) > 1:
             if not value.isdigit():
                 raise ParseError("braces are missing around a number")
+            # The rest of the number becomes the next token. One digit shorter
+            # each time, so this ends.
             self.tokens[self.at] = ("num", value[1:], False)  # \frac43: 4, then 3 is left
             return number(value[0])
+        #   \frac xy, \sqrt2, x^2: one token is the whole argument
         if kind == "sym" or kind == "num" or kind == "const":
             self.at += 1
             return number(value) if kind == "num" else (kind, value)
@@ -722,12 +860,14 @@ class _Parser:
     # -- primaries ----------------------------------------------------------------------------
     def deeper(self) -> None:
         """Count one level of nesting: Python's own recursion limit must never be met."""
+        # A RecursionError would depend on how deep the caller's own stack is; a count does not.
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ParseError(f"more than {MAX_DEPTH} nested groups")
 
     def primary(self) -> tuple:
         """What a factor begins with; all nesting but that of powers comes through here."""
+        # Not restored when an error passes through: a ParseError ends the parser anyway.
         self.deeper()
         node = self.primary_()
         self.depth -= 1
@@ -745,11 +885,13 @@ class _Parser:
             return self.symbol(value)
         if kind == "const":
             return (kind, value)
+        # A tree that `number` read ahead and put back as a token.
         if kind == "node":
             return value
         if kind in ("text", "word"):
             return ("text", value.lower())  # words in a list; next to arithmetic they are refused
         if kind == "based":
+            #   052_8  ->  ("base", "52", 8): zeros in front do not count
             digits, _, base = value.replace(" ", "").partition("_")
             return ("base", digits.lstrip("0") or "0",
                     number_base(base.replace("\\text", "").strip("{}")))
@@ -764,15 +906,19 @@ class _Parser:
         if kind == "fn":
             return self.function(value)
         if kind == "cmd":
+            # The values of COMMANDS and NAMES with kind "cmd" name the cmd_ methods below; no text
+            # of an answer can name another one.
             return getattr(self, "cmd_" + value)()
         raise ParseError(f"expected a number or a letter, found {value or 'the end'!r}")
 
     def number(self, value: str) -> tuple:
         """A number, or a mixed number: 2\\frac13, and 2 1/3 with a space."""
         node = number(value)
+        # Mixed numbers begin with a whole number: 2.5\frac13 is a product.
         if not value.isdigit():
             return node
         kind, name, gap = self.peek()
+        #   2\frac13  ->  7/3, the reading of school; 2\frac43 is refused: 10/3, 8/3?
         if kind == "cmd" and name == "frac":
             mark = self.at
             self.at += 1
@@ -785,6 +931,7 @@ class _Parser:
             self.tokens[mark:self.at] = [("node", ("mul", (top, ("inv", bottom))), gap)]
             self.at = mark
         elif kind == "num" and gap and self.peek(1)[:2] == ("op", "/"):
+            #   3 1/4  ->  13/4 with a space; 31/4 without; 3 5/4 stays for the rule on numbers after factors
             bottom = self.peek(2)
             if name.isdigit() and bottom[0] == "num" and bottom[1].isdigit():
                 top, below = number(name)[1], number(bottom[1])[1]
@@ -795,9 +942,11 @@ class _Parser:
 
     def symbol(self, name: str) -> tuple:
         """A letter with its index; f(x) and g(x), h(x) are unknown functions, k(k+1) a product."""
+        #   x_1, x_{max}, a_{n}_k: the index is part of the name
         while self.is_op("_"):
             self.at += 1
             name += "_" + self.raw()
+        # By convention f, g and h are functions; any other letter before a bracket multiplies.
         if name in ("f", "g", "h") and self.is_op("("):
             inside = self.bracket()
             args = inside[3] if inside[0] == "tuple" else (inside,)
@@ -808,6 +957,7 @@ class _Parser:
 
     def raw(self) -> str:
         """The spelling of an index or of a marked name: one token or one braced group."""
+        # Indices are compared by spelling, x_{max} is one name whatever "max" may mean elsewhere.
         if not self.take("{"):
             kind, value, _ = self.peek()
             if kind not in ("num", "sym", "const", "text", "word"):
@@ -816,6 +966,7 @@ class _Parser:
             return value
         parts, depth = [], 1
         while self.peek() is not END:
+            # Braces inside are counted, so that x_{a_{1}} ends at the right one.
             value = self.peek()[1]
             depth += (value == "{") - (value == "}")
             self.at += 1
@@ -828,6 +979,7 @@ class _Parser:
         """( ), [ ], \\{ \\}, { }, | |, floor and ceiling, whichever begins here."""
         if self.take("{"):
             inside = self.inner()
+            #   {9 \choose 2}  ->  ("binom", 9, 2)
             if self.take("choose"):
                 inside = ("binom", scalar(inside), scalar(self.inner()))
             self.expect("}")
@@ -840,27 +992,34 @@ class _Parser:
                 self.expect(closing)
                 return (kind, scalar(inside))
         if self.take("\\{"):
+            #   \{\}  ->  the empty set, the same tree as \emptyset
             if self.take("\\}"):
                 return ("set", ())
+            #   \{\pm 3\}  ->  the set of 3 and -3
             inside = self.inner(expand=True)
             self.expect("\\}")
             return ("set", inside[1] if inside[0] in ("list", "or") else (inside,))
         if self.is_op("$") and self.peek(1)[0] == "num":  # -\$5: the sign came first
             self.at += 2
             return number(self.peek(-1)[1])
+        # Mixed brackets are wanted: (1, 2] and [1, 2) are half-open intervals. Angle
+        # brackets only pair with each other.
         opening = self.expect("(", "[", "<(")
         inside = self.inner()
         closing = self.expect(*((")>",) if opening == "<(" else (")", "]")))
+        #   (1, 2)  ->  ("tuple", "(", ")", (1, 2))      (1 or 2)  ->  refused
         if inside[0] in ("list", "or"):
             if inside[0] == "or" or (opening == "<(") != (closing == ")>"):
                 raise ParseError("brackets do not match")
             return ("tuple", opening, closing, inside[1])
+        # One item in brackets is a group: (x + 1), [x + 1]; (5] is a misprint.
         if (opening, closing) not in (("(", ")"), ("[", "]")):
             raise ParseError("brackets do not match")
         return inside
 
     def inner(self, expand: bool = False) -> tuple:
         """The items in a bracket; bars opened outside cannot close inside it."""
+        # Saved and restored, so that |(|x|)| closes its bars in the right order.
         bars, self.bars = self.bars, 0
         inside = self.items(expand)
         self.bars = bars
@@ -869,6 +1028,7 @@ class _Parser:
     def bars_(self) -> tuple:
         """An absolute value. While it is open, the next bar closes it, it does not open one."""
         self.expect("|")
+        # While `bars` is not zero a bar is no beginning of a factor; see `starts_factor`.
         self.bars += 1
         inside = self.sum()
         self.bars -= 1
@@ -877,25 +1037,32 @@ class _Parser:
 
     def function(self, name: str) -> tuple:
         r"""\sin x, \sin^2 x, \sin^{-1} x, \log_2 x, \gcd(a, b)."""
+        #   \sin^2 x  ->  ("pow", ("fn", "sin", (x,)), 2)      \log_2 8  ->  ("log", 2, 8)
         base = exponent = None
         for _ in range(2):  # \log_2^3 x and \log^3_2 x
             if name == "log" and self.take("_"):
                 base = scalar(self.argument())
             elif self.is_op("^"):
+                # `power` wants a base: it reads the exponent for a dummy, 1, which is thrown away.
                 exponent = self.power(("num", 1, None))
+                #   \sin^\circ x has degrees instead of an exponent
                 if exponent[0] != "pow":
                     raise ParseError("an exponent that is not a number")
                 exponent = exponent[2]
         args = self.function_argument()
+        # Only an exponent of exactly -1 inverts: \sin^{-2} x is 1/\sin^2 x.
         if exponent == ("neg", ("num", 1, None)) and name in INVERSE:
             name, exponent = INVERSE[name], None
+        # \sin(1, 2) has no value; gcd, lcm, max and min take any number of arguments.
         if len(args) != 1 and name not in ("gcd", "lcm", "max", "min"):
             raise ParseError(f"{name} of several arguments")
+        # `log` without a base is the decimal one; that is policy, see the table in checker.py.
         if name == "log":
             node = ("log", base or ("num", 10, None), args[0])
         elif name in ("ln", "lg"):
             node = ("log", ("const", "e") if name == "ln" else ("num", 10, None), args[0])
         elif name == "exp":
+            #   \exp(x) and e^x are one tree
             node = ("pow", ("const", "e"), args[0])
         else:
             node = ("fn", name, args)
@@ -904,11 +1071,14 @@ class _Parser:
     def function_argument(self) -> tuple:
         """The arguments of a function: bracketed, or the factors that follow it."""
         if self.is_op("(", "[", "{", "|", "\\{", "lfloor", "lceil"):
+            #   \sin(x) y is (\sin x) y: the bracket is the whole argument
             inside = self.bracket()
             if inside[0] == "set":
                 inside = ("tuple", "(", ")", inside[1])  # \max\{a, b\}
         else:
+            #   \sin 2x is \sin(2x)
             inside = self.term(before_function=True)
+            # \sin x/2 is \sin(x/2) to some, half of \sin x to others; \sin x/\cos x is clear.
             if self.is_op("/") and self.peek(1)[0] != "fn":
                 raise ParseError("a function of an unbracketed fraction is ambiguous")
         args = inside[3] if inside[0] == "tuple" else (inside,)
@@ -916,18 +1086,22 @@ class _Parser:
 
     def matrix(self, name: str) -> tuple:
         """Rows of cells; a last empty row (a trailing double backslash) is dropped."""
+        #   align, cases and the like hold several equations, not one value
         if name not in MATRICES:
             raise ParseError(f"unknown environment {name}")
         if name == "array" and self.is_op("{"):
+            # The column format of {array}{cc} says nothing about the entries.
             self.raw()
         rows = [[]]
         while self.peek()[0] != "end":
+            # Cells are sums: a matrix of lists or relations is a system of something else.
             rows[-1].append(scalar(self.sum()))
             if self.take("\\\\"):
                 rows.append([])
             elif not self.take("&") and self.peek()[0] != "end":
                 raise ParseError("a matrix row that cannot be read")
         self.at += 1
+        # Empty rows come from a line break after the last one.
         rows = [tuple(row) for row in rows if row]
         if not rows or any(len(row) != len(rows[0]) for row in rows):
             raise ParseError("matrix rows of different lengths")
@@ -937,6 +1111,7 @@ class _Parser:
     def cmd_frac(self) -> tuple:
         """A fraction is a product with an inverse, so that there is one rule for both."""
         top, bottom = scalar(self.argument()), scalar(self.argument())
+        #   \frac{3}{4} and 3/4  ->  ("mul", (3, ("inv", 4)))
         return ("mul", (top, ("inv", bottom)))
 
     def cmd_binom(self) -> tuple:
@@ -946,10 +1121,12 @@ class _Parser:
     def cmd_sqrt(self) -> tuple:
         r"""\sqrt[n]{x}; \sqrt12 is refused, because TeX and people read it differently."""
         degree = ("num", 2, None)
+        #   \sqrt[3]{x}  ->  ("root", 3, x)
         if self.take("["):
             degree = scalar(self.sum())
             self.expect("]")
         kind, value, _ = self.peek()
+        # TeX draws \sqrt12 as (\sqrt1)2, its writer meant \sqrt{12}.
         if kind == "num" and len(value) > 1:
             raise ParseError("a root of several digits needs braces")
         return ("root", degree, scalar(self.argument()))
@@ -977,6 +1154,8 @@ class _Parser:
     def cmd_angle(self) -> tuple:
         """An angle or triangle is one name: angle ABC is not a product of A, B and C."""
         name = ""
+        # Collects the letters of ABC and their indices; infinity is a constant
+        # and no letter of a triangle.
         while self.peek()[0] in ("sym", "word", "const") and self.peek()[1] != "inf":
             name += self.peek()[1]
             self.at += 1
@@ -984,6 +1163,7 @@ class _Parser:
                 name += "_" + self.raw()
         if not name:
             raise ParseError("an angle without a name")
+        # With a space in it the name can meet no letter of the text: angle A and A stay different.
         return ("sym", "angle " + name)
 
     def cmd_mark(self) -> tuple:
@@ -992,6 +1172,8 @@ class _Parser:
 
     def cmd_sum(self, kind: str = "sum") -> tuple:
         r"""\sum_{k=a}^{b} term."""
+        # Only this one form: index, start, end. A sum over a condition
+        # (\sum_{d \mid n}) has no loop.
         self.expect("_")
         self.expect("{")
         name = self.peek()[1]
@@ -1002,7 +1184,10 @@ class _Parser:
         low = scalar(self.sum())
         self.expect("}")
         self.expect("^")
+        # The upper limit may be a long number, \sum_{k=1}^{100}: TeX wants
+        # braces there, people forget.
         high = scalar(self.argument(whole_number=True))
+        # One term, as usual: \sum k + 1 is (\sum k) + 1.
         body = scalar(self.term())
         if name in "ei":  # the index i is not the imaginary unit
             body = _replaced(body, ("const", name), ("sym", name))
@@ -1018,23 +1203,29 @@ class _Parser:
 
 def number(text: str) -> tuple:
     """The node of a literal; raises ParseError beyond MAX_DIGITS or MAX_EXPONENT."""
+    # Digits by hand and never through float: 0.1 is 1/10 exactly, 1e400 is no infinity.
     mantissa, _, exponent = text.lower().partition("e")
+    # int() takes quadratic time, and raises on its own beyond 4300 digits.
     if len(text) > MAX_DIGITS:
         raise ParseError(f"a number of more than {MAX_DIGITS} digits")
     whole, point, decimals = mantissa.partition(".")
+    #   "2.50"  ->  whole "2", decimals "50": 250 shifted by -2, ("num", 5/2, 2)
     value = int(whole + decimals)
     shift = -len(decimals)
     if exponent:
+        # The length first: int() of a long exponent would be work already.
         if len(exponent) > 6 or abs(int(exponent)) > MAX_EXPONENT:
             raise ParseError(f"an exponent of ten above {MAX_EXPONENT}")
         shift += int(exponent)
     if shift:
         value = value * 10 ** shift if shift > 0 else Fraction(value, 10 ** -shift)
+    # `places` remembers that a decimal was written; checker.py rounds only against those.
     return ("num", value, len(decimals) if point or exponent else None)
 
 
 def number_base(text: str) -> int:
     """The base that an index names: 8, or the word eight."""
+    # At most 36, the digits and letters there are; \text{eight} has been stripped to its word.
     base = NUMBER_BASES.get(text) or (int(text) if text.isdigit() and len(text) < 3 else 0)
     if not 2 <= base <= 36:
         raise ParseError("unknown number base")
@@ -1043,12 +1234,14 @@ def number_base(text: str) -> int:
 
 def repeating(text: str) -> tuple:
     r"""0.1\overline{6} = 1/6."""
+    #   "0.1\overline{6}": whole "0", decimals "1", digits "6": 1/10 + 6/(9 * 10) = 1/6
     plain, _, rest = text.partition("\\")
     digits = rest[rest.index("{") + 1:-1]
     whole, _, decimals = plain.partition(".")
     if len(text) > MAX_DIGITS:
         raise ParseError(f"a number of more than {MAX_DIGITS} digits")
     scale = 10 ** len(decimals)
+    # A period of n digits is worth digits/(10^n - 1), shifted behind the decimals before it.
     return ("num", Fraction(int((whole + decimals) or "0"), scale)
             + Fraction(int(digits), (10 ** len(digits) - 1) * scale), None)
 
@@ -1065,6 +1258,7 @@ def product(factors: list) -> tuple:
     if len(factors) == 1:
         return factors[0]
     matrices = [f for f in factors if f[0] == "matrix"]
+    #   2 (matrix)  ->  each entry times 2. A product of two has rules of its own and is not needed.
     others = [scalar(f) for f in factors if f[0] != "matrix"]
     if not matrices:
         return ("mul", tuple(others))
@@ -1076,11 +1270,13 @@ def product(factors: list) -> tuple:
 
 def _is_set(node: tuple) -> bool:
     """Could this stand on a side of a union? An interval is read as a pair."""
+    # Here (0, 1) is an interval, elsewhere a point: the grammar cannot know, a union can.
     return node[0] in ("set", "setop", "domain") or (node[0] == "tuple" and len(node[3]) == 2)
 
 
 def expand_signs(node: tuple) -> list:
     r"""[node], or the two nodes that a \pm in it stands for (all signs of one item together)."""
+    #   1 \pm 2 \mp 3  ->  1 + 2 - 3 and 1 - 2 + 3: two nodes, not four
     if node[0] == "set" or not _has_sign(node):
         return [node]  # the items of a set were expanded when they were read
     return [_choose_sign(node, 1), _choose_sign(node, -1)]
@@ -1102,6 +1298,7 @@ def _choose_sign(node, sign: int):
     """The tree with every plus-minus resolved: the upper signs for sign = 1, else the lower."""
     if not isinstance(node, tuple):
         return node
+    # ("pm", 1, x) gives +x first; ("pm", -1, x), a minus-plus, gives -x first.
     if node and node[0] == "pm":
         inside = _choose_sign(node[2], sign)
         return inside if node[1] * sign > 0 else ("neg", inside)
@@ -1110,6 +1307,7 @@ def _choose_sign(node, sign: int):
 
 def _replaced(node, old: tuple, new: tuple):
     """The tree with every `old` in it replaced by `new`."""
+    # Equal subtrees are equal tuples, so a comparison finds every place.
     if node == old or not isinstance(node, tuple):
         return new if node == old else node
     return tuple([_replaced(part, old, new) for part in node])
