@@ -312,7 +312,6 @@ def tokenize(text: str, level: int = 0) -> list[tuple]:
             raise ParseError(f"unknown character {text[position]!r}")
         kind, value, position = match.lastgroup, match.group(), match.end()
         if kind == "thousands" and listing:
-            #   (1,000)  ->  the pair (1, 0)       1,000  ->  one thousand
             # Inside ( ), [ ] and \{ \} a comma separates: (1,000) is a pair.
             value = value[:value.index(",")]
             position, kind = match.start() + len(value), "num"
@@ -359,7 +358,7 @@ def _command(name: str, text: str, position: int, gap: bool, tokens: list, level
             position += 1
         if text[position:position + 1] != "{":
             if name in ("rm", "bf"):
-                #   {\bf 42}: the switch stands alone, what follows is read as usual
+                # The switch stands alone; what follows it is read as usual.
                 return position  # {\bf 42}
             if name == "mathbb" and text[position:position + 1].isalpha():
                 #   \mathbb R without braces, as TeX allows
@@ -666,7 +665,8 @@ class _Parser:
         """The unit words after a number, spelled one way: 'cm^2', 'square unit', 'm/s'."""
         parts = []
         while True:
-            #   5\text{ m/s}, 5 cm^2, 5 cm^{2}, 5 square units  ->  "m/s", "cm ^2", "cm ^2", "square unit"
+            # 5\text{ m/s}  ->  "m/s"     5 cm^2, 5 cm^{2}  ->  "cm ^2"     5
+            # square units  ->  "square unit"
             kind, value, _ = self.peek()
             if kind == "op" and value == "/" and parts:
                 parts.append("/")
@@ -700,7 +700,8 @@ class _Parser:
             if op == "-":
                 sign = -sign
             elif op != "+":
-                #   \pm and \mp are remembered, not resolved: the whole item decides which sign goes with which
+                # \pm and \mp are remembered, not resolved: the whole item decides
+                # which sign goes with which
                 both, self.signed = op, True
         return sign, both
 
@@ -732,12 +733,13 @@ class _Parser:
         return kind in _STARTS
 
     def number_may_follow(self) -> bool:
-        # Refusing costs a rare answer; guessing x2 as x^2 or 2x would pay for wrong ones.
         """(n-2) 2^n is a product; x2 could mean an index, a power or a product."""
+        # Refusing costs a rare answer; guessing x2 as x^2 or 2x would pay for wrong ones.
         before, gap = self.tokens[self.at - 1], self.peek()[2]
         if before[1] == ")":
             return True
-        #   x 2^n, {x}2^n: a power after a space or a group is a factor; 3 2^n could be a misprint of 32^n
+        # x 2^n, {x}2^n: a power after a space or a group is a factor; 3 2^n
+        # could be a misprint of 32^n
         return before[0] != "num" and (gap or before[1] == "}") and self.peek(1)[1] == "^"
 
     def term(self, before_function: bool = False) -> tuple:
@@ -766,7 +768,8 @@ class _Parser:
                     raise ParseError("a number right after a factor is ambiguous")
                 node = self.factor()
                 if divided:
-                    #   1/2x is half of x to some and 1/(2x) to others; a/bc has the one usual reading a/(bc)
+                    # 1/2x is half of x to some and 1/(2x) to others; a/bc has the
+                    # one usual reading a/(bc)
                     if divided[0][0] == "num":
                         raise ParseError("a/b c can be read in two ways")
                     divided.append(node)  # a/bc is a/(bc)
@@ -843,7 +846,7 @@ class _Parser:
     def argument(self, whole_number: bool = False) -> tuple:
         """What a command applies to: a braced group or one token; TeX takes one digit only."""
         kind, value, gap = self.peek()
-        #   \frac43: 4 over 3. \frac123 leaves the 3 behind, which is refused as ambiguous afterwards
+        # \frac43: 4 over 3. \frac123 leaves the 3 behind, which is refused as ambiguous afterwards
         if kind == "num" and not whole_number and len(value) > 1:
             if not value.isdigit():
                 raise ParseError("braces are missing around a number")
@@ -931,7 +934,8 @@ class _Parser:
             self.tokens[mark:self.at] = [("node", ("mul", (top, ("inv", bottom))), gap)]
             self.at = mark
         elif kind == "num" and gap and self.peek(1)[:2] == ("op", "/"):
-            #   3 1/4  ->  13/4 with a space; 31/4 without; 3 5/4 stays for the rule on numbers after factors
+            # 3 1/4  ->  13/4 with a space; 31/4 without; 3 5/4 stays for the rule
+            # on numbers after factors
             bottom = self.peek(2)
             if name.isdigit() and bottom[0] == "num" and bottom[1].isdigit():
                 top, below = number(name)[1], number(bottom[1])[1]
