@@ -665,8 +665,8 @@ class _Parser:
         """The unit words after a number, spelled one way: 'cm^2', 'square unit', 'm/s'."""
         parts = []
         while True:
-            # 5\text{ m/s}  ->  "m/s"     5 cm^2, 5 cm^{2}  ->  "cm ^2"     5
-            # square units  ->  "square unit"
+            #   5\text{ m/s}    ->  "m/s" (one word)     5 cm^2, 5 cm^{2}  ->  "cm ^2"
+            #   5 square units  ->  "square unit"
             kind, value, _ = self.peek()
             if kind == "op" and value == "/" and parts:
                 parts.append("/")
@@ -749,8 +749,8 @@ class _Parser:
         factors = [self.factor()]
         divided = None  # the factors after the last '/', while they are still juxtaposed
         while True:
-            # In the argument of an unbracketed function "*" and "/" end it: \sin
-            # x \cdot y is (\sin x) y.
+            # In the argument of an unbracketed function "*" and "/" end it:
+            #   \sin x \cdot y  ->  (\sin x) y
             if not before_function and self.is_op("*", "/"):
                 divided = [] if self.expect("*", "/") == "/" else None
                 node = self.factor()
