@@ -1690,7 +1690,11 @@ class _Evaluator:
                 # hence far fewer than known.
                 keys.append(f"{value.re:.25e},{value.im:.15f}")
             else:
-                keys.append(str(Fraction(value)) if value.numerator.bit_length() < 3000 else "long")
+                value = Fraction(value)
+                # Two long arguments must not share a key: f(10^1000) is not f(10^1001).
+                if max(value.numerator.bit_length(), value.denominator.bit_length()) > 3000:
+                    raise CannotDecide("an argument of a function too long to compare")
+                keys.append(str(value))
         # The name is part of the text: f and g are different functions.
         bits = _hash(f"{name}({';'.join(keys)})", 1)
         return Fraction(1000 + bits % 8999, 1000 + (bits >> 13) % 8999)
