@@ -227,8 +227,8 @@ class ProblemStream:
         self.problems: list[Problem] = []
         if o.data not in ARITHMETIC:
             problems = load_problems(o.data, split="train", parses=parses)
-            fits = lambda p: len(tokenizer.encode_prompt(p.problem)) <= o.max_prompt_tokens  # noqa: E731
-            self.problems = [p for p in problems if fits(p)]
+            length = lambda p: len(tokenizer.encode_prompt(p.problem))  # noqa: E731
+            self.problems = [p for p in problems if length(p) <= o.max_prompt_tokens]
             if not self.problems:
                 raise ValueError(f"{o.data}: no problem has at most {o.max_prompt_tokens} tokens")
 

@@ -9,7 +9,8 @@ One run, the same pairs, both checkers. Four sets of pairs:
     table       the pairs of tests/data/checker_table.txt, each with its truth
 For each set: how often each checker agrees with the truth, the median processor time a pair of
 each, and the ratio. In the first set most answers are their gold's very text, which nanolaser sees
-at once; the others make it parse. Every disagreement is printed with who is right. The last line is JSON.
+at once; the others make it parse.
+Every disagreement is printed with who is right. The last line is JSON.
 Math-Verify is called as its documentation shows, parse then verify; hostile input, on which it
 runs into its timeout of 5 s, is left out here (tests/test_checker.py has it).
 """

@@ -562,6 +562,7 @@ def plan(
     rates = rates or (H100 if device == "cuda" else measure_rates(device, dtype))
 
     def with_settings(s: Settings) -> Plan:
+        """The plan of this run with these settings, whether it fits or not."""
         rows = device_bytes_by_phase(config, dtype, s, work, world, device)
         if device == "cpu":
             N = micro_batch(s, work, world)

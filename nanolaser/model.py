@@ -306,6 +306,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_output_bias)
 
     def forward(self, x: Tensor, rope, step: CacheStep | None, layer: int) -> Tensor:
+        """(B, T, C) -> (B, T, C), over the T tokens alone or, with a step, over a cache too."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # noqa: E731
         q = rotate(heads(self.q_proj(x)), *rope)  # (B, H, T, D)

@@ -342,7 +342,7 @@ def arithmetic_text(expression) -> str:
         return str(expression)
     operator, left, right = expression
     weak = lambda e: not isinstance(e, int) and e[0] in "+-"  # noqa: E731
-    wrap = lambda e, needed: f"({arithmetic_text(e)})" if needed else arithmetic_text(e)  # noqa: E731
+    wrap = lambda e, on: f"({arithmetic_text(e)})" if on else arithmetic_text(e)  # noqa: E731
     # a-(b+c) and a*(b*c) keep theirs: operators of one rank are read from the left
     tight = not isinstance(right, int) and (weak(right) or operator == "*")
     return wrap(left, operator == "*" and weak(left)) + operator + wrap(right, tight)

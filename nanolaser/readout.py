@@ -30,6 +30,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, inverse_temperature, with_entropy):
+        """Log-probs (N,) and entropies (N,) or (0,), one pass over the blocks of logits."""
         N = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)  # fp32, or fp64 in gradcheck
         peak = hidden.new_full((N,), -torch.inf, dtype=wide)  # running maximum of the logits
@@ -58,6 +59,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        """Gradients of hidden (N, C) and weight (V, C): softmax minus target, block by block."""
         hidden, weight, targets, inverse_temperature, lse = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None

@@ -189,7 +189,8 @@ class _Batch:
         cache = KVCache(self.model.config, len(prompts), self.model.device, self.model.dtype)
         hidden = self.model(tokens, lengths, cache)  # (P, T, C)
         last = hidden[torch.arange(len(prompts)), lengths - 1]  # (P, C)
-        source = [p for p, group in enumerate(groups) for _ in group]  # whose prompt each row copies
+        # whose prompt each row copies
+        source = [p for p, group in enumerate(groups) for _ in group]
         source = torch.tensor(source, device=self.model.device)
         self.cache.admit(cache, source)
         self.hidden = torch.cat((self.hidden, last[source])) if self.live else last[source]
