@@ -172,7 +172,7 @@ _UNICODE = str.maketrans({
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
     "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\varphi ", "ω": r"\omega ", "σ": r"\sigma ",
-    "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "−": "-", "⁄": "/", "∕": "/",
+    "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
     "€": r"\euro ", "£": r"\pounds ",
     # Invisible: zero-width characters vanish, odd spaces become plain ones.
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",

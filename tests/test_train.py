@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 # Small, but through all three phases: reasoning (step 1), self-reward (2), integrated (3, 4).
 SHORT = """--steps 4 --problems-per-step 2 --group-size 4 --eval-problems 4 --eval-n 2
---eval-every 2 --save-every 2 --reasoning-warmup 1 --self-reward-warmup 1 --max-new-tokens 48""".split()
+--eval-every 2 --save-every 2
+--reasoning-warmup 1 --self-reward-warmup 1 --max-new-tokens 48""".split()
 
 
 def train(*arguments, cwd=ROOT, **more):
