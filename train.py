@@ -29,6 +29,7 @@ import dataclasses
 import functools
 import math
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -365,6 +366,10 @@ def main() -> int:
         first = 1 + meta["step"]
         run.cut_back(first - 1)
         before = next((e for e in run.read("evals.jsonl") if e["step"] == 0), None)
+        # what the steps before have cost is in the log: the summary speaks of the whole run
+        for m in run.read("metrics.jsonl"):
+            tokens += round(m["response_tokens"] * o.problems_per_step * o.group_size)
+            began -= m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
         print(f"resuming after step {first - 1}")
     else:
         # c_ref: what the untouched model says at z_c, before anything is learned.
@@ -394,10 +399,13 @@ def main() -> int:
         skipped_in_a_row = skipped_in_a_row + 1 if m["skipped_updates"] else 0
         if skipped_in_a_row == MAX_SKIPPED:
             run.append("samples.jsonl", [{"step": step, **row} for row in rows])
-            raise RuntimeError(
-                f"{MAX_SKIPPED} updates in a row had non-finite gradients; the last rollouts are "
-                f"in {run.path}/samples.jsonl; lower --lr and --resume {run.path}"
+            bar.close()
+            print(
+                f"error: {MAX_SKIPPED} updates in a row had non-finite gradients; the last "
+                f"rollouts are in {run.path}/samples.jsonl; try a new run with a lower --lr",
+                file=sys.stderr,
             )
+            return 1
         if step % o.eval_every == 0 and step < o.steps:
             e = {"step": step, **evaluate(model, tokenizer, test[: len(test) // 4 or 1], o, "eval")}
             run.append("evals.jsonl", [e])

@@ -74,6 +74,9 @@ def test_resume_equals_uninterrupted(run, tmp_path):
     assert [without_time(m) for m in ours] == [without_time(m) for m in theirs]
     a, b = (load_file(f / "checkpoints/step-000004/model.safetensors") for f in (whole, part))
     assert all((a[name] == b[name]).all() for name in b)
+    # the summary counts the tokens of the whole run, not of its last part
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (part, whole))
+    assert ours["tokens"] == theirs["tokens"]
 
 
 def test_grpo_never_trains_the_readout(tmp_path):
