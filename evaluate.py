@@ -43,12 +43,11 @@ from tqdm import tqdm
 
 from nanolaser import grpo, metrics, report
 from nanolaser.checker import is_equivalent, parses
-from nanolaser.checkpoint import write_atomic
-from nanolaser.config import ModelOptions, main_guard, option, parse_args
+from nanolaser.cli import ModelOptions, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, judge, open_model
-from nanolaser.memory import default_kv_cache_gb
+from nanolaser.scale.plan import default_kv_cache_gb
 from nanolaser.problems import ARITHMETIC, Problem, load_problems
-from nanolaser.run import RunFolder, is_terminal
+from nanolaser.files import RunFolder, is_terminal, write_atomic
 from nanolaser.sampler import Rollout, check_prompts, generate
 
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them

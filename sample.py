@@ -29,12 +29,12 @@ from dataclasses import dataclass
 
 from nanolaser import grpo, metrics
 from nanolaser.checker import is_equivalent
-from nanolaser.config import ModelOptions, main_guard, option, parse_args
+from nanolaser.cli import ModelOptions, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, open_model
-from nanolaser.memory import default_kv_cache_gb
+from nanolaser.scale.plan import default_kv_cache_gb
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
-from nanolaser.run import finite
+from nanolaser.files import finite
 from nanolaser.sampler import Rollout, check_prompts, generate
 
 

@@ -42,12 +42,12 @@ from tqdm import tqdm
 from nanolaser import grpo, laser, metrics, plots
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
-from nanolaser.config import apply_preset, main_guard, option, parse_args
-from nanolaser.distributed import ALONE, World, join, local, obituary
-from nanolaser.memory import plan_for, settle
+from nanolaser.cli import apply_preset, main_guard, option, parse_args
+from nanolaser.scale.distributed import ALONE, World, join, local, obituary
+from nanolaser.scale.plan import plan_for, settle
 from nanolaser.model import CausalLM
 from nanolaser.problems import ARITHMETIC, Problem, arithmetic_problems, train_and_test
-from nanolaser.run import RunFolder, finite, is_terminal, peak_memory_bytes
+from nanolaser.files import RunFolder, finite, is_terminal, peak_memory_bytes
 from nanolaser.sampler import check_prompts
 from nanolaser.tokenizer import Tokenizer
 

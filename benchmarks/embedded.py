@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanolaser.config import main_guard, option, parse_args  # noqa: E402
+from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.report import percent, table  # noqa: E402
 
 # name in the table -> where it lies in one data set's results

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being installed
 
 from nanolaser import load_pretrained, sampler  # noqa: E402
-from nanolaser.config import main_guard, option, parse_args  # noqa: E402
+from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import arithmetic_problems  # noqa: E402
 

@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))  # found without being installed
 import train  # noqa: E402
 from nanolaser import extract_answer, grpo, is_equivalent, load_pretrained  # noqa: E402
 from nanolaser.checkpoint import save_pretrained  # noqa: E402
-from nanolaser.config import main_guard, option, parse_args  # noqa: E402
+from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import arithmetic_problems  # noqa: E402
 from nanolaser.tokenizer import Tokenizer  # noqa: E402

@@ -24,8 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being installed
 
-from nanolaser import memory  # noqa: E402
-from nanolaser.config import main_guard, option, parse_args  # noqa: E402
+from nanolaser.scale import plan as memory  # noqa: E402
+from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 
 GOAL = 0.15  # of the measured peak

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being instal
 import train  # noqa: E402
 from benchmarks.generate import forced, skewed_lengths  # noqa: E402
 from nanolaser import grpo, load_pretrained  # noqa: E402
-from nanolaser.config import main_guard, option, parse_args  # noqa: E402
+from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM  # noqa: E402
 from nanolaser.problems import arithmetic_problems  # noqa: E402
 

@@ -14,7 +14,7 @@ _HOME = {
     "save_pretrained": "checkpoint",
     "generate": "sampler",
     "score": "sampler",
-    "Rollout": "sampler",
+    "Rollout": "rollout",
     "extract_answer": "checker",
     "is_equivalent": "checker",
     "is_correct": "checker",

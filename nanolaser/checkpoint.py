@@ -31,8 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .distributed import ALONE, World, local
-from .hub import HUB_ID, fetch
+from .scale.distributed import ALONE, World, local
+from .files import HUB_ID, _sync_folder, fetch, write_atomic
 from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
@@ -448,38 +448,6 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
                     old.unlink()
         _sync_folder(folder)
     _sync_folder(folder.parent)
-
-
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it, flushed to the disk, then renamed over it.
-    OSError if the disk is full or read-only; the old file stays as it was."""
-    path = Path(path)
-    # With the process id: two runs never write into one temporary file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            # Without fsync the rename can reach the disk before the content does, and a power
-            # cut in between leaves an empty file under the real name.
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the temporary name, or none at all
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries: a rename is on the disk only once its folder is."""
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _json(value: Any) -> str:

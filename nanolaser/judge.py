@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from .checker import extract_answer
 from .checkpoint import load_pretrained
-from .config import ModelOptions
+from .cli import ModelOptions
 from .laser import self_reward
 from .model import CausalLM
 from .sampler import Rollout, generate

@@ -395,7 +395,7 @@ def _legend_or_note(axis: Any, has_data: bool | None = None, **where: Any) -> No
 def _save(figure: Any, path: str | Path) -> None:
     """Write the PNG whole or not at all: drawn in memory, written beside, moved into place.
 
-    (checkpoint.write_atomic does the same, but would import torch to draw a picture.)
+    (files.write_atomic does the same, but would import torch to draw a picture.)
     """
     # Drawing comes before anything touches the disk: an error in it leaves no trace.
     path = Path(path)

@@ -255,7 +255,7 @@ def _files(name: str, split: str) -> list[Path]:
 
 def _hub_files(alias: str, split: str) -> list[Path]:
     """Download (or find in the cache) the files of one split of a benchmark."""
-    from .hub import fetch  # here: files on disk need no hub
+    from .files import fetch  # here: files on disk need no hub
 
     repository, splits = DATASETS[alias]
     if len(splits) == 1:

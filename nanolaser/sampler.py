@@ -19,30 +19,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .model import CausalLM, KVCache
+from .cache import KVCache
+from .model import CausalLM
 from .readout import token_logprobs
+from .rollout import Rollout
 
 
 PREFILL_TOKENS = 16_384  # of prompts, padding included, in one forward pass
 STRETCH = 16  # prompts so many times longer than what the model was trained on are a mistake
-
-
-@dataclass
-class Rollout:
-    """One sampled solution: token ids in, token ids out, nothing decoded and re-encoded."""
-
-    prompt_id: int  # index of its problem among the prompts given
-    prompt_tokens: list[int]
-    response_tokens: list[int] = field(default_factory=list)  # the stop token included
-    logprobs: list[float] = field(default_factory=list)  # nats, of what was drawn as it was drawn
-    logp_zc: float | None = None  # nats, at temperature 1; None: truncated, there is no end
-    finished: bool = False  # ended with a stop token
-    sample_id: int = 0  # which of its problem's n solutions it is
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import random
 import torch
 
 from nanolaser.model import CausalLM, ModelConfig
-from nanolaser.sampler import Rollout
+from nanolaser.rollout import Rollout
 
 SIZE, VOCAB = 37, 40  # the output matrix has three rows more than the tokenizer has tokens
 C_REF, BETA_V = -15.0, 0.1

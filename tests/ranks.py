@@ -21,8 +21,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from nanolaser import grpo  # noqa: E402
 from nanolaser.checkpoint import load_pretrained, load_state, save_pretrained  # noqa: E402
-from nanolaser.config import main_guard  # noqa: E402
-from nanolaser.distributed import gathered, join  # noqa: E402
+from nanolaser.cli import main_guard  # noqa: E402
+from nanolaser.scale.distributed import gathered, join  # noqa: E402
 from tests.core import random_rollouts  # noqa: E402
 from tests.kills import ENVIRONMENT, rows  # noqa: E402
 

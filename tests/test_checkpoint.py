@@ -26,7 +26,7 @@ from nanolaser.checkpoint import (
     save_state,
     write_atomic,
 )
-from nanolaser.distributed import ALONE
+from nanolaser.scale.distributed import ALONE
 from nanolaser.laser import self_reward
 from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.readout import token_logprobs

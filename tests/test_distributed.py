@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanolaser.distributed import ALONE, World, gathered, local
+from nanolaser.scale.distributed import ALONE, World, gathered, local
 
 from . import kills, ranks
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nanolaser.checkpoint import load_pretrained, save_pretrained
-from nanolaser.run import RunFolder, finite
+from nanolaser.files import RunFolder, finite
 
 from . import kills
 
@@ -398,11 +398,11 @@ def test_without_the_modules_of_posix(monkeypatch):
     """Windows has neither fcntl nor resource: importing must work all the same."""
     import importlib.util
 
-    import nanolaser.run
+    import nanolaser.files
 
     for name in ("fcntl", "resource"):
         monkeypatch.setitem(sys.modules, name, None)
-    spec = importlib.util.spec_from_file_location("nanolaser.elsewhere", nanolaser.run.__file__)
+    spec = importlib.util.spec_from_file_location("nanolaser.elsewhere", nanolaser.files.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.fcntl is module.resource is None

@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from nanolaser import grpo, laser
-from nanolaser.sampler import Rollout, generate
+from nanolaser.rollout import Rollout
+from nanolaser.sampler import generate
 from tests.core import (
     BETA_V, C_REF, FakeTokenizer, all_logprobs, random_model, random_rollouts, slow_readout)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanolaser.checkpoint import load_pretrained
-from nanolaser.hub import fetch
+from nanolaser.files import fetch
 from nanolaser.problems import DATASETS, load_problems, train_and_test
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_what_the_hub_refuses_is_one_line(hub, status, code, words):
 def test_without_network_the_cache_serves_and_else_one_line_says_what_to_do(hub):
     hub.repositories["models/me/it"] = {"config.json": b"{}"}
     fetch("me/it", ["config.json"])
-    code = "from nanolaser.hub import fetch\n" "print(fetch('{}', ['config.json']))"
+    code = "from nanolaser.files import fetch\n" "print(fetch('{}', ['config.json']))"
     # port 9 (discard): nobody listens, the connection is refused at once
     for env in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
         result = fresh(code.format("me/it"), **env)
@@ -106,7 +106,7 @@ def test_without_network_the_cache_serves_and_else_one_line_says_what_to_do(hub)
 
 def test_the_users_token_goes_along(hub):
     hub.repositories["models/me/it"] = {"config.json": b"{}"}
-    code = "from nanolaser.hub import fetch\nfetch('me/it', ['config.json'])"
+    code = "from nanolaser.files import fetch\nfetch('me/it', ['config.json'])"
     assert fresh(code).returncode == 0 and hub.tokens == {None}
     hub.reset()
     hub.repositories["models/me/it"] = {"config.json": b"{}"}
@@ -116,7 +116,7 @@ def test_the_users_token_goes_along(hub):
 def test_an_interrupted_snapshot_is_not_taken_for_a_whole_one(hub):
     hub.repositories["models/me/it"] = {"config.json": b"{}", "model.safetensors": b"12345678"}
     fetch("me/it", ["config.json"])  # the weights were never fetched
-    code = "from nanolaser.hub import fetch\nfetch('me/it', ['config.json', '*.safetensors'])"
+    code = "from nanolaser.files import fetch\nfetch('me/it', ['config.json', '*.safetensors'])"
     result = fresh(code, HF_HUB_OFFLINE="1")
     assert result.returncode == 1
     assert "me/it is not in the cache" in result.stderr.strip().splitlines()[-1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nanolaser.checkpoint import load_pretrained, save_pretrained
-from nanolaser.model import CausalLM, KVCache, ModelConfig, inverse_frequencies
+from nanolaser.cache import KVCache
+from nanolaser.model import CausalLM, ModelConfig, inverse_frequencies
 from nanolaser.tokenizer import Tokenizer
 
 from .conftest import TINY, write_tokenizer

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from nanolaser.run import RunFolder, peak_memory_bytes
+from nanolaser.files import RunFolder, peak_memory_bytes
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_run_is_never_overwritten(here):
 
 def test_a_folder_in_use_is_refused_and_free_after_a_crash(here):
     """Another process holds the lock, then is killed: what it leaves behind locks nobody out."""
-    code = ("import sys; from nanolaser.run import RunFolder;"
+    code = ("import sys; from nanolaser.files import RunFolder;"
             "r = RunFolder.create('out', 'x', {}); print('in', flush=True); sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True, env=environment())

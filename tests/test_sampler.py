@@ -8,7 +8,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from nanolaser.grpo import read
-from nanolaser.model import KVCache
+from nanolaser.cache import KVCache
 from nanolaser.readout import token_logprobs
 from nanolaser.sampler import STRETCH, check_prompts, draw, generate, pad, score, uniforms
 from tests.core import SIZE, VOCAB, FakeTokenizer, all_logprobs, random_model, slow_readout

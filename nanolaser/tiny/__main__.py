@@ -38,8 +38,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..checkpoint import save_pretrained, write_atomic
-from ..config import main_guard, option, parse_args
+from ..checkpoint import save_pretrained
+from ..cli import main_guard, option, parse_args
+from ..files import write_atomic
 from ..model import CausalLM, ModelConfig
 from ..problems import (
     LARGEST,

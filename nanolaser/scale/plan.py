@@ -3,7 +3,7 @@ What a training run will need, before a single weight is loaded: bytes and secon
 model's shape alone.
 
     python train.py --model qwen2.5-7b --plan          # on the machine at hand
-    python -m nanolaser.memory --gpus 8 --model orz-7b # on H100s that need not be there
+    python -m nanolaser.scale.plan --gpus 8 --model orz-7b # on H100s that need not be there
 
 A step has three phases, and memory must suffice for the largest, not for their sum:
 
@@ -32,10 +32,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import ALIASES, auto_dtype, find_checkpoint, load_config
-from .config import main_guard, option, parse_args
-from .model import KVCache, ModelConfig
-from .readout import BLOCK_LOGITS, CHUNK_VOCAB
+from ..checkpoint import ALIASES, auto_dtype, find_checkpoint, load_config
+from ..cli import main_guard, option, parse_args
+from ..cache import KVCache
+from ..model import ModelConfig
+from ..readout import BLOCK_LOGITS, CHUNK_VOCAB
 
 GIB = 2**30
 FILL = 0.9  # a plan may fill this share of what there is

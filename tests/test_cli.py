@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolaser.config import ModelOptions, apply_preset, main_guard, near, option, parse_args
+from nanolaser.cli import ModelOptions, apply_preset, main_guard, near, option, parse_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,7 +200,7 @@ def test_main_guard_exit_code(returned, code):
 
 def test_closed_pipe_is_quiet():
     """`script | head -1`: no traceback, no message, although far more was to be printed."""
-    script = ("from nanolaser.config import main_guard\n"
+    script = ("from nanolaser.cli import main_guard\n"
               "main_guard(lambda: print('line\\n' * 200000))")
     child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE)

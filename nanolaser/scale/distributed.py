@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import CausalLM
+from ..model import CausalLM
 
 # Whoever waits this long waits for a rank that hangs.  (One that died is noticed at once; a slow
 # one may be downloading a model, or sampling much longer solutions than the others.)

@@ -15,10 +15,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from nanolaser import grpo, memory, sampler
+from nanolaser import grpo, sampler
+from nanolaser.scale import plan as memory
 from nanolaser.checkpoint import ALIASES
-from nanolaser.memory import GIB, H100, SHAPES, Plan, Settings, Workload
-from nanolaser.model import CausalLM, KVCache, ModelConfig
+from nanolaser.scale.plan import GIB, H100, SHAPES, Plan, Settings, Workload
+from nanolaser.cache import KVCache
+from nanolaser.model import CausalLM, ModelConfig
 from train import PRESETS, Options
 
 SHAPE = ModelConfig(
@@ -344,7 +346,7 @@ def test_what_this_machine_has():
 @pytest.mark.parametrize("arguments, code", [(["--gpus", "8"], 0), (["--model", "nope"], 2)])
 def test_as_a_command(arguments, code):
     done = subprocess.run(
-        [sys.executable, "-m", "nanolaser.memory", *arguments], capture_output=True, text=True
+        [sys.executable, "-m", "nanolaser.scale.plan", *arguments], capture_output=True, text=True
     )
     assert done.returncode == code
     said = done.stdout if code == 0 else done.stderr

@@ -20,12 +20,11 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from .checkpoint import write_atomic
 
 try:
     import fcntl
@@ -200,3 +199,96 @@ def is_terminal() -> bool:
     """Is somebody watching?  Progress bars are for terminals; logs get lines."""
     first = os.environ.get("RANK", "0") == "0"  # of many processes
     return first and sys.stderr.isatty() and "CI" not in os.environ
+
+# ---------------------------------------------------------------------------------------------
+# writing whole or not at all
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: beside it, flushed to the disk, then renamed over it.
+    OSError if the disk is full or read-only; the old file stays as it was."""
+    path = Path(path)
+    # With the process id: two runs never write into one temporary file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            # Without fsync the rename can reach the disk before the content does, and a power
+            # cut in between leaves an empty file under the real name.
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary name, or none at all
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries: a rename is on the disk only once its folder is."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------
+# the Hugging Face hub: the one place that touches the network
+
+# owner/name, optionally @revision (a branch, a tag or a commit)
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def fetch(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
+    """The local folder that holds the files of a hub repository which match the patterns.
+
+    `name` is owner/name or owner/name@revision, `kind` model or dataset.  From the cache where
+    the files are current.  OSError or ValueError, one line, says what to do when that fails.
+    """
+    match = HUB_ID.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not a hub id (owner/name or owner/name@revision)")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:  # optional: who works with folders never needs it
+        raise ValueError(
+            f"{name} is on the Hugging Face hub: pip install huggingface_hub, or name a local path"
+        ) from None
+    # The library's HTTP error derives from that of whichever HTTP library it uses in this
+    # version; so do time-outs and broken connections, which it does not always wrap.
+    failures = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                match["repo"],
+                repo_type=kind,
+                revision=match["revision"],
+                allow_patterns=list(patterns),
+            )
+        )
+    except failures as error:
+        raise OSError(_explain(name, kind, error, errors)) from None
+
+
+def _explain(name: str, kind: str, error: Exception, errors) -> str:
+    """One line: what went wrong with this repository, and what to do about it."""
+    place = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name.split('@')[0]}"
+    # from the narrow class to the wide one: a gated repository is also one that is not found
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} is gated: accept its terms at {place}, then `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{name}: no such {kind} on the hub (or a private one: `hf auth login`)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name}: the repository has no such revision"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            f"{name} is not in the cache and the hub cannot be reached (offline, or no network): "
+            "connect once, point HF_HUB_CACHE at a cache that has it, or name a local path"
+        )
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{name}: the download failed; repeat it, and it goes on where it ended ({first_line})"

@@ -5,7 +5,7 @@ learned. It is exact where it can be (fractions), rigorous where it cannot (ever
 carries its error bound), bounded always (no input takes long), and says why: see `explain`.
 
 How two answers are compared, first rule that applies:
-  1. the same text, or the same tree (checker_parse.py holds the grammar): equal;
+  1. the same text, or the same tree (parse.py holds the grammar): equal;
   2. no tree on one side: equal only as normalised text;
   3. structure against structure: list, set, tuple or interval, union, matrix, relation, ratio,
      number base, words, each by the rule of its own function below;
@@ -55,7 +55,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from .checker_parse import MAX_CHARS, ParseError, clean, is_structure, parse, unbox
+from .parse import MAX_CHARS, ParseError, clean, is_structure, parse, unbox
 
 # Every bound below is a wall against slow inputs (a model under RL finds them by accident), and far
 # above what a benchmark answer needs. To meet one is an unequal verdict, never an exception: one
