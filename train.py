@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanolaser import grpo, laser, metrics, plots
+from nanolaser import grpo, laser, metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
 from nanolaser.cli import apply_preset, main_guard, option, parse_args
@@ -596,8 +596,9 @@ def finish(t: Training) -> int:
             "peak_memory_bytes": peak_memory_bytes(t.model.device),
         },
     )
-    if t.world.is_first and plots.available():
-        plots.curves(run.path / "curves.png", run.read("metrics.jsonl"), run.read("evals.jsonl"))
+    if t.world.is_first:
+        logs = run.read("metrics.jsonl"), run.read("evals.jsonl")
+        print(report.curves(run.path / "curves.png", {o.algorithm: logs}))
     minutes = (time.perf_counter() - t.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {run.path}.  Now try:")
     print(f'  python sample.py --model {run.path} --vote "(14+25)*2-9=?"')

@@ -715,6 +715,12 @@ def _mean(values: np.ndarray) -> float | None:
 # ---------------------------------------------------------------- ranks, pairs, subsets
 
 
+def quantiles(scores: Any) -> list[float]:
+    """For each score of (N,) the share of the N that score lower, half of those equal included:
+    in (0, 1), whatever the scale of the scores."""
+    return ((_midranks(_no_gaps(scores)) - 0.5) / max(1, len(scores))).tolist()
+
+
 def _midranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, equal values sharing the mean of theirs; (N,) -> (N,)."""
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
