@@ -42,12 +42,12 @@ from tqdm import tqdm
 from nanolaser import grpo, laser, metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
-from nanolaser.cli import apply_preset, main_guard, option, parse_args
+from nanolaser.cli import apply_preset, is_terminal, main_guard, option, parse_args
 from nanolaser.scale.distributed import ALONE, World, join, local, obituary
 from nanolaser.scale.plan import plan_for, settle
 from nanolaser.model import CausalLM
 from nanolaser.problems import ARITHMETIC, Problem, arithmetic_problems, train_and_test
-from nanolaser.files import RunFolder, finite, is_terminal, peak_memory_bytes
+from nanolaser.files import RunFolder, finite, peak_memory_bytes
 from nanolaser.sampler import check_prompts
 from nanolaser.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ what, sampling, self_rewarding, updating, output = (
     functools.partial(option, group=group)
     for group in ("what", "sampling", "self-reward", "update", "output")
 )
-by_model = functools.partial(dict, default=None, by_model=True)  # the default is in PRESETS
+by_model = functools.partial(dict, default=None, shown="by model")  # the default is in PRESETS
 
 
 # fmt: off
