@@ -414,7 +414,7 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
     print()
     for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
         picture = run.path / f"{name.replace('/', '-')}.png"
-        print(report.evaluation(picture, f"{name}, {rows[0]['dataset']}", rows, votes[name]))
+        print(report.evaluation(picture, name, rows, votes[name]))
     print(f"results {run.path}/results.json")
 
 
@@ -547,14 +547,15 @@ def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
 def read_scores(name: str, rows: list[dict]) -> tuple[list[float | None], bool]:
     """One score (None: has none) for each row, and whether they are r_s; ValueError names the line
     that does not fit."""
-    keys = {key_of(row): i for i, row in enumerate(rows)}
+    keys = {tuple(map(str, key_of(row))): i for i, row in enumerate(rows)}
     scores, own = {}, True
     for place, (number, line) in enumerate(read_jsonl(name)):
         where = f"{name}:{number}"
         field = "score" if "score" in line else "r_s"
         own &= field == "r_s"
         # With the three keys the order is free; without them it has to be that of the samples.
-        index = keys.get(key_of(line)) if all(key in line for key in KEYS) else place
+        keyed = all(key in line for key in KEYS)
+        index = keys.get(tuple(str(line[key]) for key in KEYS)) if keyed else place
         if index is None:
             raise ValueError(f"{where}: no such solution in the samples")
         if type(line.get(field, "")) not in SOME_NUMBER:
