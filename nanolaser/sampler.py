@@ -254,15 +254,10 @@ class _Batch:
             self.waiting.pop()
             rows += 1
         # In pieces, neighbours in length together: one prompt of 4000 tokens among 64 short ones
-        # would make all of them 4000 tokens long.  The first of a piece is its longest.
-        piece: list[list[int]] = []
-        for group in sorted(groups.values(), key=lambda g: length(g[0]), reverse=True):
-            if piece and length(piece[0][0]) * (len(piece) + 1) > PREFILL_TOKENS:
-                yield self.prefill(piece)
-                piece = []
-            piece.append(group)
-        if piece:
-            yield self.prefill(piece)
+        # would make all of them 4000 tokens long.
+        shared = list(groups.values())
+        for piece in cut_by_tokens([length(group[0]) for group in shared], PREFILL_TOKENS):
+            yield self.prefill([shared[g] for g in piece])
 
     def length(self, i: int) -> int:
         """Tokens that a rollout has so far."""
@@ -294,6 +289,27 @@ class _Batch:
         return tokens.tolist(), logprobs.tolist(), logp_zc.tolist()
 
 
+def cut_by_tokens(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Cut rows of these lengths into batches of at most `budget` tokens, padding included: lists
+    of row indices, the longest rows first.  A row longer than the budget is a batch of its own.
+
+    Neighbours in length share a batch, so little of it is padding:
+
+        cut_by_tokens([3, 9, 4, 8], 20)  ->  [1, 3], [2, 0]      # 2 x 9 and 2 x 4 tokens
+        in the order given              ->  [0, 1], [2, 3]      # 2 x 9 and 2 x 8
+    """
+    batch: list[int] = []
+    # Longest first also means that memory which does not suffice is found out at once.
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        # the first row of a batch is its longest, so it alone decides the padded width
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def pad(rows: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
     """Token lists -> ids (B, T) padded with zeros on the right, and lengths (B,)."""
     lengths = torch.tensor([len(r) for r in rows])
@@ -304,6 +320,41 @@ def pad(rows: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def read_last(
+    model: CausalLM,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    token_ids: list[int],
+    batch_tokens: int = 16_384,
+    on_read: Callable[[int], None] | None = None,
+) -> Tensor:
+    """log pi(token | x, y) in nats, (N, K) in fp32 on the CPU: the K tokens' log-probs right after
+    each of N given solutions, whose last token is the stop token.  ValueError for an empty prompt.
+
+    One plain forward pass a batch; `on_read(k)` hears of every k solutions done.
+    """
+    _refuse_empty(prompts)
+    rows = [prompt + response for prompt, response in zip(prompts, responses)]
+    columns = torch.tensor(token_ids, device=model.device)
+    values = torch.empty(len(rows), len(token_ids))
+    for batch in cut_by_tokens([len(row) for row in rows], batch_tokens):
+        tokens, lengths = pad([rows[i] for i in batch], model.device)
+        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]  # (B, C) at the stop tokens
+        if len(token_ids) == 1:
+            logprobs = token_logprobs(hidden, model.lm_head_weight, columns.expand(len(batch)))
+            values[batch] = logprobs[:, None].cpu()
+        else:
+            # All K tokens share one logsumexp = logit[0] - log pi(0): one pass over V, not K.
+            logits = hidden.float() @ model.lm_head_weight[columns].float().T  # (B, K)
+            zeros = torch.zeros(len(batch), dtype=torch.long, device=model.device)
+            first = hidden.float() @ model.lm_head_weight[0].float()  # (B,)
+            lse = first - token_logprobs(hidden, model.lm_head_weight, zeros)
+            values[batch] = (logits - lse[:, None]).cpu()
+        if on_read is not None:
+            on_read(len(batch))
+    return values
+
+
 def score(
     model: CausalLM,
     z_c_id: int,
@@ -312,23 +363,6 @@ def score(
     batch_tokens: int = 16_384,
     on_scored: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """log pi(z_c | x, y) in nats of given solutions (responses end with their stop token).
-
-    The sampler's own number for the same tokens, from one plain forward pass.  `on_scored(k)`
-    hears of every k solutions done.  ValueError for an empty prompt.
-    """
-    _refuse_empty(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    scores = [0.0] * len(prompts)
-    while order:
-        # the longest first: memory is needed at once or never
-        length = len(prompts[order[-1]]) + len(responses[order[-1]])
-        batch = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // length)))]
-        tokens, lengths = pad([prompts[i] + responses[i] for i in batch], model.device)
-        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]  # (B, C)
-        target = torch.full((len(batch),), z_c_id, device=model.device)
-        for i, value in zip(batch, token_logprobs(hidden, model.lm_head_weight, target).tolist()):
-            scores[i] = value
-        if on_scored is not None:
-            on_scored(len(batch))
-    return scores
+    """log pi(z_c | x, y) in nats of N given solutions: the sampler's own number for the same
+    tokens, see `read_last`."""
+    return read_last(model, prompts, responses, [z_c_id], batch_tokens, on_scored)[:, 0].tolist()
