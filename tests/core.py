@@ -66,8 +66,9 @@ def random_rollouts(seed=0, count=12, truncated=(2, 7), equal_length=False):
         finished = i not in truncated
         if finished:
             response[-1] = rng.choice(FakeTokenizer.stop_ids)
-        zeros = [0.0] * n
-        rollouts.append(Rollout(i // 4, prompt, response, zeros, finished=finished))
+        rollouts.append(Rollout(
+            i // 4, prompt, response, [0.0] * n, finished=finished,
+            logp_zc=-12.0 if finished else None))
     return rollouts
 
 
