@@ -43,11 +43,11 @@ from tqdm import tqdm
 
 from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
-from nanolaser.cli import ModelOptions, main_guard, option, parse_args
+from nanolaser.cli import ModelOptions, is_terminal, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, judge, open_model
 from nanolaser.scale.plan import default_kv_cache_gb
 from nanolaser.problems import ARITHMETIC, Problem, load_problems
-from nanolaser.files import RunFolder, is_terminal, write_atomic
+from nanolaser.files import RunFolder, write_atomic
 from nanolaser.rollout import Rollout, judged_rows
 from nanolaser.sampler import check_prompts, generate
 
@@ -70,7 +70,7 @@ class Options(ModelOptions):
     top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
                           group="sampling", above=0, max=1)
     max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1,
-                                        by_model=True)
+                                        shown="by model")
     max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
     kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="sampling", above=0,
                                        shown="half of what is free")

@@ -55,7 +55,7 @@ class Options(ModelOptions):
     top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
                           group="solutions", above=0, max=1)
     max_new_tokens: int | None = option(None, "longest solution", group="solutions", min=1,
-                                        by_model=True)
+                                        shown="by model")
     max_rows: int = option(256, "solutions sampled at the same time", group="solutions", min=1)
     kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="solutions", above=0,
                                        shown="half of what is free")

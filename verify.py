@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from nanolaser import metrics
 from nanolaser.checker import explain, extract_answer, is_equivalent
-from nanolaser.cli import ModelOptions, main_guard, option, parse_args
+from nanolaser.cli import ModelOptions, is_terminal, main_guard, option, parse_args
 from nanolaser.judge import open_model, r_s, warn
 from nanolaser.report import verification_table
-from nanolaser.files import finite, is_terminal, write_atomic
+from nanolaser.files import finite, write_atomic
 from nanolaser.sampler import score
 
 

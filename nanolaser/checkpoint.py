@@ -16,7 +16,6 @@ Two promises, kept here for the whole project:
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -32,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .scale.distributed import ALONE, World, local
-from .files import HUB_ID, _sync_folder, fetch, write_atomic
+from .cli import near
+from .files import HUB_ID, fetch, latest_checkpoint, read_json, sync_folder, write_atomic
 from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def auto_dtype(folder: Path | None, device: str) -> str:
     # bfloat16 halves memory and more than doubles speed on GPUs; most CPUs emulate it, slowly.
     # What is stored in 16 bits loses nothing by it.  What is stored in 32 may need them, as the
     # embedded model does, and is rounded only if somebody asks for it.
-    raw = {} if folder is None else _read_config(folder)
+    raw = {} if folder is None else read_json(folder / "config.json")
     stored = raw.get("dtype") or raw.get("torch_dtype")  # transformers 5 and before
     return "float32" if device == "cpu" or stored == "float32" else "bfloat16"
 
@@ -140,8 +140,7 @@ def find_checkpoint(name: str | Path) -> Path:
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
     if not HUB_ID.fullmatch(hub_id):
-        alike = difflib.get_close_matches(text.lower(), ["tiny", *ALIASES], n=3)
-        hint = f"did you mean {' or '.join(alike)}?" if alike else "; ".join(["tiny", *ALIASES])
+        hint = near(text.lower(), ["tiny", *ALIASES], "; ".join(["tiny", *ALIASES]))
         raise FileNotFoundError(f"{text!r} is no folder, hub id (owner/name) or alias: {hint}")
     try:
         return _local(fetch(hub_id, NEEDED))
@@ -154,39 +153,27 @@ def find_checkpoint(name: str | Path) -> Path:
 def _local(path: Path) -> Path:
     """The checkpoint folder that a local folder is, or points to."""
     # A run's folder has a config.json too (its options), so this comes first.
-    # The pointer is followed only to a checkpoint: other tools use the name `latest` as well.
-    for pointer in (path / "checkpoints" / "latest", path / "latest"):
-        if pointer.is_file():
-            newest = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-            if (newest / "config.json").is_file():
-                return newest
-    if (path / "evals.jsonl").exists():
+    config = path / "config.json"
+    inside = path.name == "checkpoints" and not config.is_file()
+    newest = latest_checkpoint(path.parent if inside else path)
+    if newest is not None:
+        return newest
+    if not config.is_file():
+        raise FileNotFoundError(f"{path}: no config.json there, so this is not a model's folder")
+    if "options" in read_json(config):
         raise FileNotFoundError(
             f"{path} is a run that has saved no checkpoint yet (checkpoints/latest names none)"
         )
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json there, so this is not a model's folder")
     return path
 
 
 def load_config(folder: Path) -> ModelConfig:
     """The model's shape out of config.json; ValueError names the file and what is wrong."""
-    raw = _read_config(folder)
+    raw = read_json(folder / "config.json")
     try:
         return ModelConfig.from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-
-
-def _read_config(folder: Path) -> dict:
-    """config.json as it is."""
-    try:
-        raw = json.loads((folder / "config.json").read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: config.json is damaged: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{folder}: config.json: not a JSON object")
-    return raw
 
 
 def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: World) -> CausalLM:
@@ -238,17 +225,16 @@ def _weight_files(folder: Path) -> list[Path]:
         if pickles:
             hint = f"{pickles[0]} is a pickle, which can run any code, and is not read"
         raise FileNotFoundError(f"{folder}: no weights there; {WEIGHTS} is missing ({hint})")
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{folder / INDEX} is damaged: no weight_map in it") from None
-    for name in names:
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{folder / INDEX} is damaged: no weight_map in it")
+    for name in places.values():
         # An index is data from elsewhere: it may name files of its own folder, and no others.
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file beside it")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: shard {name} is missing; copy or download it again")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(places.values()))]
 
 
 @dataclass
@@ -363,7 +349,7 @@ def save_pretrained(
         _write_weights(model.state_dict(), temporary, shard_bytes, world)
         if state is not None:
             save_state(temporary / "state", *state, world)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         _move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
@@ -446,8 +432,8 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
             for old in folder.glob(pattern):
                 if Path(old.name) not in files:
                     old.unlink()
-        _sync_folder(folder)
-    _sync_folder(folder.parent)
+        sync_folder(folder)
+    sync_folder(folder.parent)
 
 
 def _json(value: Any) -> str:
@@ -485,10 +471,10 @@ def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tens
         raise FileNotFoundError(f"{folder}: no resume state there (state.json is missing)")
     # Whether state.json itself is whole comes first: it holds all the other checksums.
     try:
-        saved = json.loads(path.read_bytes())
+        saved = read_json(path)
         meta, sums = saved["meta"], dict(saved["sha256"])
         intact = sums.pop("meta") == _sha256_of(meta)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
         raise ValueError(f"{path} is damaged; {OLDER}")

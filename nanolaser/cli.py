@@ -1,26 +1,30 @@
-"""A dataclass of options becomes a command line: its fields *are* the flags and their help.
+"""
+A dataclass of options becomes a command line: its fields *are* the flags and their help.
 
     @dataclass
     class Options:
-        steps: int | None = option(None, "updates to make", min=1, by_model=True, group="training")
+        steps: int = option(360, "updates to make", min=1, paper=800, group="training")
         c_ref: float | str = option("auto", "reference log-probability (nats)", words=("auto",))
         vote: bool = option(False, "let the solutions vote")
 
-    options, given = parse_args(Options)        # --steps 40 --c-ref -23 --vote
-    options = apply_preset(options, given, {"steps": 120})
+    options, given = parse_args(Options)                  # --steps 40 --c-ref -23 --vote
+    options = apply_preset(options, given, paper_defaults(Options))     # steps stays 40
 
-Field names become --dashed-names, and the type of a field decides what its flag accepts.  A flag
-that does not exist or a value that does not fit is one line on stderr and exit code 2: training
-for an hour under a default because of a typo is the costliest silent bug a script can have.
+A value travels  text --_convert--> value --_check--> options.  What a file holds (the config.json
+of a run that is resumed) enters at the second arrow: `check_options`, the same bounds, no second
+truth.  A flag that does not exist or a value that does not fit is one line on stderr and exit code
+2: training for an hour under a default because of a typo is the costliest silent bug of a script.
 
-argparse draws the help and fills in the values; what its messages would turn into a usage dump
-(unknown flags, missing values, values that start with a dash) is looked at before it, in
-`_normalise`.
+Not argparse: it takes the value of `--gold -1/2` for a flag, and mathematics is full of such
+values; it lets `--save` mean `--save-every` until the day `--save-all` is added; and it answers a
+typo with a page.  What a command line is takes a page here: `_read`.
+
+Below that: what every script says on stderr (warn, Progress) and how it ends (main_guard).
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -28,20 +32,28 @@ import inspect
 import math
 import os
 import sys
+import textwrap
+import threading
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
 
 Options = TypeVar("Options")
 
-# How a type is called in an error message: in the user's words, not in Python's.
-_TYPE_WORDS = {int: "a whole number", float: "a number", str: "text"}
-# What stands for the value in --help.
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
-# What the machine ran out of, which no other option would have changed: space, quota, file size.
-# (Windows knows no quota.)
-_DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+_SAME = object()  # `paper` not given: the default holds for every model
+MOST = 1_000_000  # of any count without a `max` of its own: a zero too many must not run for ever
+# Bounds that several scripts share.  The sampler's dice are 64-bit integers; beyond a temperature
+# of 100 every token is alike, below 0.01 none but the likeliest is left, which is what 0 says.
+SEED = dict(min=-(2**63), max=2**63 - 1)
+TEMPERATURE = dict(min=0.01, max=100.0)
+KV_CACHE_GB = dict(above=0, max=100_000)
+NATS = dict(min=-1000.0, max=0.0)  # a log-probability
+BETA_V = dict(min=1e-6, max=1e6)
 
 
 def option(
@@ -49,12 +61,12 @@ def option(
     help: str,
     *,
     group: str = "options",
-    choices: Iterable[Any] | None = None,
-    words: Sequence[str] = (),
+    choices: Sequence[Any] = (),
+    words: Sequence[Any] = (),
     min: float | None = None,
     max: float | None = None,
     above: float | None = None,
-    by_model: bool = False,
+    paper: Any = _SAME,
     metavar: str | None = None,
     count: int = 1,
     shown: str | None = None,
@@ -62,16 +74,15 @@ def option(
     """One field of an options dataclass: its default, its meaning, what it accepts.
 
     `min` and `max` are inclusive bounds, `above` an exclusive one; `choices` are the only values
-    allowed; `words` are texts allowed beside a number (`--c-ref auto`).  `by_model` says that the
-    default None stands for a value that depends on the model, and --help then says so.  A tuple
+    allowed; `words` are values allowed beside those in bounds (`--c-ref auto`, `--temperature 0`).
+    `default` is the embedded model's, `paper` every other model's where that differs.  A tuple
     takes a comma list; with `count`, as well that many separate words (`--compare A B`).  `shown`
     is what --help says of a default that depends on other options.
     """
     # Everything lives in the field's metadata, so that the class stays a plain dataclass: it can
     # be built in a test, compared, and dumped with dataclasses.asdict without any of this file.
-    metadata = dict(help=help, group=group, choices=tuple(choices) if choices else None,
-                    words=tuple(words), min=min, max=max, above=above, by_model=by_model,
-                    metavar=metavar, count=count, shown=shown)
+    metadata = dict(help=help, group=group, choices=choices, words=words, min=min, max=max,
+                    above=above, paper=paper, metavar=metavar, count=count, shown=shown)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -87,41 +98,327 @@ def parse_args(
     `positional` names the one field that is given without a flag.  Bad input, a ValueError of the
     class's own `__post_init__` included, ends the program with one line and exit code 2.
     """
-    # No abbreviations: --save would silently mean --save-every until the day --save-all is added.
-    # No usual -h: it would come first, under a heading of its own (see _add_arguments).
-    parser = _Parser(description=description, allow_abbrev=False, add_help=False,
-                     formatter_class=_formatter)
     specs = _specs(cls)
-    if positional is not None and positional not in specs:
-        raise AssertionError(f"{cls.__name__} has no field {positional!r} to be positional")
-    # argparse would list every flag here: thirty of them say less than the groups below.
-    parser.usage = "%(prog)s [options]" + (f" [{positional}]" if positional else "")
-    _add_arguments(parser, specs, positional)
-    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        values = vars(parser.parse_args(_normalise(argv, specs, positional)))
-        # SUPPRESSed defaults mean that the namespace holds exactly what the user typed, so the
-        # defaults stay in one place, the dataclass, and `given` comes for free.
-        return cls(**values), frozenset(values)
+        values = _read(list(sys.argv[1:] if argv is None else argv), specs, positional)
+        if values is not None:
+            # Only what was typed is in `values`: the defaults stay in one place, the dataclass.
+            return cls(**values), frozenset(values)
     except ValueError as error:
-        parser.error(str(error))
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    print(_help(specs, description, positional), end="")
+    sys.exit(0)
+
+
+def check_options(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
+    """Options out of a file's JSON values, checked as those of a command line are.
+
+    Options that the file does not name keep their defaults.  ValueError, one line that begins with
+    `where`, for an unknown name, a value of a wrong type or out of bounds.
+    """
+    specs, checked = _specs(cls), {}
+    try:
+        for name, value in values.items():
+            if name not in specs:
+                raise ValueError(f"there is no option {name}; is it another version's?")
+            checked[name] = _check(value, specs[name])
+        return cls(**checked)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def paper_defaults(cls: type) -> dict[str, Any]:
+    """{name: default} of the options whose default differs for other models than the embedded."""
+    return {s.name: s.paper for s in _specs(cls).values() if s.paper is not _SAME}
 
 
 def apply_preset(options: Options, given: Iterable[str], preset: Mapping[str, Any]) -> Options:
     """A copy of `options` in which every option that was not given takes the preset's value.
 
-    This is how defaults depend on the model: the user's word first, then the model's preset, then
-    the dataclass.  A preset key that is no option raises ValueError: it would be a dead setting.
+    The user's word first, then the model's preset, then the dataclass.  A preset key that is no
+    option raises ValueError: it would be a dead setting.
     """
     # Checked first, so that a preset with a typo fails on every machine and not only where the
     # user left that option open.
-    names = {field.name for field in dataclasses.fields(options)}
-    unknown = sorted(set(preset) - names)
+    unknown = sorted(set(preset) - {field.name for field in dataclasses.fields(options)})
     if unknown:
         raise ValueError(f"preset sets unknown options: {', '.join(unknown)}")
     # By name, not by comparing with the default: `--lr 1e-6` is meant even if 1e-6 is the default.
-    changes = {name: value for name, value in preset.items() if name not in set(given)}
-    return dataclasses.replace(options, **changes)
+    given = set(given)
+    return dataclasses.replace(options, **{k: v for k, v in preset.items() if k not in given})
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """The options of every script that only uses a model; a script's own ones come before them."""
+
+    model: str = option("tiny", "tiny (embedded), an alias, a hub id, a checkpoint's folder or a "
+                                "run's, which means its newest checkpoint", group="model")
+    device: str = option("auto", "where to compute", group="model", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the forward pass; auto: bfloat16 on a GPU, unless the model is "
+                                "stored in float32", group="model",
+                        choices=("auto", "float32", "bfloat16"))
+    z_c: str | None = option(None, "token at which r_s is read", group="model", metavar="TOKEN",
+                             shown="the model's")
+    c_ref: float | None = option(None, "reference log-probability in nats", group="model",
+                                 shown="the model's", **NATS)
+    beta_v: float | None = option(None, "scale of r_s", group="model", shown="the model's",
+                                  **BETA_V)
+    seed: int = option(0, "of the sampling", group="model", **SEED)
+
+
+# ---------------------------------------------------------------------------------------------
+# from fields to flags, and their help
+
+
+def _specs(cls: type) -> dict[str, types.SimpleNamespace]:
+    """{name: all about that option}, in the order of --help: the class's own before inherited."""
+    # get_type_hints also resolves the strings that `from __future__ import annotations` leaves.
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    specs = {}
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):
+        # `float | str | None` -> {float, str, None}.  None is "not given", and str beside a number
+        # is there for the `words`: neither decides what is parsed.
+        parts = set(typing.get_args(hints[field.name])) or {hints[field.name]}
+        many = typing.get_origin(hints[field.name]) is tuple
+        kind = next(k for k in (bool, int, float, str) if k in parts)
+        spec = types.SimpleNamespace(**field.metadata, name=field.name, default=field.default,
+                                     kind=kind, many=many, none=types.NoneType in parts,
+                                     flag="--" + field.name.replace("_", "-"))
+        if kind is int and spec.max is None:
+            spec.max = MOST
+        specs[field.name] = spec
+    return specs
+
+
+def _help(specs: Mapping[str, Any], description: str | None, positional: str | None) -> str:
+    """What --help prints: the flags under their headings, each with its meaning and default."""
+    usage = f"usage: {Path(sys.argv[0]).name} [options]" + f" [{positional}]" * bool(positional)
+    lines = [usage, "", *textwrap.wrap((description or "").strip(), 100), ""]
+    specs = [*specs.values()]
+    show_help = ("-h, --help", "show this text and exit")
+    for group in dict.fromkeys(s.group for s in specs):  # in the order in which they appear
+        lines += [f"{group}:"]
+        for s in specs:
+            if s.group == group:
+                lines += _entry(*_described(s, s.name == positional))
+        lines += [""]
+    return "\n".join([*lines, "help:", *_entry(*show_help), ""])
+
+
+def _entry(flag: str, text: str) -> list[str]:
+    """One option in two columns."""
+    # A fixed width: the same text in a narrow terminal, a pipe and the README.
+    return textwrap.wrap(text, 100, initial_indent=f"  {flag:<31} ", subsequent_indent=" " * 34)
+
+
+def _described(s: Any, positional: bool) -> tuple[str, str]:
+    """(flag and what follows it, meaning and default) of an option."""
+    default = s.shown or _text(s.default)
+    if s.shown is None and s.paper is not _SAME:
+        default += f"; {_text(s.paper)} with other models"
+    value = {int: "N", float: "X", str: "TEXT"}.get(s.kind)
+    value = s.metavar or ("{" + ",".join(map(_text, s.choices)) + "}" if s.choices else
+                          "|".join([*map(_text, s.words), value or ""]) + ",..." * s.many)
+    flag = value if positional and s.metavar else s.name if positional else f"{s.flag} {value}"
+    if s.kind is bool:  # the flag that would change something
+        flag = f"--no-{s.flag[2:]}" if s.default else s.flag
+    return flag, f"{'turn off: ' * (s.kind is bool and s.default)}{s.help} (default: {default})"
+
+
+def _text(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value in (None, "") else f"{value}"
+
+
+# ---------------------------------------------------------------------------------------------
+# from texts to values
+
+
+def _read(argv: list[str], specs: Mapping[str, Any], positional: str | None) -> dict | None:
+    """{name: value} of a command line, None where it asks for help; ValueError with the reason."""
+    flags = {s.flag: s for s in specs.values() if s.name != positional}
+    off = {f"--no-{flag[2:]}": s for flag, s in flags.items() if s.kind is bool}
+    values, loose, rest = {}, [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, text = word.partition("=")
+        spec = flags.get(flag) or off.get(flag)
+        if word in ("-h", "--help"):
+            return None
+        if word == "--":  # all that follows is plain text
+            loose, rest = loose + rest, []
+        elif word == "-" or not word.startswith("-"):  # "-" alone stands for standard input
+            loose.append(word)
+        elif spec is None:
+            raise ValueError(_unknown(flag, [*flags, *off], positional))
+        elif spec.kind is bool:
+            if equals:
+                raise ValueError(f"{flag} takes no value")
+            values[spec.name] = flag in flags
+        elif not equals and (not rest or rest[0].startswith("--")):
+            # One dash may begin a value, two are far likelier the next flag.
+            raise ValueError(f"{flag} needs a value")
+        else:
+            words = [text] if equals else [rest.pop(0)]
+            while len(words) < spec.count and rest and not rest[0].startswith("--"):
+                words.append(rest.pop(0))
+            values[spec.name] = _convert(",".join(words), spec)
+    # Too many words are nearly always one text whose quotes were forgotten: 2 + 3 = ?
+    allowed = 0 if positional is None else 1
+    if len(loose) > allowed:
+        hint = "quote a text that has spaces" if allowed else "options start with --"
+        raise ValueError(f"unexpected argument {loose[allowed]!r}; {hint}")
+    return values | {positional: _convert(x, specs[positional]) for x in loose}
+
+
+def _convert(text: str, spec: Any) -> Any:
+    """An option's value out of its text."""
+
+    def one(part: str) -> Any:
+        with contextlib.suppress(ValueError):  # what is no number stays text: a word, or refused
+            return spec.kind(part)
+        return part
+
+    return _check([one(p.strip()) for p in text.split(",")] if spec.many else one(text), spec)
+
+
+def _check(value: Any, spec: Any) -> Any:
+    """The value if its option may have it, tuples for lists; ValueError says why it may not."""
+    if value is None and spec.none:
+        return None
+    if spec.many:
+        if not isinstance(value, (list, tuple)) or "" in value:
+            raise ValueError(f"{spec.flag}: empty entry in the list, or none: {value!r:.80}")
+        return tuple(_check_one(part, spec) for part in value)
+    return _check_one(value, spec)
+
+
+def _check_one(value: Any, spec: Any) -> Any:
+    """One value, or one of a list, against its option's type, words, choices and bounds."""
+    if spec.kind is float and type(value) is int and abs(value) < 1e300:  # JSON's 1 for 1.0
+        value = float(value)
+    beside = [_text(word) for word in spec.words]
+    if type(value) is not bool and value in spec.words:
+        return value
+    # "nan" passes every comparison below by failing none of them, so it is refused here.
+    if type(value) is not spec.kind or (spec.kind is float and not math.isfinite(value)):
+        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        wanted = " or ".join([*beside, kind[spec.kind]])
+        raise ValueError(f"{spec.flag}: expected {wanted}, got {value!r:.80}")
+    if spec.choices and value not in spec.choices:
+        listed = ", ".join(map(_text, spec.choices))
+        raise ValueError(f"{spec.flag}: unknown value {value!r:.80}, choose from {listed}")
+    for limit, broken, what in (
+        (spec.min, lambda: value < spec.min, "at least"),
+        (spec.above, lambda: value <= spec.above, "above"),
+        (spec.max, lambda: value > spec.max, "at most"),
+    ):
+        if limit is not None and broken():
+            allowed = " or ".join([*beside, f"{what} {_text(limit)}"])
+            raise ValueError(f"{spec.flag}: must be {allowed}, got {value!r:.80}")
+    return value
+
+
+def _unknown(flag: str, known: Iterable[str], positional: str | None) -> str:
+    """What to say about a flag that does not exist."""
+    otherwise = "--help lists them all"
+    if positional is not None and not flag.startswith("--"):
+        otherwise = f"put -- before a {positional} that starts with a dash"
+    # --max_new_tokens is the Python name of an option: the guess should find the dashed one.
+    return f"unknown option {flag}; {near(flag.replace('_', '-'), [*known, '--help'], otherwise)}"
+
+
+def near(name: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean math500?` where a known name is like this one, else `otherwise`."""
+    known = list(known)
+    # A cut-off name ("--max-new") is a good guess although difflib, which compares whole strings,
+    # scores it low.
+    alike = [k for k in known if k.startswith(name) and len(name) > 2]
+    alike += difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(list(dict.fromkeys(alike))[:3])}?" if alike else otherwise
+
+
+# ---------------------------------------------------------------------------------------------
+# what a script says, and how it ends
+
+
+def speaks() -> bool:
+    """Is this the process that talks to the user?  Of many, torchrun's first one is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_terminal() -> bool:
+    """Is somebody watching?  Progress bars are for terminals; logs get lines."""
+    return speaks() and sys.stderr.isatty() and "CI" not in os.environ
+
+
+def warn(text: str) -> None:
+    """Say on stderr, on one line, what is odd and yet no reason to stop."""
+    if speaks():
+        tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)  # above a bar, if any
+
+
+class Progress:
+    """How far something long is: a bar on a terminal, elsewhere a plain line every ten seconds.
+
+    with Progress("c_ref", 300, "solution") as progress:
+        generate(..., on_tokens=progress.tokens, on_finish=lambda _: progress.update())
+
+    A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own, and
+    a thread shows them: whoever does the work has nothing to do but count.
+    """
+
+    SECONDS = 10.0
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.drawn, self.began, self.over = 0, time.monotonic(), threading.Event()
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, smoothing=0,
+                        disable=not is_terminal())
+        self.thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> Progress:
+        if speaks():
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.over.set()
+        if self.thread.ident:
+            self.thread.join()
+        self.bar.close()
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        self.bar.update(count)
+
+    def tokens(self, count: int) -> None:
+        """So many more tokens were drawn."""
+        self.drawn += count
+
+    def _show(self) -> None:
+        while not self.over.wait(self.SECONDS if self.bar.disable else 1.0):
+            tokens = f"{self.drawn} tokens" if self.drawn else ""
+            if not self.bar.disable:
+                self.bar.set_postfix_str(tokens)
+                continue
+            seconds = f"{time.monotonic() - self.began:.0f} s"
+            said = [f"{self.done} of {self.total} {self.unit}s", *filter(None, [tokens]), seconds]
+            print(f"{self.label}: {', '.join(said)}", file=sys.stderr, flush=True)
+
+
+def standard_input() -> bytes:
+    """All of standard input; ValueError if the shell closed it (<&-)."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: there is nothing to read")
+    return sys.stdin.buffer.read()
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
@@ -133,6 +430,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     as these do when NANOLASER_TRACEBACK is set in the environment.  Among many processes the death
     of another one is a ConnectionResetError, code 1.
     """
+    _occupy_closed_streams()
     try:
         code = main()
         # Flushed here, so that a reader who went away is met inside the try.
@@ -149,7 +447,10 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("NANOLASER_TRACEBACK"):
             raise
-        full = isinstance(error, OSError) and error.errno in _DISK_FULL
+        # What the machine ran out of and no other option would have changed: space, quota (which
+        # Windows does not know), file size.
+        spent = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        full = isinstance(error, OSError) and error.errno in spent
         hint = "; what was written before it is whole" if full else ""
         print(f"error: {_one_line(error)}{hint}", file=sys.stderr)
         code = 1 if full or isinstance(error, ConnectionResetError) else 2
@@ -164,274 +465,21 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
-def near(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names that `name` may have been meant to be, the likeliest first."""
-    known = list(known)
-    # A cut-off name ("--max-new") is a good guess although difflib, which compares whole strings,
-    # scores it low.
-    longer = [k for k in known if k.startswith(name) and len(name) > 2]
-    alike = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
-    return list(dict.fromkeys(longer + alike))[:count]
-
-
-@dataclasses.dataclass
-class ModelOptions:
-    """The options of every script that only uses a model; a script's own ones come after them."""
-
-    model: str = option("tiny", "tiny (embedded), an alias, a hub id, a checkpoint's folder or a "
-                                "run's, which means its newest checkpoint", group="model")
-    device: str = option("auto", "where to compute", group="model", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of the forward pass; auto: bfloat16 on a GPU, unless the model is "
-                                "stored in float32", group="model",
-                        choices=("auto", "float32", "bfloat16"))
-    z_c: str | None = option(None, "token at which r_s is read", group="model", metavar="TOKEN",
-                             by_model=True)
-    c_ref: float | None = option(None, "reference log-probability in nats", group="model",
-                                 by_model=True)
-    beta_v: float | None = option(None, "scale of r_s", group="model", above=0, by_model=True)
-    seed: int = option(0, "of the sampling", group="model")
-
-
-# ---------------------------------------------------------------- from fields to flags
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """What one field means on the command line."""
-
-    field: dataclasses.Field
-    kind: type      # int, float, str or bool: the type of one value
-    many: bool      # a tuple, given as a comma list
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.field.name.replace("_", "-")
-
-    @property
-    def flags(self) -> list[str]:
-        # --no-x exists where it can change something: the default is True or decided later.
-        if self.kind is bool and self.field.default is not False:
-            return [self.flag, "--no-" + self.flag[2:]]
-        return [self.flag]
-
-    def get(self, key: str) -> Any:
-        return self.field.metadata.get(key)
-
-
-def _specs(cls: type) -> dict[str, _Spec]:
-    """Field name -> spec, in the order of the class, which is the order of --help."""
-    # get_type_hints also resolves the strings that `from __future__ import annotations` leaves.
-    hints = typing.get_type_hints(cls)
-    # What a script is about comes first, what it inherits (ModelOptions) after it.
-    own = inspect.get_annotations(cls)
-    fields = sorted(dataclasses.fields(cls), key=lambda f: f.name not in own)
-    return {f.name: _Spec(f, *_kind(hints[f.name])) for f in fields if f.init}
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """The type of one value, and whether several are taken: `tuple[int, ...]` -> int, True."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        # None is "not given" and str beside a number is there for its `words`; neither decides
-        # what is parsed.
-        parts = [part for part in typing.get_args(hint) if part is not type(None)]
-        numbers = [part for part in parts if part is not str]
-        return _kind((numbers or parts)[0])
-    if typing.get_origin(hint) in (tuple, list):
-        return typing.get_args(hint)[0], True
-    if hint not in (int, float, str, bool):
-        raise AssertionError(f"config.py cannot read options of type {hint}")
-    return hint, False
-
-
-def _add_arguments(parser: argparse.ArgumentParser, specs: Mapping[str, _Spec],
-                   positional: str | None) -> None:
-    """Give argparse every field, grouped under its heading."""
-    # A heading appears where its first field does; later fields of the same group join it there.
-    groups: dict[str, Any] = {}
-    for name, spec in specs.items():
-        heading = spec.get("group") or "options"
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        group = groups[heading]
-        text = _help_text(spec)
-        if name == positional:
-            group.add_argument(name, nargs="?", type=_converter(spec), help=text,
-                               metavar=spec.get("metavar") or name, default=argparse.SUPPRESS)
-        elif spec.kind is bool:
-            _add_switch(group, name, spec, text)
-        else:
-            group.add_argument(spec.flag, dest=name, type=_converter(spec), help=text,
-                               metavar=_metavar(spec), default=argparse.SUPPRESS)
-    # Last and in a group of its own: what the script does comes first.
-    parser.add_argument_group("help").add_argument(
-        "-h", "--help", action="help", help="show this text and exit")
-
-
-def _add_switch(group: Any, name: str, spec: _Spec, text: str) -> None:
-    """A boolean: --x, and --no-x where the default is not off already."""
-    for flag in spec.flags:
-        turns_on = flag == spec.flag
-        # The flag that repeats the default is accepted (scripts like to be explicit) but hidden.
-        hidden = turns_on and spec.field.default is True
-        group.add_argument(flag, dest=name, action="store_true" if turns_on else "store_false",
-                           default=argparse.SUPPRESS,
-                           help=argparse.SUPPRESS if hidden else
-                           text if turns_on else f"turn off: {text}")
-
-
-def _help_text(spec: _Spec) -> str:
-    """The meaning of an option followed by its default."""
-    default = spec.field.default
-    if spec.get("shown"):
-        shown = spec.get("shown")
-    elif default is None and spec.get("by_model"):
-        shown = "by model"
-    elif default is None or default == "" or default == ():
-        shown = "none"
-    elif isinstance(default, bool):
-        shown = "on" if default else "off"
-    elif isinstance(default, (tuple, list)):
-        shown = ",".join(_shown(value) for value in default)
-    else:
-        shown = _shown(default)
-    # argparse runs the text through %-formatting: a plain "95 %" would crash --help.
-    return f"{spec.get('help') or ''} (default: {shown})".strip().replace("%", "%%")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _metavar(spec: _Spec) -> str:
-    if spec.get("metavar"):
-        return spec.get("metavar")
-    if spec.get("choices"):
-        return "{" + ",".join(str(choice) for choice in spec.get("choices")) + "}"
-    one = "|".join([*(spec.get("words") or ()), _METAVARS[spec.kind]])
-    return one + ",..." if spec.many else one
-
-
-# ---------------------------------------------------------------- from texts to values
-
-
-def _converter(spec: _Spec) -> Callable[[str], Any]:
-    """The function that turns an option's text into its value, or says why it cannot."""
-    # argparse reports an ArgumentTypeError as "argument --x: <our words>" and any other exception
-    # as "invalid <function name> value", hence that type throughout.
-    def convert(text: str) -> Any:
-        if not spec.many:
-            return _value(text, spec)
-        parts = [part.strip() for part in text.split(",")]
-        if "" in parts:
-            raise argparse.ArgumentTypeError(f"empty entry in the list {text!r}")
-        return tuple(_value(part, spec) for part in parts)
-
-    return convert
-
-
-def _value(text: str, spec: _Spec) -> Any:
-    """One value, checked against the choices and bounds of its option."""
-    # Words come before numbers, and as they are: `auto` stays text for the script to resolve.
-    if text in (spec.get("words") or ()):
-        return text
-    try:
-        value = spec.kind(text)
-    except ValueError:
-        value = None
-    # "nan" passes every comparison below by failing none of them, so it is refused here.
-    if value is None or (spec.kind is float and not math.isfinite(value)):
-        wanted = " or ".join([*(spec.get("words") or ()), _TYPE_WORDS[spec.kind]])
-        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-    choices = spec.get("choices")
-    if choices and value not in choices:
-        listed = ", ".join(str(choice) for choice in choices)
-        raise argparse.ArgumentTypeError(f"unknown value {text!r}, choose from {listed}")
-    _check_bounds(value, spec)
-    return value
-
-
-def _check_bounds(value: Any, spec: _Spec) -> None:
-    low, high, above = spec.get("min"), spec.get("max"), spec.get("above")
-    if low is not None and value < low:
-        raise argparse.ArgumentTypeError(f"must be at least {_shown(low)}, got {_shown(value)}")
-    if above is not None and value <= above:
-        raise argparse.ArgumentTypeError(f"must be above {_shown(above)}, got {_shown(value)}")
-    if high is not None and value > high:
-        raise argparse.ArgumentTypeError(f"must be at most {_shown(high)}, got {_shown(value)}")
-
-
-# ---------------------------------------------------------------- what argparse would say badly
-
-
-def _normalise(argv: list[str], specs: Mapping[str, _Spec], positional: str | None) -> list[str]:
-    """The command line with every value tied to its flag by "=", or ValueError with the reason.
-
-    argparse takes a value that starts with a dash for a flag, and mathematics is full of them:
-    `--gold -1/2`, `--c-ref -2.3e1`.  Tying the two together removes the doubt.
-    """
-    takes_value = {flag: spec.kind is not bool for name, spec in specs.items()
-                   for flag in spec.flags if name != positional}
-    counts = {flag: spec.get("count") or 1 for spec in specs.values() for flag in spec.flags}
-    tied, loose, rest = [], [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        flag, equals, _ = word.partition("=")
-        if word == "--":                                   # all that follows is plain text
-            loose, rest = loose + rest, []
-        elif word in ("-h", "--help"):
-            tied.append(word)
-        elif word == "-" or not word.startswith("-"):      # "-" alone stands for standard input
-            loose.append(word)
-        elif flag not in takes_value:
-            raise ValueError(_unknown(flag, takes_value, positional))
-        elif equals and not takes_value[flag]:
-            raise ValueError(f"{flag} takes no value")
-        elif equals or not takes_value[flag]:
-            tied.append(word)
-        elif not rest or rest[0].startswith("--"):
-            # One dash may begin a value, two are far likelier the next flag.
-            raise ValueError(f"{flag} needs a value")
-        else:
-            values = [rest.pop(0)]
-            # argparse takes one word after "=": several are handed on as the comma list they mean
-            while len(values) < counts[flag] and rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-            tied.append(f"{flag}={','.join(values)}")
-    # Too many words are nearly always one text whose quotes were forgotten: 2 + 3 = ?
-    allowed = 0 if positional is None else 1
-    if len(loose) > allowed:
-        hint = "quote a text that has spaces" if allowed else "options start with --"
-        raise ValueError(f"unexpected argument {loose[allowed]!r}; {hint}")
-    return tied + (["--", *loose] if loose else [])
-
-
-def _unknown(flag: str, known: Iterable[str], positional: str | None) -> str:
-    """What to say about a flag that does not exist."""
-    # --max_new_tokens is the Python name of an option: the guess should find the dashed one.
-    guesses = near(flag.replace("_", "-"), [*known, "--help"])
-    if guesses:
-        return f"unknown option {flag}; did you mean {' or '.join(guesses)}?"
-    if positional is not None and not flag.startswith("--"):
-        return f"unknown option {flag}; put -- before a {positional} that starts with a dash"
-    return f"unknown option {flag}; --help lists them all"
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors in place of its usage dump."""
-
-    def error(self, message: str) -> NoReturn:
-        line = " ".join(message.removeprefix("argument ").split())
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    # A fixed width: the same text in a narrow terminal, a pipe and the README.
-    return argparse.HelpFormatter(prog, max_help_position=34, width=100)
+def _occupy_closed_streams() -> None:
+    """Let what is written to a stream that the shell closed (>&-, 2>&-) go nowhere."""
+    # Its number is free, so the next file opened would get it, and what a library prints would
+    # land in the midst of a checkpoint.  os.open takes the lowest free number: just this one.
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None and mode == "w":
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _one_line(error: BaseException) -> str:
     """An exception as one line without Python's decoration."""
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"       # not "[Errno 2] ...: 'name'"
+        return f"{error.strerror}: {error.filename}"  # not "[Errno 2] ...: 'name'"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,30 +1,39 @@
 """
-A run's folder: what is written where, by whom, and what survives a crash.
+Everything on disk: one reader of JSON, one of JSONL, one writer of whole files; on top of them the
+folder of a run; and the hub, from which files come that are not on disk yet.
 
     runs/NAME/config.json     every option and version: enough to repeat the run
              /metrics.jsonl   a line a step           /samples.jsonl  some rollouts a step
              /evals.jsonl     a line an evaluation    /summary.json   before, after, cost
              /curves.png      (with matplotlib)       /checkpoints/step-000120, .../latest
 
-The .jsonl files grow a line at a time and are cut back to the checkpoint's step on resume;
-everything else is written whole or not at all.  A lock held by the process (not a file that a
-crash would leave behind) keeps two runs out of one folder.
+Three promises, kept here for the whole project:
+*  What is read is what it claims to be.  A file that people edit, kills cut short and disks damage
+   is one line that names it and the place, never a traceback ten minutes later.
+*  What is written is whole or absent.  It goes to a temporary name, is flushed to the disk, and
+   only then takes its real name; a crash or a full disk leaves what was there before.  Logs, the
+   exception, grow a line at a time, and are cut back to the checkpoint's step on resume.
+*  Two runs never share a folder: a lock that the process holds (not a file, which a crash would
+   leave behind) keeps the second one out.
+
+Nothing here imports torch at the top: reading a file of problems is instant.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import platform
 import re
 import shutil
-import sys
-from collections.abc import Sequence
+import stat
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 try:
     import fcntl
@@ -32,37 +41,196 @@ try:
 except ImportError:  # Windows has neither: there, runs are not protected from each other
     fcntl = resource = None
 
+
+# ---------------------------------------------------------------------------------------------
+# reading
+
+
+def parse_json(data: bytes, where: str | Path, kind: type = dict, **hooks: Callable) -> Any:
+    """The JSON value of some bytes; ValueError, one line that begins with `where`, if they are not
+    JSON in UTF-8 or hold another kind of value.  `hooks` go to json.loads (parse_int=str)."""
+
+    def number(text: str) -> float:
+        if math.isfinite(float(text)):
+            return float(text)
+        raise ValueError(f"{text} is no number")  # NaN, 1e999: Python's reader takes them
+
+    hooks = {"parse_float": number, "parse_constant": number} | hooks
+    try:
+        value = json.loads(data.decode("utf-8-sig"), **hooks)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is damaged: not UTF-8 text (byte {error.start + 1})") from None
+    except RecursionError:  # [[[[... a hundred thousand deep: no traceback for a hostile file
+        raise ValueError(f"{where} is damaged: nested too deeply") from None
+    except ValueError as error:
+        # "line 1" would be read as the line of the file, which `where` tells already
+        why = str(error).replace("line 1 column", "column")
+        raise ValueError(f"{where} is damaged: not JSON ({why})") from None
+    if not isinstance(value, kind):
+        name = {dict: "object", list: "list"}.get(kind, kind.__name__)
+        raise ValueError(f"{where} is damaged: not a JSON {name}")
+    return value
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The JSON value in a file; ValueError and OSError, one line, name the file."""
+    return parse_json(Path(path).read_bytes(), path, kind)
+
+
+def read_jsonl(
+    path: str | Path,
+    fields: Mapping[str, type | tuple[type, ...]] | None = None,
+    *,
+    data: bytes | None = None,
+    cut: bool = False,
+    on_damage: Callable[[int, str], None] | None = None,
+    **hooks: Callable,
+) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, row) of each JSON object, a line each, read as they are asked for.
+
+    `fields` are keys that every row must have, with the types allowed: {"step": int, "lr": (float,
+    int)}.  `data` is read in place of the file.  `cut`: a last line without its newline that is no
+    JSON is what a crash left behind, and no row.  ValueError "PATH:LINE is damaged: ..." for all
+    else that is none; with `on_damage`, it is told (line, why), and the next lines are read.
+    """
+    # Bytes, split at newlines only: text mode would also split at characters such as U+2028,
+    # which may stand unescaped inside a JSON string.
+    with open(path, "rb") if data is None else io.BytesIO(data) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = parse_json(line, where, **hooks)
+                _check_fields(row, fields or {}, where)
+            except ValueError as error:
+                if cut and not line.endswith(b"\n"):
+                    return  # nothing can follow
+                if on_damage is None:
+                    raise
+                on_damage(number, str(error).removeprefix(f"{where} is damaged: "))
+                continue
+            yield number, row
+
+
+def _check_fields(row: dict, fields: Mapping[str, Any], where: str) -> None:
+    """ValueError unless the row has all the fields, of their types."""
+    for name, types in fields.items():
+        if name not in row:
+            raise ValueError(f"{where} is damaged: no {name}")
+        # by type, not isinstance: True is an int to Python, and to nobody else
+        if type(row[name]) not in (types if isinstance(types, tuple) else (types,)):
+            raise ValueError(f"{where} is damaged: {name} is {row[name]!r:.60}")
+
+
+# ---------------------------------------------------------------------------------------------
+# writing
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: beside it, flushed to the disk, then renamed over it.
+    OSError if the disk is full or read-only; the old file stays as it was.
+
+    A link is followed; what is no regular file (a pipe, /dev/null) is written to, not replaced.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        mode = None
+        with contextlib.suppress(FileNotFoundError):
+            mode = os.stat(path).st_mode  # of what a link leads to
+        if mode is not None and not stat.S_ISREG(mode):
+            with open(path, "wb") as file:
+                file.write(content)
+            return
+        real = Path(os.path.realpath(path))
+        # With the process id: two runs never write into one temporary file.
+        temporary = real.with_name(f"{real.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            # Without fsync the rename can reach the disk before the content does, and a power
+            # cut in between leaves an empty file under the real name.
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(temporary, stat.S_IMODE(mode))  # a file made private stays so
+        os.replace(temporary, real)
+        sync_folder(real.parent)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary name, or none at all
+        raise
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries: a rename is on the disk only once its folder is."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def finite(value: Any) -> Any:
+    """The value with None for NaN and infinities, however deep: they are not JSON."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_jsonl(rows: Iterator[dict] | Sequence[dict]) -> str:
+    """Rows as lines of JSON, None where a number is none."""
+    return "".join(json.dumps(finite(row)) + "\n" for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# a run
+
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
 
 
 class RunFolder:
-    """The files of one run; holds the folder's lock as long as the process lives."""
+    """The files of one run; holds the folder's lock as long as it lives.
 
-    def __init__(self, path: Path):
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path / ".lock", "w")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"{path} is in use by another run; give this one a folder of its own"
-                ) from None
-            # What a killed process was writing: under the lock it is nobody's who still lives.
-            # By our own patterns only, for the folder may turn out to be somebody else's.
-            for pattern in ("*.json*.[0-9]*.tmp", "checkpoints/latest.[0-9]*.tmp"):
-                for left in path.glob(pattern):
-                    left.unlink()
-            for left in path.glob("checkpoints/step-*.incomplete.tmp"):
-                shutil.rmtree(left)  # as large as a checkpoint
+    `first`: of many ranks one writes and locks; to the others the folder is theirs to read, and
+    what they write is not written.
+    """
+
+    def __init__(self, path: str | Path, first: bool = True):
+        self.path, self.first = Path(path), first
+        if not first:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, lock)  # the lock goes with the object, or the process
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{path} is in use by another run; give this one a folder of its own"
+            ) from None
+        # What a killed process was writing: under the lock it is nobody's who still lives.
+        # By our own patterns only, for the folder may turn out to be somebody else's.
+        for pattern in ("*.json*.[0-9]*.tmp", "checkpoints/latest.[0-9]*.tmp"):
+            for left in self.path.glob(pattern):
+                left.unlink()
+        for left in self.path.glob("checkpoints/step-*.incomplete.tmp"):
+            shutil.rmtree(left)  # as large as a checkpoint
 
     @classmethod
     def create(cls, out: str | None, name: str, config: dict) -> RunFolder:
         """A new run's folder: `out`, or runs/NAME, runs/NAME-2, ... where none is given.
         ValueError if `out` holds a run already: results are never overwritten."""
-        path = Path(out) if out else Path("runs") / name
-        count = 1
+        import torch  # here: see the top
+
+        path, count = Path(out or Path("runs") / name), 1
         while not out and (path / "config.json").exists():
             count += 1
             path = Path("runs") / f"{name}-{count}"
@@ -84,48 +252,47 @@ class RunFolder:
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"--resume {path}: no run there (config.json is missing)")
         options = _options(Path(path))
-        return cls(Path(path)), options
+        return cls(path), options
 
     @classmethod
     def of_first_rank(cls, path: str) -> RunFolder:
-        """The folder as the other ranks of a run see it: theirs to read, the first one's to write
-        and to lock."""
-        run = cls.__new__(cls)
-        run.path = Path(path)
-        run.write_json = run.append = run.cut_back = run.point_latest = lambda *_: None
-        return run
+        """The folder of a run as its other ranks see it."""
+        return cls(path, first=False)
 
     def write_json(self, name: str, value: dict) -> None:
         """Write a JSON file whole or not at all."""
-        write_atomic(self.path / name, json.dumps(finite(value), indent=2) + "\n")
+        if self.first:
+            write_atomic(self.path / name, json.dumps(finite(value), indent=2) + "\n")
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Add lines to one of the logs; every row tells its `step`."""
+        if not self.first:
+            return
         try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
+            with open(self.path / name, "a+b") as file:
+                if file.tell():  # what a crash cut short must not become half of a new line
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":
+                        file.seek(0)
+                        file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(to_jsonl(rows).encode())
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint on the disk has the lines of its steps there
         except OSError as error:
             error.filename = str(self.path / name)  # a full disk does not say by itself
             raise
 
-    def read(self, name: str) -> list[dict]:
-        """The rows of a log; a last line cut short by a crash is no row."""
-        path, rows = self.path / name, []
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in text.splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+    def read(self, name: str, fields: Mapping[str, Any] | None = None) -> list[dict]:
+        """The rows of a log, [] if there is none; a last line cut short by a crash is no row.
+        ValueError for any other line that is no row with these fields (see read_jsonl)."""
+        path = self.path / name
+        return [row for _, row in read_jsonl(path, fields, cut=True)] if path.exists() else []
 
     def cut_back(self, step: int) -> None:
         """Forget every log line after `step`: those steps are about to be done again."""
-        for name in LOGS:
-            kept = [row for row in self.read(name) if row["step"] <= step]
-            write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+        for name in LOGS if self.first else ():
+            kept = [row for row in self.read(name, {"step": int}) if row["step"] <= step]
+            write_atomic(self.path / name, to_jsonl(kept))
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -135,105 +302,73 @@ class RunFolder:
 
     def point_latest(self, step: int) -> None:
         """Name the checkpoint of `step`, whole on disk by now, as the newest."""
-        write_atomic(self.path / "checkpoints" / "latest", self.checkpoint(step).name + "\n")
+        if self.first:
+            latest = self.path / "checkpoints" / "latest"
+            write_atomic(latest, self.checkpoint(step).name + "\n")
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None before the first; ValueError if it is gone."""
-        pointer = self.path / "checkpoints" / "latest"
-        if not pointer.is_file():
-            return None
-        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if not (pointer.parent / name / "config.json").is_file():
-            left = sorted(p.parent.name for p in pointer.parent.glob("step-*/config.json"))
-            raise ValueError(
-                f"{pointer} names {name!r}, which is no checkpoint; put into it the name of one "
-                f"that is there ({', '.join(left[-3:]) or 'there is none'})"
-            )
-        return pointer.parent / name
+        return latest_checkpoint(self.path)
 
 
-def _options(path: Path) -> dict:
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that a run's checkpoints/latest names, None if there is no such file;
+    ValueError if it names none, or anything but a checkpoint of this very run."""
+    pointer = run / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    # A name and no path: ../../other/checkpoints/step-000120 is another run's.
+    there = re.fullmatch(r"step-\d+", name) and (pointer.parent / name / "config.json").is_file()
+    if not there:
+        left = sorted(p.parent.name for p in pointer.parent.glob("step-*/config.json"))
+        raise ValueError(
+            f"{pointer} names {name!r:.80}, which is no checkpoint of this run; put into it the "
+            f"name of one that is there ({', '.join(left[-3:]) or 'there is none'})"
+        )
+    return pointer.parent / name
+
+
+def run_of(path: str | Path) -> dict | None:
+    """The options of the training run that a folder is, or is a checkpoint of; None for all other
+    paths and names."""
+    path = Path(path).expanduser().absolute()
+    if path.parent.name == "checkpoints":
+        path = path.parent
+    with contextlib.suppress(ValueError, OSError):
+        return _options(path.parent if path.name == "checkpoints" else path)
+    return None
+
+
+def _options(run: Path) -> dict:
     """The options in a run's config.json; ValueError if it holds none."""
-    config = path / "config.json"
-    try:
-        raw = json.loads(config.read_bytes())
-        return dict(raw["options"])
-    except (KeyError, TypeError):
-        # results of evaluate.py and models have a config.json, too
-        raise ValueError(f"{config} is damaged, or not that of a training run") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config} is damaged: {error}") from None
+    options = read_json(run / "config.json").get("options")
+    if not isinstance(options, dict):  # models and results of evaluate.py have a config.json, too
+        raise ValueError(f"{run / 'config.json'} is damaged, or not that of a training run")
+    return options
 
 
 def _difference(path: Path, config: dict) -> str:
     """How the run in a folder differs from one of these options, as part of a sentence."""
-    try:
-        there = _options(path)
-    except ValueError:
+    there = run_of(path)
+    if there is None:
         return ""  # unreadable: what it is of nobody can say
     differ = [f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v]
     return f" ({'; '.join(differ[:3])}{'; ...' if len(differ) > 3 else ''})" if differ else ""
 
 
-def finite(value: Any) -> Any:
-    """The value with None for NaN and infinities, however deep: they are not JSON."""
-    if isinstance(value, dict):
-        return {key: finite(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process ever held: on the GPU if it has one, else resident."""
+def peak_memory_bytes(device: Any) -> int:
+    """The most memory this process ever held: on the GPU if `device` (torch's) is one, else
+    resident."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage there starts from the parent's peak, not from zero
         line = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         return int(line[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
-
-
-def is_terminal() -> bool:
-    """Is somebody watching?  Progress bars are for terminals; logs get lines."""
-    first = os.environ.get("RANK", "0") == "0"  # of many processes
-    return first and sys.stderr.isatty() and "CI" not in os.environ
-
-# ---------------------------------------------------------------------------------------------
-# writing whole or not at all
-
-
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it, flushed to the disk, then renamed over it.
-    OSError if the disk is full or read-only; the old file stays as it was."""
-    path = Path(path)
-    # With the process id: two runs never write into one temporary file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            # Without fsync the rename can reach the disk before the content does, and a power
-            # cut in between leaves an empty file under the real name.
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the temporary name, or none at all
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries: a rename is on the disk only once its folder is."""
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------

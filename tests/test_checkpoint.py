@@ -154,8 +154,10 @@ def test_a_runs_folder_means_its_newest_checkpoint(copy, tmp_path):
     (run / "config.json").write_text('{"options": {}}')  # the run's, not a model's
     for name in (run, run / "checkpoints", run / "checkpoints" / "step-000002"):
         assert find_checkpoint(name) == run / "checkpoints" / "step-000002"
+    for outside in ("../../copy", str(copy), "..", "step-000002/../step-000002", "", "\0"):
+        (run / "checkpoints" / "latest").write_text(outside)
+        refused(run, "latest names .* no checkpoint of this run")
     (run / "checkpoints" / "latest").unlink()
-    (run / "evals.jsonl").write_text("")
     refused(run, "a run that has saved no checkpoint yet", FileNotFoundError)
 
 
@@ -266,7 +268,7 @@ def test_a_truncated_and_a_missing_shard_and_a_hostile_index(tiny, tmp_path):
         ('{"weight_map": {"x": "../../secrets"}}', "names '../../secrets', .* not a file beside"),
         ('{"weight_map": {"x": 5}}', "names 5"),
         ("{}", "no weight_map"),
-        ("[]", "no weight_map"),
+        ("[]", "is damaged"),
         ("{", "is damaged"),
     ]:
         index.write_text(content)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from nanolaser.files import RunFolder, peak_memory_bytes
+from nanolaser.files import RunFolder, peak_memory_bytes, read_jsonl, run_of
 
 
 @pytest.fixture
@@ -82,6 +82,59 @@ def test_logs_are_cut_back_to_the_checkpoint(here):
     assert run.read("evals.jsonl") == []
 
 
+def test_lines_in_the_midst_that_are_no_rows_are_named(here):
+    run = RunFolder.create("out", "x", {})
+    for line in ("5", "[]", "null", "{", '{"step": "2"}', '{"step": true}', '{"stp": 2}', "\xff",
+                 '{"step": 2, "x": NaN}', '{"step": 1e999}', "[" * 100_000):  # fmt: skip
+        text = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
+        (run.path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"metrics.jsonl:2 is damaged") as error:
+            run.cut_back(5)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 200
+        assert (run.path / "metrics.jsonl").read_bytes() == text.encode("latin-1")
+
+
+def test_a_line_cut_short_never_becomes_half_of_a_new_one(here):
+    run = RunFolder.create("out", "x", {})
+    (run.path / "timing.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x"')
+    run.append("timing.jsonl", [{"step": 3}])
+    assert run.read("timing.jsonl") == [{"step": 1}, {"step": 3}]
+    (run.path / "timing.jsonl").write_bytes(b'{"ste')
+    run.append("timing.jsonl", [{"step": 4}])
+    assert run.read("timing.jsonl") == [{"step": 4}]
+
+
+def test_read_jsonl(here):
+    path = here / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 0.10, "b": "\xe2\x80\xa8"}\n{"a": 3')
+    with pytest.raises(ValueError, match=":4 is damaged"):
+        list(read_jsonl(path))
+    assert [n for n, _ in read_jsonl(path, cut=True)] == [1, 3]  # the lines, blank ones counted
+    assert next(read_jsonl(path)) == (1, {"a": 1})  # read as they are asked for
+    # a benchmark's answers are texts: 0.10 is not 0.1
+    assert [row["a"] for _, row in read_jsonl(path, cut=True, parse_float=str)] == [1, "0.10"]
+    bad = []
+    rows = list(read_jsonl(path, {"b": str}, on_damage=lambda *what: bad.append(what)))
+    assert [n for n, _ in rows] == [3] and [n for n, _ in bad] == [1, 4]
+    assert all("damaged" not in why for _, why in bad)
+    assert list(read_jsonl("stdin", data=b"")) == []
+    with pytest.raises(ValueError, match="^stdin:1 is damaged"):
+        list(read_jsonl("stdin", data=b"{"))
+
+
+def test_what_run_a_path_belongs_to(here):
+    run = RunFolder.create("out", "x", {"data": "gsm8k"})
+    run.checkpoint(20).mkdir(parents=True)
+    (run.checkpoint(20) / "config.json").write_text('{"model_type": "llama"}')
+    for path in ("out", "out/", "out/checkpoints", "out/checkpoints/step-000020", run.path):
+        assert run_of(path) == {"data": "gsm8k"}
+    (here / "model").mkdir()
+    for path in ("model", "nowhere", "out/config.json", "gpt2", "a/b", "/", "\0", "x" * 9999):
+        assert run_of(path) is None
+    (run.path / "config.json").write_text("{")
+    assert run_of("out") is None
+
+
 def test_a_line_cut_inside_a_character_is_no_row(here):
     run = RunFolder.create("out", "x", {})
     (run.path / "evals.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x": "\xe2\x82')
@@ -96,8 +149,16 @@ def test_latest_names_the_newest_whole_checkpoint(here):
         run.point_latest(step)
     assert run.latest() == run.path / "checkpoints" / "step-000120"
     (run.checkpoint(120) / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"'step-000120', which is no checkpoint.*\(step-000020\)"):
+    with pytest.raises(ValueError, match=r"'step-000120'.*\(step-000020\)"):
         run.latest()
+    # somebody else's checkpoint is no checkpoint of this run, whole as it may be
+    other = RunFolder.create("other", "x", {})
+    other.checkpoint(20).mkdir(parents=True)
+    (other.checkpoint(20) / "config.json").write_text("{}")
+    for outside in ("../../other/checkpoints/step-000020", str(other.checkpoint(20).absolute())):
+        (run.path / "checkpoints" / "latest").write_text(outside)
+        with pytest.raises(ValueError, match="no checkpoint of this run"):
+            run.latest()
 
 
 def test_what_a_killed_process_was_writing_is_cleared_away(here):
