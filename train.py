@@ -43,7 +43,7 @@ from nanolaser import grpo, laser, metrics, plots
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
 from nanolaser.cli import apply_preset, main_guard, option, parse_args
-from nanolaser.scale.distributed import ALONE, World, join, local, obituary
+from nanolaser.scale.distributed import ALONE, World, join, local
 from nanolaser.scale.plan import plan_for, settle
 from nanolaser.model import CausalLM
 from nanolaser.problems import ARITHMETIC, Problem, arithmetic_problems, train_and_test
@@ -304,7 +304,7 @@ class ProblemStream:
 
 def evaluate(model, tokenizer, problems, o: Options, label: str, world: World = ALONE) -> dict:
     """Accuracy, self-verification and votes on held-out problems, as in results.json."""
-    total = len(world.deal(problems)) * o.eval_n
+    total = len(world.shard(problems)) * o.eval_n
     with tqdm(total=total, desc=label, leave=False, disable=not is_terminal()) as bar:
         how = {"seed": o.seed, "on_finish": lambda _: bar.update(), **o.sampling()}
         mine = grpo.sample(model, tokenizer, problems, o.eval_n, world, **how)
@@ -362,31 +362,18 @@ class Stop:
 
     def heard(self, number, _frame):
         """The first one is a request; the second one means it."""
-        if self.world.size > 1:
-            return self.heard_by_one_of_many(number)
-        at_once = self.signal or not self.in_step
-        said = f"stopped{self.how_to_resume}" if at_once else (
-            "stopping after this step, with a checkpoint; once more stops now, without"
-        )
-        os.write(2, f"\n{said}\n".encode())  # not print: it may be a print that was interrupted
-        if at_once:
+        # Of many ranks nobody may leave a step, where the others wait for it.  And a second one
+        # says nothing new there: torchrun passes on what a terminal has sent to all already.  (It
+        # also sends one when a rank has died; the next exchange with that one then says so.)
+        alone = self.world.size == 1
+        if not self.in_step or (self.signal and alone):
+            if self.world.may_speak():  # not print: it may be a print that was interrupted
+                os.write(2, f"\nstopped{self.how_to_resume}\n".encode())
             raise SystemExit(128 + number)
+        if alone:
+            said = "stopping after this step, with a checkpoint; once more stops now, without"
+            os.write(2, f"\n{said}\n".encode())
         self.signal = number
-
-    def heard_by_one_of_many(self, number) -> None:
-        """torchrun passes a signal on to all ranks, and kills those still there 30 s later.  It
-        also ends them so when one of them died."""
-        dead = self.world.dead()
-        if self.in_step and dead is None:
-            self.signal = number
-            return
-        said = f"stopped{self.how_to_resume}" if dead is None else f"error: {obituary(dead)}"
-        if self.world.may_speak():
-            os.write(2, f"{said}\n".encode())
-        # In a step the next exchange with the dead rank ends it; an exception here might come
-        # while half a checkpoint is being cleared away.
-        if not self.in_step:
-            raise SystemExit(128 + number if dead is None else 1)
 
     def agreed(self) -> int:
         """The signal that any rank has heard, 0 if none: all ranks stop after the same step."""
@@ -452,7 +439,7 @@ def main() -> int:
         if world.is_first:
             run, o, checkpoint = start(o, given)
         # The first rank's word holds for all: what fits into memory, which checkpoint is newest.
-        told = world.tell([dataclasses.asdict(o), str(checkpoint) if checkpoint else None])
+        told = world.broadcast([dataclasses.asdict(o), str(checkpoint) if checkpoint else None])
         o, checkpoint = Options(**told[0]), told[1] and Path(told[1])
         if o.plan:
             print(plan_for(o).table())
@@ -480,7 +467,7 @@ def prepare(run: RunFolder | None, o: Options, checkpoint: Path | None, world: W
     if run is None and world.is_first:
         name = f"{o.model.rstrip('/').split('/')[-1]}-{o.algorithm}"
         run = RunFolder.create(o.out, name, dataclasses.asdict(o))
-    path = world.tell(str(run.path) if run else None)
+    path = world.broadcast(str(run.path) if run else None)
     run = run or RunFolder.of_first_rank(path)
     stop.how_to_resume = f"; go on with: python train.py --resume {run.path}"
 
@@ -549,7 +536,7 @@ def learn(t: Training, first: int) -> int:
         if skipped_in_a_row == MAX_SKIPPED:
             run.append("samples.jsonl", [{"step": step, **row} for row in rows[o.group_size :]])
             bar.close()
-            if t.world.may_speak():
+            if t.world.is_first:  # every rank comes to this point
                 print(
                     f"error: {MAX_SKIPPED} updates in a row had non-finite gradients; the last "
                     f"rollouts are in {run.path}/samples.jsonl; try a new run with a lower --lr",

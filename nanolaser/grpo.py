@@ -37,7 +37,7 @@ def sample(
 ) -> list[Rollout]:
     """n solutions of each problem, or of this rank's share of the problems; `prompt_id` counts
     among all of them."""
-    mine = world.deal(range(len(problems)))
+    mine = world.shard(range(len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
     rollouts = generate(
         gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
@@ -308,6 +308,7 @@ def accumulate_gradients(
     micro_batch_tokens: int,
     old_logprobs: dict[int, Tensor] | None = None,
     world: World = ALONE,
+    optimizer: Optimizer | None = None,
 ) -> Sums:
     """Add the gradient of the whole batch's loss to the parameters' .grad, by micro-batches.
 
@@ -328,6 +329,8 @@ def accumulate_gradients(
         logprobs, entropy = loss_backward(
             hidden, model.lm_head_weight, t.target, loss_of, t.temperature
         )
+        if optimizer is not None:
+            optimizer.accumulate()  # a bf16 model's gradients are summed in fp32
         if not counts:
             continue
         logprobs, entropy = logprobs[: t.responses], entropy[: t.responses]
@@ -370,7 +373,9 @@ def update(
                 counts = [len(r.response_tokens) for r in rollouts]
                 old_logprobs |= zip(rows, logprobs.cpu().split(counts))
     for _ in range(updates):
-        sums = accumulate_gradients(model, batch, loss, micro_batch_tokens, old_logprobs, world)
+        sums = accumulate_gradients(
+            model, batch, loss, micro_batch_tokens, old_logprobs, world, optimizer
+        )
         grad_norm = optimizer.clip(grad_clip)
         if math.isfinite(grad_norm):
             optimizer.step()
@@ -483,7 +488,7 @@ def estimate_c_ref(
     columns = torch.tensor(candidates, device=model.device)
     values = []
     with torch.no_grad():
-        for i, rows in world.deal(list(enumerate(micro_batches(rollouts[:pairs], 8192)))):
+        for i, rows in world.shard(list(enumerate(micro_batches(rollouts[:pairs], 8192)))):
             picked = [rollouts[i] for i in rows]
             sequences = [r.prompt_tokens + r.response_tokens for r in picked]
             tokens, lengths = pad(sequences, model.device)
