@@ -42,7 +42,7 @@ def sample(
 ) -> list[Rollout]:
     """n solutions of each problem, or of this rank's share of the problems; `prompt_id` counts
     among all of them.  `sampling` goes to sampler.generate."""
-    mine = world.deal(range(len(problems)))
+    mine = world.shard(range(len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
     rollouts = generate(
         gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
@@ -208,6 +208,7 @@ def accumulate_gradients(
     micro_batch_tokens: int,
     old_logprobs: dict[int, Tensor] | None = None,
     world: World = ALONE,
+    optimizer: Optimizer | None = None,
 ) -> dict:
     """Add the gradient of the whole batch's loss to the parameters' .grad, micro-batch by
     micro-batch; returns the statistics of the batch, under the names of metrics.jsonl.
@@ -241,6 +242,9 @@ def accumulate_gradients(
             hidden, model.lm_head_weight, t.token,
             lambda logprobs, part, x=x: loss(logprobs, x.part(part), c, M, N), t.temperature,
         )  # fmt: skip
+
+        if optimizer is not None:
+            optimizer.accumulate()  # gradients of a bf16 model are summed in fp32
 
         # 4. Statistics, from the log-probs that came by.
         if counts:
@@ -341,7 +345,8 @@ def update(
                 old_logprobs |= zip(rows, logprobs[: t.responses].cpu().split(counts))
     for _ in range(updates):
         stats = accumulate_gradients(
-            model, rollouts, advantages, weights, c, micro_batch_tokens, old_logprobs, world
+            model, rollouts, advantages, weights, c, micro_batch_tokens, old_logprobs, world,
+            optimizer,
         )
         # A single batch may have a gradient many times the usual: it is scaled down to grad_clip.
         grad_norm = optimizer.clip(grad_clip)
@@ -387,7 +392,7 @@ def estimate_c_ref(
     # Read after the fact, by one more forward pass: the sampler reads z_c alone, and here the other
     # tokens that might do are of interest as well.
     candidates = [tokenizer.z_c_id, *tokenizer.unused_special_ids()]
-    mine = world.deal(range(len(rollouts)))
+    mine = world.shard(range(len(rollouts)))
     prompts = [rollouts[i].prompt_tokens for i in mine]
     responses = [rollouts[i].response_tokens for i in mine]
     read = read_last(model, prompts, responses, candidates).tolist()

@@ -31,7 +31,7 @@ from .model import CausalLM
 from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
 from .rollout import judged_rows
 from .sampler import check_prompts
-from .scale.distributed import World, local, obituary
+from .scale.distributed import World, local
 from .scale.optimizer import Optimizer
 from .scale.plan import settle
 from .tokenizer import Tokenizer
@@ -49,31 +49,18 @@ class Stop:
 
     def heard(self, number, _frame):
         """The first one is a request; the second one means it."""
-        if self.world.size > 1:
-            return self.heard_by_one_of_many(number)
-        at_once = self.signal or not self.in_step
-        said = f"stopped{self.how_to_resume}" if at_once else (
-            "stopping after this step, with a checkpoint; once more stops now, without"
-        )
-        os.write(2, f"\n{said}\n".encode())  # not print: it may be a print that was interrupted
-        if at_once:
+        # Of many ranks nobody may leave a step, where the others wait for it.  And a second one
+        # says nothing new there: torchrun passes on what a terminal has sent to all already.  (It
+        # also sends one when a rank has died; the next exchange with that one then says so.)
+        alone = self.world.size == 1
+        if not self.in_step or (self.signal and alone):
+            if self.world.may_speak():  # not print: it may be a print that was interrupted
+                os.write(2, f"\nstopped{self.how_to_resume}\n".encode())
             raise SystemExit(128 + number)
+        if alone:
+            said = "stopping after this step, with a checkpoint; once more stops now, without"
+            os.write(2, f"\n{said}\n".encode())
         self.signal = number
-
-    def heard_by_one_of_many(self, number) -> None:
-        """torchrun passes a signal on to all ranks, and kills those still there 30 s later.  It
-        also ends them so when one of them died."""
-        dead = self.world.dead()
-        if self.in_step and dead is None:
-            self.signal = number
-            return
-        said = f"stopped{self.how_to_resume}" if dead is None else f"error: {obituary(dead)}"
-        if self.world.may_speak():
-            os.write(2, f"{said}\n".encode())
-        # In a step the next exchange with the dead rank ends it; an exception here might come
-        # while half a checkpoint is being cleared away.
-        if not self.in_step:
-            raise SystemExit(128 + number if dead is None else 1)
 
     def agreed(self) -> int:
         """The signal that any rank has heard, 0 if none: all ranks stop after the same step."""
@@ -110,7 +97,7 @@ def choose(o, given, world: World) -> tuple[Any, RunFolder | None, Path | None]:
     elif world.is_first and not o.plan:
         o = settle(o)  # what cannot fit is refused before gigabytes are downloaded
     # The first rank's word holds for all: what fits into memory, which checkpoint is newest.
-    told = world.tell([dataclasses.asdict(o), str(checkpoint) if checkpoint else None])
+    told = world.broadcast([dataclasses.asdict(o), str(checkpoint) if checkpoint else None])
     return type(o)(**told[0]), folder, told[1] and Path(told[1])
 
 
@@ -156,7 +143,7 @@ def prepare(
     optimizer = Optimizer(model, o.lr, o.weight_decay, o.offload_optimizer, world)
     if folder is None and world.is_first:
         folder = RunFolder.create(o.out, short_name(o), dataclasses.asdict(o))
-    path = world.tell(str(folder.path) if folder else None)
+    path = world.broadcast(str(folder.path) if folder else None)
     folder = folder or RunFolder.of_first_rank(path)
     stop.how_to_resume = f"; go on with: python train.py --resume {folder.path}"
 
@@ -235,7 +222,7 @@ def take_up(run: Run, checkpoint: Path) -> int:
 
 def evaluate(run: Run, problems: list[Problem], label: str) -> dict:
     """Accuracy, self-verification and votes on held-out problems, as in results.json."""
-    o, total = run.o, len(run.world.deal(problems)) * run.o.eval_n
+    o, total = run.o, len(run.world.shard(problems)) * run.o.eval_n
     with tqdm(total=total, desc=label, leave=False, disable=not is_terminal()) as bar:
         how = {"seed": o.seed, "on_finish": lambda _: bar.update(), **o.sampling()}
         mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, run.world, **how)

@@ -44,8 +44,10 @@ def run(ranks: int, *arguments, **more) -> tuple[int, str, str]:
 
 def ours(err: str) -> list[str]:
     """Of stderr what the ranks have said, without torchrun's report: our errors begin so, and a
-    traceback of a rank would run through the package or the script (torchrun has its own)."""
-    marks = ("error:", "stopped", "nanolaser/", "train.py\", line", "terminate called")
+    traceback of a rank would run through the package, the script or this file."""
+    # By the whole path of a frame: torchrun's report names the script, in whatever folder it lies.
+    frames = [f'File "{ROOT / place}' for place in ("nanolaser/", "tests/", "train.py")]
+    marks = ("error:", "stopped", "terminate called", *frames)
     return [line for line in err.splitlines() if any(mark in line for mark in marks)]
 
 

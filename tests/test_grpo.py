@@ -521,7 +521,7 @@ def test_offload_takes_the_state_off_the_gpu():
     before = copy.deepcopy(list(model.parameters()))
     assert update(model, optimizer, batch, loss_of(), EVERYTHING, 1.0)["skipped_updates"] == 0
     assert not any(tensor.is_cuda for tensor in optimizer.state().values())
-    assert optimizer.buffer.is_pinned()
+    assert optimizer.staging.is_pinned()
     assert not all(map(torch.equal, before, model.parameters()))
 
 
