@@ -193,7 +193,7 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
 
     # 2. Check.  r_v = 1 where the boxed answer equals the gold answer.  Then the ranks exchange
     #    rollouts: from here on each has the whole batch.
-    judge(rollouts, problems, tokenizer, gate="tags" if getattr(tokenizer, "asks_for_tags", False) else "box")
+    judge(rollouts, problems, tokenizer, gate="tags" if tokenizer.asks_for_tags else "box")
     rollouts = grpo.of_all_ranks(rollouts, world)
     clock.append(time.perf_counter())
 

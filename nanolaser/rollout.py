@@ -13,7 +13,6 @@ for people, and never encoded again: that would not give the same tokens back.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -105,12 +104,11 @@ def boxed_answer(response: str, gate: str | None) -> str | None:
         return extract_answer(response, strict=True)
     if gate == "tags":
         once = all(response.count(tag) == 1 for tag in ("</think>", "<answer>", "</answer>"))
-        if not (once and _TAGS.fullmatch(response)):
+        inside = response.partition("</think>")[2].partition("<answer>")[2]
+        box = inside.partition("\\boxed{")[2]
+        if not (once and "}" in box and response.endswith("</answer>")):
             return None
     return extract_answer(response.partition("</answer>")[0])
-
-
-_TAGS = re.compile(r".*</think>.*<answer>.*\\boxed\{.*\}.*</answer>", re.DOTALL)
 
 
 def self_reward(logp_zc: float | None, tokenizer) -> float | None:
@@ -118,8 +116,9 @@ def self_reward(logp_zc: float | None, tokenizer) -> float | None:
     is no log pi(z_c), or no c_ref yet."""
     if logp_zc is None or tokenizer.c_ref is None:
         return None
-    kind = getattr(tokenizer, "self_reward_loss", "mse")
-    return laser.self_reward(logp_zc, tokenizer.c_ref, tokenizer.beta_v, kind)
+    return laser.self_reward(
+        logp_zc, tokenizer.c_ref, tokenizer.beta_v, tokenizer.self_reward_loss
+    )
 
 
 def _without_raising(function, *arguments):

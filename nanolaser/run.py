@@ -168,7 +168,7 @@ def short_name(o) -> str:
 def begin(run: Run) -> int:
     """c_ref and the first evaluation: what the untouched model says.  Returns the first step."""
     o, tokenizer = run.o, run.tokenizer
-    own = tokenizer.c_ref is not None and getattr(tokenizer, "self_reward_loss", "mse") == o.self_reward_loss
+    own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
     measured = o.c_ref == "estimate" or (o.c_ref == "auto" and not own)
     print(f"before the first step: {len(run.test)} problems x {o.eval_n} solutions to evaluate on"
           f"{f', after {o.c_ref_pairs} for c_ref' if measured else ''}")  # fmt: skip

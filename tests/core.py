@@ -5,8 +5,11 @@ attention and one row of everything computed the slow, obvious way.  No file, no
 
 import random
 
+from types import SimpleNamespace
+
 import torch
 
+from nanolaser import grpo, laser
 from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.rollout import Rollout
 
@@ -21,7 +24,7 @@ class FakeTokenizer:
     stop_ids = (1, 2)
     size = SIZE
     z_c, z_c_id = "<|z|>", 3
-    c_ref, beta_v = C_REF, BETA_V
+    c_ref, beta_v, self_reward_loss = C_REF, BETA_V, "mse"
 
     def encode_prompt(self, problem):
         return [4 + self.LETTERS.index(c) for c in problem]
@@ -86,3 +89,18 @@ def slow_readout(model, rollout, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
     logprobs = torch.stack([table[p + t - 1, y] for t, y in enumerate(rollout.response_tokens)])
     logp_zc = all_logprobs(model, row)[-1, z_c_id] if rollout.finished else None
     return logprobs, logp_zc
+
+
+def make_batch(rollouts, group_size, tau=0.0, min_std=0.1):
+    """What train_step hands to the update, from rollouts whose r_v and r_s are set."""
+    r_v, r_s, finished = (
+        grpo.stack(rollouts, name, group_size) for name in ("r_v", "r_s", "finished"))
+    advantages = laser.mixed_advantages(r_v.float(), r_s.float(), finished, tau, min_std)
+    weights = laser.class_weights(r_v.float(), finished)
+    return SimpleNamespace(
+        rollouts=rollouts, advantages=advantages.flatten(), weights=weights.flatten())
+
+
+def update(model, optimizer, batch, *rest, **options):
+    return grpo.update(
+        model, optimizer, batch.rollouts, batch.advantages, batch.weights, *rest, **options)

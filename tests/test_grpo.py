@@ -14,22 +14,13 @@ from nanolaser import rollout as rollout_module
 from nanolaser.rollout import Rollout, boxed_answer, judge, judged_rows
 from nanolaser.sampler import generate
 from tests.core import (
-    BETA_V, C_REF, FakeTokenizer, all_logprobs, random_model, random_rollouts, slow_readout)
+    BETA_V, C_REF, FakeTokenizer, all_logprobs, make_batch, random_model, random_rollouts,
+    slow_readout, update)
 
 TOKENIZER = FakeTokenizer()
 G = 4
 EVERYTHING = 10**6  # a token budget that holds any batch
 BUDGETS = [1, 30, 60, EVERYTHING]  # one row at a time, few, some, all
-
-
-def make_batch(rollouts, group_size, tau=0.0, min_std=0.1):
-    """What train_step hands to the update, from rollouts whose r_v and r_s are set."""
-    r_v, r_s, finished = (
-        grpo.stack(rollouts, name, group_size) for name in ("r_v", "r_s", "finished"))
-    advantages = laser.mixed_advantages(r_v.float(), r_s.float(), finished, tau, min_std)
-    weights = laser.class_weights(r_v.float(), finished)
-    return SimpleNamespace(
-        rollouts=rollouts, advantages=advantages.flatten(), weights=weights.flatten())
 
 
 def batch_of(rollouts, seed=0, tau=0.0):
@@ -40,11 +31,6 @@ def batch_of(rollouts, seed=0, tau=0.0):
     for r, v, x in zip(rollouts, r_v, r_s):
         r.r_v, r.r_s = v, x if r.finished else None
     return make_batch(rollouts, G, tau)
-
-
-def update(model, optimizer, batch, *rest, **options):
-    return grpo.update(
-        model, optimizer, batch.rollouts, batch.advantages, batch.weights, *rest, **options)
 
 
 def loss_of(**changes):
@@ -399,29 +385,7 @@ def test_sampler_gap_of_real_rollouts():
     assert gradient(model, batch, loss_of(temperature=1.0), 40)[1]["sampler_gap"] > 0.01
 
 
-# ---------------------------------------------------------------- the optimizer
-
-
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizer_state_round_trip_is_bit_equal(dtype, offload):
-    """Saved after two steps and taken up by another process: the third step is the same."""
-    model = random_model().to(dtype)
-    batch = batch_of(random_rollouts())
-    optimizer = grpo.Optimizer(model, lr=3e-3, weight_decay=0.01, offload=offload)
-    step = lambda m, o: update(m, o, batch, loss_of(), 60, 1.0)  # noqa: E731
-    step(model, optimizer), step(model, optimizer)
-    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-    twin = random_model(seed=1).to(dtype)
-    twin.load_state_dict(model.state_dict())
-    resumed = grpo.Optimizer(twin, lr=3e-3, weight_decay=0.01, offload=offload)
-    resumed.load_state(saved)
-    assert all(torch.equal(saved[k], v) for k, v in resumed.state().items())
-    step(model, optimizer), step(twin, resumed)
-    assert all(map(torch.equal, model.parameters(), twin.parameters()))
-    assert all(torch.equal(v, resumed.state()[k]) for k, v in optimizer.state().items())
-    # what was loaded was copied: going on did not change the saved tensors
-    assert all((saved[k] == 2).all() for k in saved if k.endswith(".step"))
+# ---------------------------------------------------------------- what the optimizer adds
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -432,52 +396,6 @@ def test_state_saved_on_the_cpu_resumes_on_a_gpu():
     optimizer.load_state({name: tensor.cpu() for name, tensor in optimizer.state().items()})
     assert all(tensor.is_cuda for tensor in optimizer.state().values())
     assert update(model, optimizer, batch, loss_of(), EVERYTHING, 1.0)["skipped_updates"] == 0
-
-
-def test_state_before_the_first_step_round_trips():
-    model = random_model()
-    batch = batch_of(random_rollouts())
-    fresh = grpo.Optimizer(model, 1e-3, 0.0)
-    resumed = grpo.Optimizer(model, 1e-3, 0.0)
-    resumed.load_state(fresh.state())  # all updates so far were skipped
-    update(model, resumed, batch, loss_of(), EVERYTHING, 1.0)
-
-
-def test_state_of_another_model_is_refused():
-    batch = batch_of(random_rollouts())
-    model = random_model()
-    optimizer = grpo.Optimizer(model, 1e-3, 0.0)
-    update(model, optimizer, batch, loss_of(), EVERYTHING, 1.0)
-    other = grpo.Optimizer(random_model(hidden_size=48), 1e-3, 0.0)
-    with pytest.raises(ValueError, match="shape"):
-        other.load_state(optimizer.state())
-    deeper = grpo.Optimizer(random_model(num_hidden_layers=3), 1e-3, 0.0)
-    with pytest.raises(ValueError, match="layers.2.*missing"):
-        deeper.load_state(optimizer.state())
-
-
-def test_bf16_weights_follow_fp32_masters():
-    """At lr 1e-5 a bf16 weight is never moved by one step: each is rounded away.  The master
-    adds them up, and the weight follows when they have grown to a bf16 step."""
-    model = random_model().bfloat16()
-    start = copy.deepcopy(list(model.parameters()))
-    optimizer = grpo.Optimizer(model, lr=1e-5, weight_decay=0.0)
-    bare = torch.optim.AdamW(copy.deepcopy(start), lr=1e-5, weight_decay=0.0)
-    for step in range(100):
-        for p, q in zip(model.parameters(), bare.param_groups[0]["params"]):
-            p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
-        optimizer.step(), bare.step(), optimizer.zero_grad()
-        if step == 0:
-            moved = [(p != s).float().mean() for p, s in zip(model.parameters(), start)]
-            assert max(moved) < 0.1
-    large = [s.abs() > 0.1 for s in start]  # a bf16 step there is at least 2^-11
-    for p, q, master, s, big in zip(
-            model.parameters(), bare.param_groups[0]["params"], optimizer.master, start, large):
-        assert master.dtype == torch.float32 and p.dtype == torch.bfloat16
-        assert_close(master, s.float() - 100 * 1e-5, atol=1e-5, rtol=0)
-        assert torch.equal(p, master.bfloat16())
-        assert torch.equal(q[big], s[big])  # without masters: nothing, a hundred times
-    assert sum((p != s)[big].sum() for p, s, big in zip(model.parameters(), start, large)) > 100
 
 
 def twenty_steps(dtype, offload=False):
@@ -505,15 +423,6 @@ def test_bf16_training_tracks_fp32():
     assert (moved - way).norm() < 0.1 * way.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offload_changes_no_bit(dtype):
-    _, _, weights, state = twenty_steps(dtype)
-    _, _, same_weights, same_state = twenty_steps(dtype, offload=True)
-    assert all(map(torch.equal, weights, same_weights))
-    assert state.keys() == same_state.keys()  # and one's checkpoint is the other's
-    assert all(torch.equal(state[name], same_state[name]) for name in state)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offload_takes_the_state_off_the_gpu():
     model, batch = random_model().cuda().bfloat16(), batch_of(random_rollouts())
@@ -523,12 +432,6 @@ def test_offload_takes_the_state_off_the_gpu():
     assert not any(tensor.is_cuda for tensor in optimizer.state().values())
     assert optimizer.staging.is_pinned()
     assert not all(map(torch.equal, before, model.parameters()))
-
-
-def test_float32_model_is_its_own_master():
-    model = random_model()
-    optimizer = grpo.Optimizer(model, 1e-3, 0.0)
-    assert all(m is p for m, p in zip(optimizer.master, model.parameters()))
 
 
 # ---------------------------------------------------------------- rows, statistics, c_ref

@@ -21,7 +21,7 @@ from nanolaser.checkpoint import ALIASES
 from nanolaser.scale.plan import GIB, H100, SHAPES, Plan, Settings, Workload
 from nanolaser.cache import KVCache
 from nanolaser.model import CausalLM, ModelConfig
-from train import PRESETS, Options
+from train import Options, new_options
 
 SHAPE = ModelConfig(
     "qwen2", 17_000, 128, 384, 3, 4, 2, 32, tie_word_embeddings=True, attention_bias=True
@@ -164,10 +164,11 @@ def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing):
             )
         )
     }
-    rows = [{"r_v": float(i % 2), "r_s": 0.5, "finished": False} for i in range(16)]
-    batch = grpo.make_batch(rollouts, rows, 4, 0.0, 0.1)
+    for i, r in enumerate(rollouts):
+        r.r_v, r.finished = float(i % 2), False
+    advantages, weights = torch.tensor([-1.0, 1.0] * 8), torch.zeros(16)
     update = lambda: grpo.accumulate_gradients(  # noqa: E731
-        model, batch, grpo.Loss(), settings.micro_batch_tokens
+        model, rollouts, advantages, weights, grpo.Loss(), settings.micro_batch_tokens
     )
     update()
     optimizer.step()  # from here on there is optimizer state
@@ -267,8 +268,7 @@ def test_every_alias_has_a_table(alias):
 
 
 def options_of(model: str, **changes) -> Options:
-    preset = PRESETS["tiny" if model == "tiny" else "paper"]
-    return dataclasses.replace(Options(model=model, device="cpu"), **preset, **changes)
+    return dataclasses.replace(new_options(Options(model=model, device="cpu"), set()), **changes)
 
 
 @pytest.fixture
