@@ -9,6 +9,7 @@ import torch
 
 from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.rollout import Rollout
+from tests import plain
 
 SIZE, VOCAB = 37, 40  # the output matrix has three rows more than the tokenizer has tokens
 C_REF, BETA_V = -15.0, 0.1
@@ -72,9 +73,8 @@ def random_rollouts(seed=0, count=12, truncated=(2, 7), equal_length=False):
 
 
 def all_logprobs(model, tokens, temperature=1.0):
-    """(T, V) log-probs after each token of ONE row, by the definition, in float64."""
-    hidden = model(torch.tensor([tokens]))[0]
-    logits = hidden.double() @ model.lm_head_weight.double().T
+    """(T, V) log-probs after each token of ONE row, by the textbook's forward, in float64."""
+    logits = plain.forward(dict(model.named_parameters()), model.config, tokens)
     return torch.log_softmax(logits / temperature, -1)
 
 

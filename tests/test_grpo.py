@@ -104,7 +104,7 @@ def test_gradient_equals_slow_reference(untied, temperature):
     loss = loss_of(temperature=temperature)
     got, sums = gradient(model, batch, loss, 60)
     expected, policy, error = slow_gradient(model, batch, loss)
-    same(got, expected, 2e-6)
+    same(got, expected, 5e-6)
     assert sums.policy_loss == pytest.approx(policy, abs=1e-6)
     assert sums.self_reward_loss == pytest.approx(error, rel=1e-5)
     assert sums.clip_fraction == 0 and sums.approx_kl == 0
@@ -117,7 +117,7 @@ def test_alpha_and_tau_zero_is_grpo_exactly(model):
     assert torch.equal(batch.advantages.view(-1, G),
                        laser.group_advantages(torch.tensor([r["r_v"] for r in rows]).view(-1, G)))
     got, sums = gradient(model, batch, loss_of(alpha=0.0))
-    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 2e-6)
+    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 5e-6)
     assert sums.self_reward_loss == 0
     for row in rows:
         row["r_s"] = None
@@ -196,7 +196,7 @@ def test_the_stop_token_has_a_gradient(model, stop):
     batch = grpo.make_batch(rollouts, rows, 2, 0.0, 0.1)
     assert batch.advantages[0] > 0 > batch.advantages[1]
     got, _ = gradient(model, batch, loss_of(alpha=0.0))
-    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 2e-6)
+    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 5e-6)
     batch.advantages[1] = 0.0  # the stop token alone
     alone, _ = gradient(model, batch, loss_of(alpha=0.0))
     assert alone.abs().max() > 1e-3

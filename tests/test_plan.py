@@ -119,10 +119,11 @@ def test_activations_of_the_whole_model(dtype, checkpointing):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kv_bytes_are_those_of_the_cache(dtype):
-    cache = KVCache(SHAPE, 65, dtype=dtype)  # one more than a block
-    cache.admit(list(range(8)), [0] * 8, [65])
+    c = SHAPE
+    cache = KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, 65, dtype=dtype)
+    cache.admit(list(range(8)), [0] * 8, [65])  # one more than a block
     assert memory.kv_bytes(SHAPE, dtype, 8, 65) == cache.bytes == sum(
-        t.nbytes for shelf in cache.shelves for t in shelf.layers
+        t.nbytes for bucket in cache.buckets for t in bucket.layers
     )
 
 
