@@ -2,10 +2,10 @@
 The key-value cache: what the model has computed of texts that are still being written.
 
 A new token looks at the keys and values of all tokens before it.  Those never change, so they are
-kept, and only the new token itself has to pass the model.  Its textbook twin has no cache at all:
-`tests/plain.py` sends the whole text through the model for every token.
+kept, and only the new token has to pass the model.  The textbook (tests/plain.py) has no cache: it
+sends the whole text through the model for every token.
 
-A worked example.  Sequences 7 and 9 will both begin with prompt 0 (a b c), 8 with prompt 1 (f g):
+An example.  Sequences 7 and 9 will both begin with prompt 0 (a b c), 8 with prompt 1 (f g):
 
     prefill = cache.admit([7, 9, 8], sources=[0, 0, 1], lengths=[3, 2])
     model([[a, b, c], [f, g, _]], prefill)     # PREFILL: every prompt passes the model once
@@ -13,8 +13,7 @@ A worked example.  Sequences 7 and 9 will both begin with prompt 0 (a b c), 8 wi
         sequence   slot 0   1   2   3          # a slot holds one token's keys and values
         7               a   b   c              # both from row 0 of the prefill
         9               a   b   c
-        8               f   g                  # from row 1; what the padding _ left behind here
-                                               # lies beyond the length, and nobody looks there
+        8               f   g                  # from row 1; nobody looks at what _ left behind
     cache.reserve()                            # is there a free slot for a new token each?
     model([[p], [q], [r]], cache.decode())     # DECODE: one token each, in cache.running's order
 
@@ -41,14 +40,11 @@ from torch import Tensor
 
 class Bucket:
     """Rows of `slots` slots each: row r is that of sequences[r], and lengths[r] of its slots hold
-    a token.  Behind the last sequence there may be rows that are free.
-
-    One tensor (rows, slots, 2, K, D) a layer, keys and values side by side so that one copy moves
-    both.
-    """
+    a token.  Behind the last sequence there may be rows that are free."""
 
     def __init__(self, slots: int, layers: int, empty: Tensor):
         self.slots = slots
+        # One tensor (rows, slots, 2, K, D) a layer: side by side, one copy moves keys and values.
         self.layers = [empty.new_zeros(0, slots, *empty.shape) for _ in range(layers)]
         self.sequences: list[int] = []
         self.lengths: list[int] = []  # known here, so that nobody has to ask the device
@@ -68,10 +64,8 @@ class Bucket:
             del old  # freed before the next layer's is made
 
     def drop(self, row: int) -> None:
-        """Free a row: the last sequence moves into it, and nothing else is touched.
-
-        Dropping row 1 of [7, 9, 8, 5] leaves [7, 5, 8]: one copy, where closing the gap takes two.
-        """
+        """Free a row: the last sequence moves into it, and nothing else is touched."""
+        # Without row 1, sequences 7 9 8 5 become 7 5 8: one copy, where closing the gap takes two.
         last, n = len(self.sequences) - 1, self.lengths[-1]
         if row != last:
             for tensor in self.layers:
@@ -91,10 +85,8 @@ class Bucket:
 
 
 class KVCache:
-    """Keys and values of sequences of at most `longest` tokens, in at most `budget` bytes.
-
-    layers, kv_heads and head_dim are the model's L, K and D.  No budget: as many as it takes.
-    """
+    """Keys and values of sequences of at most `longest` tokens, in at most `budget` bytes (None:
+    any); layers, kv_heads and head_dim are the model's L, K and D."""
 
     BLOCK = 64  # slots of a row in the smallest bucket; every row is a whole number of blocks
     ROWS = 8  # by which a bucket grows where the budget is not tight: fewer copies

@@ -15,9 +15,7 @@ Shapes, in the one alphabet that every file here uses:
 
 Rows are padded on the RIGHT.  A causal model never looks right, so padding cannot change a real
 token: no padding mask, no position arithmetic, nothing to get wrong (left padding needs both).
-
-    row 0    12   7   5   9          hidden[0, 3] has seen 12 7 5 9
-    row 1     8   6   _   _          hidden[1, 1] has seen 8 6; hidden[1, 2:] is never read
+In  12 7 5 9 / 8 6 _ _  hidden[1, 1] has seen 8 6, and hidden[1, 2:] is never read.
 """
 
 from __future__ import annotations
@@ -232,17 +230,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries (B, H, T, D) over keys and values (B, K, T, D) up to their own place."""
-    # The textbook, after repeating each key-value head for the H / K query heads that share it:
-    #     scores = q @ k.mT / D**0.5                                  # (B, H, T, T)
-    #     scores = scores.masked_fill(ones(T, T).triu(1), -inf)       # nobody looks right
-    #     return scores.softmax(-1) @ v                               # (B, H, T, D)
-    # Neither the (T, T) scores nor the repeated heads ever exist here: torch takes a fast kernel,
-    # and the flag in place of a mask lets it skip what lies to the right.
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention: H query heads share K key-value heads."""
 
@@ -259,13 +246,22 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_output_bias)
 
     def forward(self, x: Tensor, rope, past, layer: int) -> Tensor:
-        """(B, T, C) -> (B, T, C), over the T tokens alone or over those in a cache too."""
+        """(B, T, C) -> (B, T, C), over the T tokens alone or over those in a KV cache too."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # noqa: E731
         q = rotate(heads(self.q_proj(x)), *rope)  # (B, H, T, D)
         k = rotate(heads(self.k_proj(x)), *rope)  # (B, K, T, D)
         v = heads(self.v_proj(x))  # (B, K, T, D)
-        y = causal_attention(q, k, v) if past is None else past.attend(layer, q, k, v)
+        if past is not None:
+            y = past.attend(layer, q, k, v)
+        else:
+            # The textbook, each key-value head repeated for the H/K query heads that share it:
+            #     scores = q @ k.mT / D**0.5                              # (B, H, T, T)
+            #     scores = scores.masked_fill(ones(T, T).triu(1), -inf)   # nobody looks right
+            #     y = scores.softmax(-1) @ v                              # (B, H, T, D)
+            # Neither the scores nor the repeated heads ever exist here: torch takes a fast kernel,
+            # and the flag in place of a mask lets it skip what lies to the right.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
 
@@ -284,7 +280,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Pre-norm residual block: attention, then MLP, each added to the stream x."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

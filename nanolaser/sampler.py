@@ -12,14 +12,13 @@ a row to compute.  What happens to one rollout, problem 12 7, in steps of the lo
      4     STOP (DECODE)        STOP                        log pi(z_c) is read; the row is freed
 
 So LaSeR costs one more token in the same batch: no second model, no second pass.  A rollout that
-reaches its limit first is truncated: it has no end, so no z_c, and leaves at once.
+reaches its limit first is truncated: it has no end, so no z_c, and leaves at once.  Waiting prompts
+take the rows that are freed (continuous batching): the cost follows the tokens really produced,
+where a static batch waits for its longest row.
 
-Rows leave in the step they end, and waiting prompts take their places (continuous batching): the
-cost follows the tokens really produced, where a static batch waits for its longest row.
-
-Randomness: the n-th token of a rollout is drawn with a number that depends on (seed, stream, n)
-alone, where the stream is the rollout's place in the call, or what the caller says it is.  So the
-same seed gives the same text whatever rows happen to share the batch.
+The n-th token of a rollout is drawn with a random number that depends on (seed, stream, n) alone,
+the stream being the rollout's place in the call, or what the caller says.  So the same seed gives
+the same text, whatever rows happen to share the batch.
 
 Shapes: R running rows, P prompts, T tokens, C hidden size, V vocabulary, N solutions, K token ids.
 """
@@ -122,8 +121,8 @@ def generate(
     seed: int = 0,
     max_rows: int = 256,
     kv_cache_gb: float | None = None,
-    on_finish: Callable[[Rollout], None] | None = None,
-    on_step: Callable[[list[Rollout]], None] | None = None,
+    on_finish: Callable[[Rollout], object] = lambda rollout: None,
+    on_step: Callable[[list[Rollout]], object] = lambda running: None,
     streams: list[int] | None = None,
 ) -> list[Rollout]:
     """n solutions of each prompt (problem text, or ready token ids): P * n rollouts, in order.
@@ -147,10 +146,8 @@ def generate(
     longest = max(map(len, tokens), default=0) + max_new_tokens
     budget = None if kv_cache_gb is None else int(kv_cache_gb * 1e9)
     c = model.config
-    cache = KVCache(
-        c.num_hidden_layers, c.num_key_value_heads, c.head_dim, longest, model.device, model.dtype,
-        budget,
-    )  # fmt: skip
+    shape = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+    cache = KVCache(*shape, longest, model.device, model.dtype, budget)
     needed = cache.bytes_for(longest)
     if budget is not None and needed > budget:
         raise ValueError(
@@ -160,11 +157,9 @@ def generate(
     engine = _Engine(model, tokenizer, rollouts, streams, cache, max_rows)
     while engine.waiting or cache.running:
         left = engine.step(max_new_tokens, temperature, top_p, seed)
-        if on_step is not None:
-            on_step([rollouts[i] for i in cache.running] + left)
+        on_step([rollouts[i] for i in cache.running] + left)
         for rollout in left:
-            if on_finish is not None:
-                on_finish(rollout)
+            on_finish(rollout)
     return rollouts
 
 
@@ -317,10 +312,8 @@ def read_last(
     on_read: Callable[[int], None] | None = None,
 ) -> Tensor:
     """log pi(token | x, y) in nats, (N, K) in fp32 on the CPU: the K tokens' log-probs right after
-    each of N given solutions, whose last token is the stop token.  ValueError for an empty prompt.
-
-    `on_read(k)` hears of every k solutions done.
-    """
+    each of N given solutions, whose last token is the stop token.  `on_read(k)` hears of every k
+    solutions done.  ValueError for an empty prompt."""
     _refuse_empty(prompts)
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
     columns = torch.tensor(token_ids, device=model.device)
@@ -351,8 +344,7 @@ def score(
     batch_tokens: int = 16_384,
     on_scored: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """log pi(z_c | x, y) in nats of N given solutions: the sampler's own number for the same
-    tokens, see `read_last`."""
+    """log pi(z_c | x, y) in nats of N given solutions, as the sampler reads it; see `read_last`."""
     return read_last(model, prompts, responses, [z_c_id], batch_tokens, on_scored)[:, 0].tolist()
 
 
@@ -371,8 +363,7 @@ def _refuse_empty(prompts: list[list[int]]) -> None:
 
 def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     """Warns of problems whose prompt alone is longer than the model was made for; ValueError for
-    one over STRETCH times as long: before anything is sampled, and not as an error of memory hours
-    later."""
+    one over STRETCH times as long: now, and not as an error of memory hours later."""
     positions = model.config.max_position_embeddings
     lengths = [len(tokenizer.encode_prompt(problem)) for problem in problems]
     longer = [i for i, length in enumerate(lengths) if length > positions]
