@@ -261,7 +261,7 @@ def arithmetic(work: Work, o: Options, lengths: list[int]) -> int:
 @torch.no_grad()
 def matrix_rate(model: CausalLM, rows: int, seconds: float = 0.5) -> float:
     """Floating-point operations a second of the model's own matrices times `rows` vectors, one
-    matrix after the other as in a turn of the sampler."""
+    matrix after the other as in a step of the sampler."""
     weights = matrices(model)
     x = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in weights}
     done, began = 0, time.process_time()

@@ -143,7 +143,7 @@ class _Endless:
         self.size = size
 
 
-def turn_seconds(model: CausalLM, size: int, prompts: list, n: int, length: int) -> float:
+def step_seconds(model: CausalLM, size: int, prompts: list, n: int, length: int) -> float:
     """What one more token for every row costs the sampler, at `length` tokens: the slope between
     rows half as long again and half as short."""
     seconds = []
@@ -203,7 +203,7 @@ def asking(o: Options, name: str, prepared: tuple) -> dict:
     seconds: dict[str, list] = {"readout": [], "second pass": [], "judgement": []}
     for _ in range(o.runs):
         # every row once: the prompts as many times as they have solutions
-        seconds["readout"].append(turn_seconds(model, size, x, 1, length))
+        seconds["readout"].append(step_seconds(model, size, x, 1, length))
         began = time.process_time()
         sampler.score(model, z_c_id, x, y)
         seconds["second pass"].append(time.process_time() - began)

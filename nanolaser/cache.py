@@ -76,7 +76,7 @@ class Bucket:
 
     def take(self, other: Bucket, row: int) -> None:
         """Move a sequence of another bucket to a free row of this one."""
-        n, new = other.lengths[row], len(self.sequences)
+        n, new = other.lengths[row], len(self.sequences)  # the first free row
         for mine, theirs in zip(self.layers, other.layers):
             mine[new, :n] = theirs[row, :n]
         self.sequences.append(other.sequences[row])
@@ -103,7 +103,7 @@ class KVCache:
         empty = torch.empty(2, kv_heads, head_dim, device=device, dtype=dtype)
         self.buckets = [Bucket(slots, layers, empty) for slots in sizes]
         self.slot_bytes = layers * empty.nbytes  # one token's keys and values in all layers
-        self.budget = budget
+        self.budget = budget  # bytes
 
     # -----------------------------------------------------------------------------------------
     # who is in it, and what it takes
@@ -137,7 +137,7 @@ class KVCache:
         """Have at least so many rows in a bucket; False if the budget does not allow it."""
         price = lambda n: (n - bucket.rows) * bucket.slots * self.slot_bytes  # noqa: E731
         fits = lambda n: self.budget is None or self.bytes + price(n) <= self.budget  # noqa: E731
-        rounded = -(-rows // self.ROWS) * self.ROWS
+        rounded = -(-rows // self.ROWS) * self.ROWS  # up to the next multiple
         if rows > bucket.rows and fits(rounded):
             bucket.resize(rounded)
         elif rows > bucket.rows:
@@ -156,7 +156,7 @@ class KVCache:
         """Rows for new sequences, to be filled by the forward pass over their prompts that takes
         what is returned: sequence i gets the keys and values of the pass's row sources[i], of
         which the first lengths[source] tokens are real.  They have to fit into `free_bytes`."""
-        homes = [self._bucket_for(lengths[p]) for p in sources]
+        homes = [self._bucket_for(lengths[p]) for p in sources]  # of each sequence
         copies = []
         for bucket in self.buckets:
             new = [(i, p) for i, p, home in zip(sequences, sources, homes) if home is bucket]
@@ -164,7 +164,7 @@ class KVCache:
                 continue
             rows = slice(len(bucket.sequences), len(bucket.sequences) + len(new))
             assert self._ensure(bucket, rows.stop), "sequences are admitted beyond the budget"
-            source = torch.tensor([p for _, p in new], device=bucket.layers[0].device)
+            source = torch.tensor([p for _, p in new], device=bucket.layers[0].device)  # (new,)
             copies.append((bucket, rows, source))
             bucket.sequences += [i for i, _ in new]
             bucket.lengths += [lengths[p] for _, p in new]
@@ -235,7 +235,7 @@ class Decode:
         self.parts, positions = [], []  # a part of the batch for each bucket
         for bucket in buckets:
             device, dtype = bucket.layers[0].device, bucket.layers[0].dtype
-            batch = slice(len(positions), len(positions) + len(bucket.sequences))
+            batch = slice(len(positions), len(positions) + len(bucket.sequences))  # of R
             S = max(bucket.lengths) + 1  # slots that anyone looks at, the new token's included
             assert S <= bucket.slots, "reserve() comes before decode()"
             length = torch.tensor(bucket.lengths, device=device)[:, None]  # (rows, 1)
@@ -247,8 +247,8 @@ class Decode:
             # where it lies if rows and slots are counted through: row * slots + length
             slot = torch.arange(len(length), device=device) * bucket.slots + length[:, 0]
             self.parts.append((bucket, batch, slot, mask))
-            positions += bucket.lengths
-            bucket.lengths = [n + 1 for n in bucket.lengths]
+            positions += bucket.lengths  # a text's first token has position 0
+            bucket.lengths = [n + 1 for n in bucket.lengths]  # the new one counts from here on
         self.positions = torch.tensor(positions, device=device)[:, None]  # (R, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -260,6 +260,7 @@ class Decode:
         seen = []
         for bucket, batch, slot, mask in self.parts:
             tensor, rows, S = bucket.layers[layer], len(slot), mask.shape[-1]
+            # keep first, then look: a token also looks at itself
             tensor.view(-1, *kv.shape[2:]).index_copy_(0, slot, kv[batch, 0])
             keys, values = tensor[:rows, :S].permute(2, 0, 3, 1, 4)  # (rows, K, S, D) each
             seen.append(F.scaled_dot_product_attention(q[batch], keys, values, mask))

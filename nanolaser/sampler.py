@@ -57,15 +57,13 @@ def _splitmix(x: Tensor) -> Tensor:
 
 
 def uniforms(seed: int, streams: Tensor, steps: Tensor) -> Tensor:
-    """Float64 in [0, 1), one for each (seed, stream, step): the same on every device, in any order.
-
-    A counter-based generator: where `torch.rand` keeps a state that every draw moves on, this is a
-    hash of its arguments, and a row that moves, waits or begins anew has nothing to carry.
-    """
+    """Float64 in [0, 1), one for each (seed, stream, step): the same on any device, in any order."""
+    # Counter-based: where torch.rand keeps a state that every draw moves on, this is a hash of its
+    # arguments, and a row that moves, waits or begins anew has nothing to carry.
     key = _splitmix(torch.full_like(streams, seed) * _GOLDEN + _GOLDEN)
     key = _splitmix(key + streams * _GOLDEN)
     bits = _splitmix(key + steps * _GOLDEN)
-    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53  # the upper 53 bits: a double has 53
 
 
 def sample_next(
@@ -73,9 +71,7 @@ def sample_next(
 ) -> tuple[Tensor, Tensor]:
     """One token id below `size` a row (R,) from logits (R, V) and uniforms (R,), by inverting the
     CDF; and the log-probs (R,) of these tokens, in nats, in the distribution before top-p.
-
-    temperature 0 is argmax.  Nothing is sorted unless top_p < 1 asks for it.
-    """
+    temperature 0 is argmax."""
     if temperature == 0.0:
         token = logits[:, :size].argmax(-1, keepdim=True)  # (R, 1)
         return token[:, 0], logits.gather(1, token)[:, 0] - logits.logsumexp(-1)
@@ -83,7 +79,7 @@ def sample_next(
     # probability would be rounded to 0, or its logarithm less exact than a logit - logsumexp.
     probs = (logits if temperature == 1.0 else logits / temperature).softmax(-1)  # (R, V)
     weights, order = probs[:, :size], None
-    if top_p < 1.0:
+    if top_p < 1.0:  # only then is anything sorted
         # The smallest set of tokens whose probability reaches top_p; the most likely always in.
         #     probs 0.5 0.3 0.2, top_p 0.6:  before them lie 0 0.5 0.8, so the first two are kept
         weights, order = weights.sort(-1, descending=True)
@@ -92,16 +88,16 @@ def sample_next(
     # The textbook is torch.multinomial(weights, 1), with a random number of its own.  Ours comes
     # from outside: lay the weights end to end on a line, and see into which of them it falls.
     #     weights 0.5 0.2 0.3,  cdf 0.5 0.7 1.0,  uniform 0.6  ->  token 1
-    cdf = weights.cumsum(-1)
+    cdf = weights.cumsum(-1)  # (R, size)
     # Scaled by the CDF's own last entry (fp32 sums end near 1, not at 1); a token of probability
     # zero has an interval of width zero, and right=True never lands in one.
     end = cdf[:, -1:]  # (R, 1)
-    target = (uniform[:, None] * end.double()).to(cdf.dtype)
+    target = (uniform[:, None] * end.double()).to(cdf.dtype)  # (R, 1)
     # fp32 may round the target up to the very end, beyond which there is no token: stay below it.
     # The first entry that reaches the end is again one of a width above zero.
     target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
     token = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1)
-    token = token if order is None else order.gather(1, token)
+    token = token if order is None else order.gather(1, token)  # a place in the order -> an id
     return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
@@ -135,6 +131,7 @@ def generate(
     if rows outgrow it the youngest are preempted and go on later; the tokens are the same.
     ValueError for a count below 1, an empty prompt, or if one row at its longest would not fit.
     """
+    # 1. What is asked for: N = P * n rollouts, prompt by prompt, each with a stream of its own.
     for name, count in (("n", n), ("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
         if count < 1:
             raise ValueError(f"{name} is {count}; it must be at least 1")
@@ -143,6 +140,7 @@ def generate(
     rollouts = [Rollout(i, x, sample_id=j) for i, x in enumerate(tokens) for j in range(n)]
     firsts = [i * n for i in range(len(tokens))] if streams is None else streams
     streams = [first + j for first in firsts for j in range(n)]
+    # 2. A cache in which the longest of them fits.
     longest = max(map(len, tokens), default=0) + max_new_tokens
     budget = None if kv_cache_gb is None else int(kv_cache_gb * 1e9)
     c = model.config
@@ -154,6 +152,7 @@ def generate(
             f"a KV cache of {kv_cache_gb:g} GB does not hold one row of {longest} tokens, which "
             f"takes {needed / 1e9:.3g} GB: raise --kv-cache-gb or lower --max-new-tokens"
         )
+    # 3. One token a step for every row, until nobody waits or runs.
     engine = _Engine(model, tokenizer, rollouts, streams, cache, max_rows)
     while engine.waiting or cache.running:
         left = engine.step(max_new_tokens, temperature, top_p, seed)
@@ -164,13 +163,13 @@ def generate(
 
 
 class _Engine:
-    """Which rollouts wait, which run, and one step of all that run.  A rollout is a sequence of
-    the cache under its index: running is who owns a row there."""
+    """Which rollouts wait, which run, and one step of all that run.  Rollout i is sequence i of the
+    cache, and runs while it has a row there."""
 
     def __init__(self, model, tokenizer, rollouts, streams, cache, max_rows):
         self.model, self.tokenizer, self.rollouts, self.cache = model, tokenizer, rollouts, cache
         self.streams = torch.tensor(streams)  # (N,) of random numbers
-        self.max_rows = min(max_rows, len(rollouts))
+        self.max_rows = min(max_rows, len(rollouts))  # that run at a time
         self.head = model.lm_head_weight.float()  # (V, C): logits are fp32; widened once a call
         self.waiting = list(range(len(rollouts)))[::-1]  # a stack: the first prompts go first
 
@@ -189,10 +188,9 @@ class _Engine:
             newest = [[self.rollouts[i].response_tokens[-1]] for i in running]
             newest = torch.tensor(newest, device=self.model.device)  # (R, 1)
             hidden.append(self.model(newest, self.cache.decode())[:, 0])  # (R, C)
-        # 2. PREFILL: waiting rollouts take free rows, each distinct prompt being read once.  In
-        #    batches of neighbours in length: one prompt of 4000 tokens among 64 short ones would
-        #    make all of them 4000 tokens long.
-        groups = self.admit()
+        # 2. PREFILL: waiting rollouts take free rows, each distinct prompt passing once.  Prompts
+        #    of like length share a pass: one of 4000 tokens would make 64 short ones as long.
+        groups = self.admit()  # [[0, 1, 2], [3]]: rollouts 0 to 2 share a prompt
         for batch in cut_by_tokens([self.length(g[0]) for g in groups], PREFILL_TOKENS):
             sequences, states = self.prefill([groups[g] for g in batch])
             running = running + sequences
@@ -201,7 +199,7 @@ class _Engine:
         #    tokenizer's size are padding of the matrix: never drawn.
         rollouts = [self.rollouts[i] for i in running]
         logits = torch.cat(hidden).float() @ self.head.T  # (R, V)
-        steps = torch.tensor([len(r.response_tokens) for r in rollouts])
+        steps = torch.tensor([len(r.response_tokens) for r in rollouts])  # (R,)
         uniform = uniforms(seed, self.streams[running], steps).to(logits.device)
         tokens, logprobs = sample_next(logits, uniform, temperature, top_p, self.tokenizer.size)
         # 4. READ z_c where the token just fed was the stop token; at temperature 1, always.
@@ -211,23 +209,23 @@ class _Engine:
         # The one place in a step where the host waits for the device.
         tokens, logprobs, logp_zc = tokens.tolist(), logprobs.tolist(), logp_zc.tolist()
         # 5. LEAVE: those whose z_c is read, and those that have reached their limit without end.
+        leaving = list(ended)
         for row, value in zip(ended, logp_zc):
             rollouts[row].logp_zc = value
-        leaving = list(ended)
         for row, rollout in enumerate(rollouts):
             if rollout.finished:
                 continue  # what was drawn after its end is nobody's
             rollout.response_tokens.append(tokens[row])
             rollout.logprobs.append(logprobs[row])
-            rollout.finished = tokens[row] in self.tokenizer.stop_ids
+            rollout.finished = tokens[row] in self.tokenizer.stop_ids  # read in the next step
             if not rollout.finished and len(rollout.response_tokens) == max_new_tokens:
                 leaving.append(row)  # truncated
         self.cache.drop([running[row] for row in leaving])
         return [rollouts[row] for row in leaving]
 
     def admit(self) -> list[list[int]]:
-        """Take rollouts from the waiting list, as many as there is room for: in groups that go on
-        from the same tokens, which are prefilled once for all of them."""
+        """Rollouts taken from the waiting list, as many as there is room for: in groups that go on
+        from the same tokens, prefilled once for all of them."""
         # Few large prefills beat many small ones: wait until a quarter of the rows is free.
         rows = len(self.cache.running)
         if rows and self.max_rows - rows < max(1, self.max_rows // 4):
@@ -256,7 +254,7 @@ class _Engine:
         with a copy of their keys and values: the rollouts, and their last hidden states (R, C)."""
         firsts = [self.rollouts[group[0]] for group in groups]
         tokens, lengths = pad([r.prompt_tokens + r.response_tokens for r in firsts])
-        # groups [[0, 1, 2], [3]]: sequences 0 1 2 3 copy rows 0 0 0 1 of the prompts
+        # Groups [[0, 1, 2], [3]]: sequences 0 1 2 3 begin with prompts 0 0 0 1.
         sequences = [i for group in groups for i in group]
         sources = [row for row, group in enumerate(groups) for _ in group]
         past = self.cache.admit(sequences, sources, lengths.tolist())
