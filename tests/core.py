@@ -1,6 +1,6 @@
 """
 What the tests of the core share: a tokenizer in 30 lines, a random decoder with grouped-query
-attention and one row of everything computed the slow, obvious way.  No file, no download.
+attention and one row of everything as tests/plain.py computes it.  No file, no download.
 """
 
 import random
@@ -80,8 +80,7 @@ def all_logprobs(model, tokens, temperature=1.0):
 
 def slow_readout(model, rollout, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
     """One rollout's (token log-probs (n,), log pi(z_c) or None), nothing batched or chunked."""
-    p, row = len(rollout.prompt_tokens), rollout.prompt_tokens + rollout.response_tokens
-    table = all_logprobs(model, row, temperature)
-    logprobs = torch.stack([table[p + t - 1, y] for t, y in enumerate(rollout.response_tokens)])
-    logp_zc = all_logprobs(model, row)[-1, z_c_id] if rollout.finished else None
-    return logprobs, logp_zc
+    solution = plain.Solution(rollout.prompt_tokens, rollout.response_tokens)
+    weights = dict(model.named_parameters())
+    logprobs, logp_zc = plain.read(weights, model.config, solution, z_c_id, temperature)
+    return logprobs, logp_zc if rollout.finished else None
