@@ -120,7 +120,7 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options, show) -> list[d
             # Solution i draws from random stream i, in whichever call it is sampled: so the
             # budget that --adaptive leaves unused is all that tells it from a plain vote.
             streams=[len(rows)],
-            on_turn=show.turn, on_finish=show.finish,
+            on_step=show.turn, on_finish=show.finish,
         )  # fmt: skip
         # Tokens go along for programs: verify.py then scores exactly what was sampled.
         rows += judged_rows(new, [problem], tokenizer, o.json)

@@ -1,6 +1,6 @@
 """
 What the tests of the core share: a tokenizer in 30 lines, a random decoder with grouped-query
-attention and one row of everything computed the slow, obvious way.  No file, no download.
+attention and one row of everything as tests/plain.py computes it.  No file, no download.
 """
 
 import random
@@ -12,6 +12,7 @@ import torch
 from nanolaser import grpo, laser
 from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.rollout import Rollout
+from tests import plain
 
 SIZE, VOCAB = 37, 40  # the output matrix has three rows more than the tokenizer has tokens
 C_REF, BETA_V = -15.0, 0.1
@@ -76,19 +77,17 @@ def random_rollouts(seed=0, count=12, truncated=(2, 7), equal_length=False):
 
 
 def all_logprobs(model, tokens, temperature=1.0):
-    """(T, V) log-probs after each token of ONE row, by the definition, in float64."""
-    hidden = model(torch.tensor([tokens]))[0]
-    logits = hidden.double() @ model.lm_head_weight.double().T
+    """(T, V) log-probs after each token of ONE row, by the textbook's forward, in float64."""
+    logits = plain.forward(dict(model.named_parameters()), model.config, tokens)
     return torch.log_softmax(logits / temperature, -1)
 
 
 def slow_readout(model, rollout, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
     """One rollout's (token log-probs (n,), log pi(z_c) or None), nothing batched or chunked."""
-    p, row = len(rollout.prompt_tokens), rollout.prompt_tokens + rollout.response_tokens
-    table = all_logprobs(model, row, temperature)
-    logprobs = torch.stack([table[p + t - 1, y] for t, y in enumerate(rollout.response_tokens)])
-    logp_zc = all_logprobs(model, row)[-1, z_c_id] if rollout.finished else None
-    return logprobs, logp_zc
+    solution = plain.Solution(rollout.prompt_tokens, rollout.response_tokens)
+    weights = dict(model.named_parameters())
+    logprobs, logp_zc = plain.read(weights, model.config, solution, z_c_id, temperature)
+    return logprobs, logp_zc if rollout.finished else None
 
 
 def make_batch(rollouts, group_size, tau=0.0, min_std=0.1):

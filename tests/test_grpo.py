@@ -113,7 +113,7 @@ def test_gradient_equals_slow_reference(untied, temperature):
     loss = loss_of(temperature=temperature)
     got, sums = gradient(model, batch, loss, 60)
     expected, policy, error = slow_gradient(model, batch, loss)
-    same(got, expected, 2e-6)
+    same(got, expected, 5e-6)
     assert sums["policy_loss"] == pytest.approx(policy, abs=1e-6)
     assert sums["self_reward_loss"] == pytest.approx(error, rel=1e-5)
     assert sums["clip_fraction"] == 0 and sums["approx_kl"] == 0
@@ -126,7 +126,7 @@ def test_alpha_and_tau_zero_is_grpo_exactly(model):
     r_v = torch.tensor([r.r_v for r in rollouts]).view(-1, G)
     assert torch.equal(batch.advantages.view(-1, G), laser.group_advantages(r_v))
     got, sums = gradient(model, batch, loss_of(alpha=0.0))
-    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 2e-6)
+    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 5e-6)
     assert sums["self_reward_loss"] == 0
     for r in rollouts:
         r.r_s = None
@@ -203,7 +203,7 @@ def test_the_stop_token_has_a_gradient(model, stop):
     batch = make_batch(rollouts, 2)
     assert batch.advantages[0] > 0 > batch.advantages[1]
     got, _ = gradient(model, batch, loss_of(alpha=0.0))
-    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 2e-6)
+    same(got, slow_gradient(model, batch, loss_of(alpha=0.0))[0], 5e-6)
     batch.advantages[1] = 0.0  # the stop token alone
     alone, _ = gradient(model, batch, loss_of(alpha=0.0))
     assert alone.abs().max() > 1e-3

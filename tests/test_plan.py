@@ -97,8 +97,9 @@ def test_layer_activations_to_the_byte(config, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kv_bytes_are_those_of_the_cache(dtype):
-    cache = KVCache(SHAPE, 65, dtype=dtype)  # one more than a block
-    cache.admit(list(range(8)), [0] * 8, [65])
+    c = SHAPE
+    cache = KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, 65, dtype=dtype)
+    cache.admit(list(range(8)), [0] * 8, [65])  # one more than a block
     assert planning.kv_bytes(SHAPE, dtype, 8, 65) == cache.bytes
 
 
