@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanolaser import grpo, sampler
 from nanolaser.scale import plan as memory
-from nanolaser.checkpoint import ALIASES
+from nanolaser.checkpoint import ALIASES, config_from_hf, config_to_hf
 from nanolaser.scale.plan import GIB, H100, SHAPES, Plan, Settings, Workload
 from nanolaser.cache import KVCache
 from nanolaser.model import CausalLM, ModelConfig
@@ -64,7 +64,7 @@ def test_shapes_have_the_published_number_of_parameters(alias, published):
 def test_every_alias_has_a_shape_and_every_shape_survives_its_config():
     assert set(SHAPES) == set(ALIASES)
     for config in SHAPES.values():
-        assert ModelConfig.from_hf(config.to_hf("bfloat16")) == config
+        assert config_from_hf(config_to_hf(config, "bfloat16")) == config
 
 
 def test_config_is_found_by_alias_hub_id_and_folder_without_a_download(tiny_checkpoint):
