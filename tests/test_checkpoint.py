@@ -538,7 +538,9 @@ def test_loading_needs_one_copy_and_a_chunk(tiny, tmp_path):
     large = {**TINY, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 7}
     with torch.device("meta"):
         model = CausalLM(ModelConfig(**large)).bfloat16()
-    model.to_empty(device="cpu")
+    model.to_empty(device="cpu").requires_grad_(False)
+    for p in model.parameters():
+        p.fill_(0.5)
     save_pretrained(tiny[0], tiny[1], tmp_path / "small")
     save_pretrained(model, tiny[1], tmp_path / "large")  # 17M parameters: 34 MB in one file
     for dtype in ("bfloat16", "float32"):  # a process each: freed memory would serve the second
