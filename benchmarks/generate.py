@@ -42,6 +42,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being installed
 
 from nanolaser import load_pretrained, sampler  # noqa: E402
+from nanolaser.checkpoint import config_to_hf  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import arithmetic_problems  # noqa: E402
@@ -185,7 +186,7 @@ class Peer:
 
         transformers.logging.set_verbosity_error()
         self.criteria, self.base = transformers.StoppingCriteriaList, transformers.StoppingCriteria
-        config = transformers.AutoConfig.for_model(**work.model.config.to_hf())
+        config = transformers.AutoConfig.for_model(**config_to_hf(work.model.config))
         config._attn_implementation = "sdpa"
         self.model = transformers.AutoModelForCausalLM.from_config(config).eval()
         missing, extra = self.model.load_state_dict(work.model.state_dict(), strict=False)

@@ -21,7 +21,6 @@ In  12 7 5 9 / 8 6 _ _  hidden[1, 1] has seen 8 6, and hidden[1, 2:] is never re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------
-# configuration: what config.json says, under the names it says it with
+# configuration, under the names of Hugging Face's config.json; checkpoint.py reads and writes it
 
 
 @dataclass(frozen=True)
@@ -56,128 +55,6 @@ class ModelConfig:
     initializer_range: float = 0.02
     eos_token_id: tuple[int, ...] = ()  # config.json may name one or several
     bos_token_id: int | None = None
-
-    @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read a parsed config.json, old dialect or transformers 5; ValueError names what this
-        decoder does not implement, so that nothing is ever silently computed differently."""
-        kind = raw.get("model_type")
-        if kind not in ("qwen2", "llama"):
-            named = ", ".join(raw.get("architectures") or []) or "?"
-            raise ValueError(
-                f"config.json: model_type {kind!r} ({named}) is not supported; "
-                "this decoder implements qwen2 and llama"
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not silu")
-        if raw.get("quantization_config"):
-            raise ValueError("config.json: quantised weights are not supported")
-        # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
-        layer_types = raw.get("layer_types") or []
-        sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
-        if sliding or any(t != "full_attention" for t in layer_types):
-            raise ValueError("config.json: sliding-window attention is switched on; not supported")
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        sizes = {name: _positive(raw, name) for name in required}
-        heads = _positive(raw, "num_attention_heads")
-        theta, scaling = _rope_from_hf(raw)
-        eos = raw.get("eos_token_id")
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        bias = bool(raw.get("attention_bias", False))
-        return cls(
-            model_type=kind,
-            **sizes,
-            num_attention_heads=heads,
-            num_key_value_heads=_positive(raw, "num_key_value_heads", heads),
-            head_dim=_positive(raw, "head_dim", sizes["hidden_size"] // heads),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=_positive(raw, "max_position_embeddings", 2048),
-            # transformers leaves out what equals the family's default, and both say False
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one
-            # switch means all four.
-            attention_bias=True if kind == "qwen2" else bias,
-            attention_output_bias=False if kind == "qwen2" else bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
-            initializer_range=raw.get("initializer_range", 0.02),
-            eos_token_id=eos,
-            bos_token_id=raw.get("bos_token_id"),
-        )
-
-    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
-        name = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]
-        scaling = dict(self.rope_scaling) if self.rope_scaling else None
-        raw = {
-            "architectures": [name],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.rms_norm_eps,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "initializer_range": self.initializer_range,
-            # both dialects: the old pair, and transformers 5's rope_parameters
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
-            "rope_parameters": {
-                **(scaling or {"rope_type": "default"}),
-                "rope_theta": self.rope_theta,
-            },
-            "torch_dtype": dtype,
-            "dtype": dtype,
-            "use_cache": True,
-        }
-        if self.model_type == "llama":
-            raw |= {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
-        else:
-            raw |= {"use_sliding_window": False}
-        if self.eos_token_id:
-            many = len(self.eos_token_id) > 1
-            raw["eos_token_id"] = list(self.eos_token_id) if many else self.eos_token_id[0]
-        if self.bos_token_id is not None:
-            raw["bos_token_id"] = self.bos_token_id
-        return raw
-
-
-def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number above 0 from the config; absent or null stands for the default."""
-    value = raw.get(name)
-    value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {name} is {value!r}, but has to be a whole number above 0")
-    return value
-
-
-def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
-    """rope_theta and rope_scaling out of either dialect; ValueError for a type we lack."""
-    new = raw.get("rope_parameters") or {}
-    scaling = dict(raw.get("rope_scaling") or new)
-    theta = float(new.get("rope_theta", raw.get("rope_theta", 10_000.0)))
-    scaling.pop("rope_theta", None)
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor is not supported")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(
-            f"config.json: rope type {kind!r} is not supported (only default and llama3)"
-        )
-    scaling.pop("type", None)
-    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in numbers:  # read and not guessed: a wrong one only shows in long texts
-        if not isinstance(scaling.get(name), (int, float)):
-            raise ValueError(f"config.json: llama3 rope scaling has no number for {name}")
-    return theta, {**scaling, "rope_type": "llama3"}
 
 
 # ---------------------------------------------------------------------------------------------
