@@ -202,6 +202,47 @@ def test_repeated_input_is_fast_and_never_raises(unit):
             assert time.process_time() - started < LIMIT_SECONDS, (unit, length)
 
 
+# What a model that goes astray writes: a few pieces, over and over.
+ASTRAY = HOSTILE_UNITS + [
+    "%", "\\%", "°", "^\\circ", "!^2", "'", "_1", "^2", "^{-1}", "ℝ∪", "\\cup\\{1\\}", "\\cap(0,2)",
+    "\\setminus", "\\pm", "\\mp 2", "ⁿ", "₂", "–3", "x", "n!", "\\binom{n}{k}", "|x-20|",
+    "\\lfloor x/3\\rfloor", "\\max(x,y)", "\\text{ cm}", "\\text{ and }", " or ", "x=1,", "a:b=", "{1\\over 2}",
+    "\\in[0,3)", "1\\le ", "\\log_2 ", "\\overline{AB}", "\\vec a\\times ", "P(A)", "f'(2)", "\\phi(n)+", "B) ",
+    "so the answer is ", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "wait, ", "\\}", "}", ")", "]", "\n", "7", "=", "\\sum_{i=1}^{9}"]
+ASTRAY_GOLDS = ["42", "\\frac{x}{2}", "(1,2)", "\\{1,2\\}", "x=5", "1,2", "[0,3)\\cup(4,5]", "0\\le x<3",
+                "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "2:3", "B", "\\text{no}", "\\binom{n}{2}", "5\\text{ cm}",
+                "|x-20|", "\\lfloor n/2\\rfloor", "50\\%", "f(x)=x^2"]
+
+
+def astray(rng: random.Random) -> str:
+    """A random text of repeated pieces, most of them short, some beyond every limit."""
+    unit = "".join(rng.choices(ASTRAY, k=rng.randint(1, 4)))
+    ends = rng.choices(ASTRAY + [""] * 40, k=2)
+    joint = rng.choice(["", "", " ", "+", ",", ", ", "\\cdot ", "^", "="])  # makes more of them parse
+    return ends[0] + joint.join([unit] * rng.randint(1, int(10 ** rng.uniform(0, 3.3)))) + ends[1]
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_repeated_pieces_never_raise_and_never_take_long(count):
+    rng, slowest = random.Random(count), (0.0, "", "")
+    for _ in range(count):
+        answer, gold = astray(rng), rng.choice(ASTRAY_GOLDS)
+        if rng.random() < 0.2:
+            answer, gold = gold, answer  # a gold file can hold rubbish as well
+        seconds = LIMIT_SECONDS
+        for _ in range(3):  # the fastest of three, where the first was slow: other processes disturb
+            started = time.process_time()
+            assert is_equivalent(answer, gold) in (True, False)
+            seconds = min(seconds, time.process_time() - started)
+            if seconds < 0.05:
+                break
+        slowest = max(slowest, (seconds, answer[:80], gold[:80]))
+        assert isinstance(str(explain(answer, gold)), str)
+        extract_answer(answer)
+    print(f"{count} inputs, the slowest took {1000 * slowest[0]:.1f} ms: {slowest[1:]}")
+    assert slowest[0] < LIMIT_SECONDS, slowest
+
+
 @pytest.mark.parametrize("opening,closing", [
     ("(", ")"), ("{", "}"), ("\\sqrt{", "}"), ("\\frac{1}{", "}"), ("\\sin(", ")"), ("2^{", "}"),
     ("\\{", "\\}"), ("|", "|"), ("(1,", ")"), ("2\\frac{1}{", "}"), ("(", ")!"), ("f(", ")"),

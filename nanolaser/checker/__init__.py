@@ -45,6 +45,7 @@ mathematics; the trusted side is `gold`):
 """
 
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
 from .compare import Comparison, without_domain
@@ -262,7 +263,9 @@ def show(node) -> str:
         return str(node)
     if node and node[0] == "num":
         # A decimal is shown as one: 0.5, not the 1/2 that the tree holds.
-        text = str(node[1]) if node[2] is None else str(float(node[1]))
+        # A float would overflow at 1e309.
+        text = str(node[1] if node[2] is None else
+                   Decimal(node[1].numerator) / Decimal(node[1].denominator))
         return text if len(text) < 40 else text[:37] + "..."
     if node and node[0] in ("sym", "const", "text", "domain") and len(node) == 2:
         return node[1]

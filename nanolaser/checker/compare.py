@@ -233,7 +233,7 @@ class Comparison:
     def two_relations(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """A relation against a relation; chains are compared link by link, in any order."""
         one, other = _assignment(answer), _assignment(gold)
-        if answer[1] == ("in",) and gold[1] != ("in",) and one[0] in gold[2]:
+        if one and answer[1] == ("in",) != gold[1] and one[0] in gold[2]:
             return self.same(one[1], gold)  # x in [2, oo) is as good as [2, oo)
         # f(x) = (x+1)^2 against f(x) = x^2+2x+1: the right sides decide, with
         # the rules for expressions.

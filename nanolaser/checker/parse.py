@@ -41,6 +41,7 @@ from fractions import Fraction
 MAX_CHARS = 3000    # a longer text is compared as text only: no benchmark answer has 400
 MAX_TOKENS = 1500
 MAX_DEPTH = 32      # nested groups; each costs about eleven Python frames of the 1000 there are
+MAX_HEIGHT = 160    # of a tree, in nested tuples: what walks it takes at most two frames for each
 MAX_DIGITS = 1000   # of one number; far below CPython's own limit of 4300
 MAX_EXPONENT = 999  # of scientific notation
 
@@ -72,8 +73,8 @@ NAMES = {"pi": ("const", "pi"), "inf": ("const", "inf"), "infty": ("const", "inf
          "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"),
          "degree": ("op", "deg"), "degrees": ("op", "deg"), "deg": ("op", "deg"),
          "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("cmd", "root"),
-         "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("cmd", "absolute"),
-         "floor": ("cmd", "floor"), "ceil": ("cmd", "ceil")}
+         "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("plain", "abs"),
+         "floor": ("plain", "floor"), "ceil": ("plain", "ceil")}
 # The values are the tokens that the parser sees, so \times, \cdot and * are one token "*", and the
 # grammar needs one rule for the three of them.
 COMMANDS = {
@@ -500,8 +501,8 @@ STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", 
               "base"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
 # What can begin a factor, by kind of token, and which operators can.
-_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "set", "domain", "begin",
-           "node"}
+_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "plain", "set", "domain",
+           "begin", "node"}
 _OPENERS = {"(", "[", "{", "\\{", "lfloor", "lceil", "<("}
 END = ("end of text", "", False)
 
@@ -520,6 +521,21 @@ def parse(text: str) -> tuple:
     return _Parser(tokenize(text)).answer()
 
 
+def check_height(tree: tuple) -> None:
+    """Raise ParseError unless every function that walks the tree is safe to recurse.
+
+    Groups are counted while they are read (MAX_DEPTH), but trees also grow without a bracket:
+    5!!!...!, x^2^2, A \\cup B \\cup C. So every tree is measured once, here, before it is walked.
+    """
+    # A loop, level by level: this must not recurse itself.
+    level, height = [tree], 0
+    while level:
+        height += 1
+        if height > MAX_HEIGHT:
+            raise ParseError(f"a tree of more than {MAX_HEIGHT} levels")
+        level = [part for node in level for part in node if isinstance(part, tuple)]
+
+
 def is_structure(node: tuple) -> bool:
     """True for tuples, sets, relations and the like: what arithmetic cannot be done on."""
     return node[0] in STRUCTURES
@@ -536,6 +552,7 @@ class _Parser:
         self.tokens, self.at = tokens + [END] * 4, 0
         self.depth, self.bars = 0, 0  # open groups; open absolute values
         self.signed = False  # whether a plus-minus sign was met
+        self.indices = set()  # letters that a sum counts with: its i is not the imaginary unit
 
     # -- cursor -------------------------------------------------------------------------------
     def peek(self, ahead: int = 0) -> tuple:
@@ -566,19 +583,22 @@ class _Parser:
     # -- lists and relations ------------------------------------------------------------------
     def answer(self) -> tuple:
         """The whole text: items, and nothing after them."""
-        node = self.items(expand=True)
+        node = self.items()
         # Everything must be consumed. To ignore a rest would make "5 because x is positive" equal
         # to 5, and pay for any hedge that begins with the right value.
         if self.peek() is not END:
             raise ParseError(f"cannot read on at {self.peek()[1]!r}")
+        check_height(node)
+        #   2 \pm \sqrt3  ->  the list 2 + \sqrt3, 2 - \sqrt3
+        # `signed` spares the walk over the tree for answers without such a sign, which are most.
+        if self.signed:
+            items = node[1] if node[0] in ("list", "or") else (node,)
+            found = tuple([choice for item in items for choice in expand_signs(item)])
+            node = found[0] if len(found) == 1 else ("or" if node[0] == "or" else "list", found)
         return node
 
-    def items(self, expand: bool = False) -> tuple:
-        """One item, or the list of several; 'or' is remembered because x<1 or x>3 is a union.
-
-        With expand, an item with a plus-minus sign becomes its two values: at the top and in a
-        set, but not inside brackets, where arithmetic still goes on.
-        """
+    def items(self) -> tuple:
+        """One item, or the list of several; 'or' is remembered because x<1 or x>3 is a union."""
         found, word = [self.item()], ""
         # Commas and words may come together, and "and" between two items says no more than a comma.
         while self.is_op(",", ";") or self.peek()[0] == "sep":
@@ -586,10 +606,6 @@ class _Parser:
                 word = self.peek()[1] if self.peek()[0] == "sep" else word
                 self.at += 1
             found.append(self.item())
-        #   2 \pm \sqrt3  ->  the list 2 + \sqrt3, 2 - \sqrt3
-        # `signed` spares the walk over the tree for answers without such a sign, which are most.
-        if expand and self.signed:
-            found = [choice for node in found for choice in expand_signs(node)]
         if len(found) == 1:
             return found[0]
         return ("or" if word == "or" else "list", tuple(found))
@@ -855,7 +871,7 @@ class _Parser:
             self.tokens[self.at] = ("num", value[1:], False)  # \frac43: 4, then 3 is left
             return number(value[0])
         #   \frac xy, \sqrt2, x^2: one token is the whole argument
-        if kind == "sym" or kind == "num" or kind == "const":
+        if kind == "sym" or kind == "num":
             self.at += 1
             return number(value) if kind == "num" else (kind, value)
         return self.primary()
@@ -887,7 +903,7 @@ class _Parser:
         if kind == "sym":
             return self.symbol(value)
         if kind == "const":
-            return (kind, value)
+            return ("sym" if value in self.indices else kind, value)
         # A tree that `number` read ahead and put back as a token.
         if kind == "node":
             return value
@@ -908,6 +924,8 @@ class _Parser:
             return self.matrix(value)
         if kind == "fn":
             return self.function(value)
+        if kind == "plain":
+            return self.plain(value)
         if kind == "cmd":
             # The values of COMMANDS and NAMES with kind "cmd" name the cmd_ methods below; no text
             # of an answer can name another one.
@@ -999,8 +1017,7 @@ class _Parser:
             #   \{\}  ->  the empty set, the same tree as \emptyset
             if self.take("\\}"):
                 return ("set", ())
-            #   \{\pm 3\}  ->  the set of 3 and -3
-            inside = self.inner(expand=True)
+            inside = self.inner()
             self.expect("\\}")
             return ("set", inside[1] if inside[0] in ("list", "or") else (inside,))
         if self.is_op("$") and self.peek(1)[0] == "num":  # -\$5: the sign came first
@@ -1021,11 +1038,11 @@ class _Parser:
             raise ParseError("brackets do not match")
         return inside
 
-    def inner(self, expand: bool = False) -> tuple:
+    def inner(self) -> tuple:
         """The items in a bracket; bars opened outside cannot close inside it."""
         # Saved and restored, so that |(|x|)| closes its bars in the right order.
         bars, self.bars = self.bars, 0
-        inside = self.items(expand)
+        inside = self.items()
         self.bars = bars
         return inside
 
@@ -1143,17 +1160,9 @@ class _Parser:
         """cbrt(x), as plain text has it."""
         return ("root", ("num", 3, None), scalar(self.argument()))
 
-    def cmd_absolute(self) -> tuple:
-        """abs(x), as plain text has it."""
-        return ("abs", scalar(self.argument()))
-
-    def cmd_floor(self) -> tuple:
-        """floor(x), as plain text has it."""
-        return ("floor", scalar(self.argument()))
-
-    def cmd_ceil(self) -> tuple:
-        """ceil(x), as plain text has it."""
-        return ("ceil", scalar(self.argument()))
+    def plain(self, kind: str) -> tuple:
+        """abs(x), floor(x) and ceil(x), as plain text has them."""
+        return (kind, scalar(self.argument()))
 
     def cmd_angle(self) -> tuple:
         """An angle or triangle is one name: angle ABC is not a product of A, B and C."""
@@ -1191,10 +1200,10 @@ class _Parser:
         # The upper limit may be a long number, \sum_{k=1}^{100}: TeX wants
         # braces there, people forget.
         high = scalar(self.argument(whole_number=True))
+        outer, self.indices = self.indices, self.indices | {name}
         # One term, as usual: \sum k + 1 is (\sum k) + 1.
         body = scalar(self.term())
-        if name in "ei":  # the index i is not the imaginary unit
-            body = _replaced(body, ("const", name), ("sym", name))
+        self.indices = outer
         return (kind, name, low, high, body)
 
     def cmd_prod(self) -> tuple:
@@ -1278,40 +1287,31 @@ def _is_set(node: tuple) -> bool:
     return node[0] in ("set", "setop", "domain") or (node[0] == "tuple" and len(node[3]) == 2)
 
 
-def expand_signs(node: tuple) -> list:
+def expand_signs(node: tuple, level: int = 0) -> list:
     r"""[node], or the two nodes that a \pm in it stands for (all signs of one item together)."""
     #   1 \pm 2 \mp 3  ->  1 + 2 - 3 and 1 - 2 + 3: two nodes, not four
-    if node[0] == "set" or not _has_sign(node):
-        return [node]  # the items of a set were expanded when they were read
-    return [_choose_sign(node, 1), _choose_sign(node, -1)]
+    # Sets in sets double the tree at every level, hence the limit.
+    if level > 2:
+        raise ParseError("a plus-minus sign in nested sets")
+    return [_choose_sign(node, sign, level) for sign in ((1, -1) if _has_sign(node) else (1,))]
 
 
 def _has_sign(node) -> bool:
-    """Is there a plus-minus anywhere in the tree?"""
-    if not isinstance(node, tuple):
+    """Is there a plus-minus in the tree, outside of sets, which have items of their own?"""
+    if not isinstance(node, tuple) or node[:1] == ("set",):
         return False
-    if node and node[0] == "pm":
-        return True
-    for part in node:
-        if _has_sign(part):
-            return True
-    return False
+    return node[:1] == ("pm",) or any([_has_sign(part) for part in node])
 
 
-def _choose_sign(node, sign: int):
+def _choose_sign(node, sign: int, level: int):
     """The tree with every plus-minus resolved: the upper signs for sign = 1, else the lower."""
     if not isinstance(node, tuple):
         return node
+    # \{\pm 3, 0\}  ->  the set of 3, -3 and 0
+    if node[:1] == ("set",):
+        return ("set", tuple([x for item in node[1] for x in expand_signs(item, level + 1)]))
     # ("pm", 1, x) gives +x first; ("pm", -1, x), a minus-plus, gives -x first.
-    if node and node[0] == "pm":
-        inside = _choose_sign(node[2], sign)
+    if node[:1] == ("pm",):
+        inside = _choose_sign(node[2], sign, level)
         return inside if node[1] * sign > 0 else ("neg", inside)
-    return tuple([_choose_sign(part, sign) for part in node])
-
-
-def _replaced(node, old: tuple, new: tuple):
-    """The tree with every `old` in it replaced by `new`."""
-    # Equal subtrees are equal tuples, so a comparison finds every place.
-    if node == old or not isinstance(node, tuple):
-        return new if node == old else node
-    return tuple([_replaced(part, old, new) for part in node])
+    return tuple([_choose_sign(part, sign, level) for part in node])
