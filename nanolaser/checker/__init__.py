@@ -67,15 +67,16 @@ BOX_WINDOW = 2 * MAX_CHARS  # a longer box holds no answer; the window keeps the
 MAX_BOX_TRIES = 8
 
 
-def extract_answer(text: str, strict: bool = False) -> str | None:
+def extract_answer(text: str | None, strict: bool = False) -> str | None:
     r"""Return what the last \boxed{...} of a text holds, or None where there is no box.
 
     Braces are matched; \fbox{5}, \boxed 5 and nested boxes are understood; a box that never closes
-    is passed over. With strict, the rule of the paper's training reward: exactly one "\boxed" in
-    the text, with braces, otherwise None.
+    is passed over. With strict, the rule of the paper's training reward: exactly one "\boxed{" in
+    the text, otherwise None.
     """
     # Two boxes are how a policy hedges ("\boxed{4} or \boxed{5}"): with strict that earns nothing.
-    if strict and text.count("\\boxed") != 1:
+    # Counted as the paper's gate counts, with the brace.
+    if not text or strict and text.count("\\boxed{") != 1:
         return None
     # From the end backwards, because the last box is the answer and a solution can be
     # long. Each try looks at a bounded window only; the whole text is never scanned
@@ -157,7 +158,7 @@ def is_equivalent(answer: str, gold: str) -> bool:
     return _decide(answer, gold)[0]
 
 
-def is_correct(response: str, gold: str, strict: bool = False) -> bool:
+def is_correct(response: str | None, gold: str, strict: bool = False) -> bool:
     r"""The reward r_v in {0, 1} as a bool: does the last \boxed{...} of a response equal gold?"""
     # No box, no reward: a right number somewhere in the prose is not an answer, and to search for
     # it would pay a policy for listing many numbers.
@@ -219,8 +220,9 @@ def _decide_by_trees(answer: str, gold: str) -> tuple[bool, str]:
     # The gold first: when both fail, the message is about the trusted side, where a data set's
     # notation needs a new grammar rule.
     try:
-        gold_tree = parse(gold)
-        answer_tree = parse(answer)
+        reading: dict = {}
+        gold_tree = parse(gold, reading)
+        answer_tree = parse(answer, reading)
     except ParseError as error:
         # Two texts that normalise to nothing (only spaces and $) are not equal either.
         same = bool(_normalised(gold)) and _normalised(answer) == _normalised(gold)
@@ -237,15 +239,17 @@ def _decide_by_trees(answer: str, gold: str) -> tuple[bool, str]:
 
 
 _TEXT_FACE = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s?\{([^{}]*)\}")
-_NOISE = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|[\s$]")
+_NOISE = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\$")
+_SPACE = re.compile(r"(?:\\[,;:! ]|~|\s)+")
+_IDLE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
 
 def _normalised(text: str) -> str:
-    """A text without spaces and faces, for golds that are prose; braces stay, they can matter."""
-    # Digits that a space separates must not merge when spaces vanish: "1 000" and "1 0 0 0" would
-    # be one text, and so would the lists "1 23" and "12 3".
-    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", clean(text))  # 1 000 is not 1000
-    return _NOISE.sub("", _TEXT_FACE.sub(r"\1", text)).replace("\\dfrac", "\\frac")
+    """A text without faces and without spaces that mean nothing, for golds that are prose."""
+    # Spaces between words and between digits mean something: "now here" is not "nowhere", and
+    # 1 000 is not 1000. Braces stay, they can matter.
+    text = _SPACE.sub(" ", _NOISE.sub("", _TEXT_FACE.sub(r"\1", clean(text))))
+    return _IDLE_SPACE.sub("", text).replace("\\dfrac", "\\frac")
 
 
 def _form(text: str) -> str:

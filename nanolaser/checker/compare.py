@@ -5,10 +5,10 @@ small questions about trees; then the sets of real numbers.
 """
 
 import decimal
-from typing import NamedTuple
+from functools import cmp_to_key
 
-from .evaluate import (FIRST_PRECISION, Ball, CannotDecide, Evaluator, Work, agree, equal_at,
-                       is_zero, letters_of, points_for, rounds_to)
+from .evaluate import (FIRST_PRECISION, MAX_PRECISION, Ball, CannotDecide, Evaluator, NoValue,
+                       Work, agree, equal_at, is_zero, letters_of, points_for, rounds_to)
 from .parse import is_structure
 
 # ---------------------------------------------------------------------------------------------
@@ -20,6 +20,8 @@ class Comparison:
     # A fresh budget for each comparison: what a pair costs cannot depend on the pairs before it.
     def __init__(self):
         self.work = Work()
+        # How deep inside structures we are: some rules hold for a whole answer only.
+        self.inside = 0
 
     def same(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """Equal or not, and the rule that decided; raises CannotDecide."""
@@ -36,8 +38,12 @@ class Comparison:
             return self.lists(answer, gold)
         if "rel" in kinds:
             return self.relations(answer, gold)
-        if "text" in kinds:
-            return False, "words against something else"  # equal words are equal trees
+        # Equal words and times are equal trees, met above.
+        if "text" in kinds or "time" in kinds:
+            return False, "words or a time against something else"
+        if "said" in kinds:
+            return (answer[0] == gold[0] and answer[2] == gold[2]
+                    and self.equal(answer[1], gold[1])), "a number with the same words after it"
         if "setop" in kinds or "domain" in kinds:
             return self.unions(answer, gold)
         if "set" in kinds:
@@ -55,8 +61,11 @@ class Comparison:
         return self.scalars(answer, gold)
 
     def equal(self, answer: tuple, gold: tuple) -> bool:
-        """The verdict alone."""
-        return self.same(answer, gold)[0]
+        """The verdict on two parts of structures."""
+        self.inside += 1
+        verdict = self.same(answer, gold)[0]
+        self.inside -= 1
+        return verdict
 
     def matched(self, answers: tuple, golds: tuple) -> bool:
         """Can the two lists be paired off? Greedy is right, because equality is transitive."""
@@ -93,8 +102,7 @@ class Comparison:
         # the question itself, copied; see the policy table.
         if "or" in (answer[0], gold[0]) and gold[0] in ("or", "list") and answer[0] in (
                 "tuple", "setop") and all(item[0] == "rel" for item in golds):
-            return _same_region(_region(answer, self.work), _solved(gold, self.work)), (
-                "an interval that solves the inequalities")
+            return same_region(answer, gold, self.work), "an interval that solves the inequalities"
         # Names on one side are enough; names on both sides are two lists,
         # compared as relations below.
         names = _assigned_names(gold) or _assigned_names(answer)
@@ -124,6 +132,9 @@ class Comparison:
         """Sets against sets; with a tuple or a single value the policy table decides."""
         if answer[0] == gold[0] == "set":
             return self.covered(answer[1], gold[1]), "the same set of elements"
+        # A set in a set is one of its elements, and no notation for something else.
+        if self.inside:
+            return False, "a set against something else in a structure"
         # (1,3) for \{1,3\} is careless notation, (3,1) is rather a point: only the
         # gold's order passes. The reverse, \{1,3\} for a point, is refused below,
         # since a set has lost the order.
@@ -160,12 +171,7 @@ class Comparison:
         return all(map(self.in_order, answer[1], gold[1])), "matrix entries"
 
     def ratios(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
-        """3:4 is 6:8 and 3/4, unless a clock could show it."""
-        # A question about a time wants the time: 1:15 is not 2:30, nor is the number 2.5.
-        if any(side[0] == "ratio" and _is_clock(side) for side in (answer, gold)):
-            if answer[0] != gold[0]:
-                return False, "a time or ratio against something else"
-            return self.in_order(answer[1], gold[1]), "times or ratios as written"
+        """3:4 is 6:8 and 3/4; what a clock could show is a time, which the parser knows."""
         # A plain value is a ratio to one: 3:4 against 3/4 becomes (3, 4) against (3/4, 1).
         parts = [side[1] if side[0] == "ratio" else (side, ("num", 1, None))
                  for side in (answer, gold)]
@@ -185,8 +191,7 @@ class Comparison:
     def unions(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """Unions, intersections and differences, worked out as sets of reals."""
         try:
-            return (_same_region(_region(answer, self.work), _region(gold, self.work)),
-                    "the same set of real numbers")
+            return same_region(answer, gold, self.work), "the same set of real numbers"
         except CannotDecide as error:
             # Not a failure yet: the ends may be letters, as in (-oo, a) U (b, oo).
             if answer[0] != "setop" or gold[0] != "setop" or answer[1] != gold[1]:
@@ -208,8 +213,7 @@ class Comparison:
         if any(op not in ("=", "in", "~") for op in relation[1]):
             # The order of the roles matters: -2<=x<=7 as an answer can be a copy of the question.
             if relation is gold and other[0] in ("tuple", "setop", "set", "domain"):
-                return _same_region(_region(other, self.work), _solved(gold, self.work)), (
-                    "an interval that solves the inequality")
+                return same_region(other, gold, self.work), "an interval that solves the inequality"
             return False, "an inequality against something else"
         # gold x = 5+6 = 11 shows its working; 11 alone would not show which member was asked for.
         if relation is gold and len(gold[1]) > 1:
@@ -269,7 +273,7 @@ class Comparison:
         # A factor of an inequality is refused (2x>6 for x>3), since division by it is the question.
         if op in ("<", "<="):
             return self.equal(answer, gold)
-        points = points_for(letters_of(answer) | letters_of(gold), answer, gold)
+        points, _ = points_for(answer, gold, self.work)
         pairs, compared = [], 0
         for point in points:
             # A point where one side has no value is skipped, such as x = 0 of 1/x.
@@ -303,7 +307,8 @@ class Comparison:
         if is_structure(answer) or is_structure(gold):
             return False, "different kinds of answer"
         # Before evaluation, as letters: choice B and b are two different variables otherwise.
-        if answer[0] == gold[0] and answer[0] in ("sym", "const") and _is_choice(answer, gold):
+        if answer[0] == gold[0] in ("sym", "const") and not self.inside and (
+                _is_choice(answer, gold)):
             return True, "a choice letter in either case"
         answer, answer_unit = _peel(answer, "unit")
         gold, gold_unit = _peel(gold, "unit")
@@ -314,6 +319,10 @@ class Comparison:
             return False, f"units differ: {answer_unit} and {gold_unit}"
         plain_answer, answer_pct = _peel(answer, "pct")
         plain_gold, gold_pct = _peel(gold, "pct")
+        # A share is no length: 5% is not 5 cm. Fifty percent of something has lost its sign.
+        if (answer_pct or answer_unit) and (gold_pct or gold_unit) and (
+                bool(answer_pct) != bool(gold_pct)):
+            return False, "a percentage against a unit"
         # Both or neither in percent: the signs cancel.
         if bool(answer_pct) == bool(gold_pct):
             return self.values(plain_answer, plain_gold)
@@ -329,19 +338,18 @@ class Comparison:
         infinite = _infinity(answer), _infinity(gold)
         if any(infinite):
             return infinite[0] == infinite[1], "infinity with its sign"
-        letters = letters_of(answer) | letters_of(gold)
-        if letters:
-            return self.at_points(answer, gold, letters)
+        if letters_of(answer) or letters_of(gold):
+            return self.at_points(answer, gold)
         # No letters: one evaluation settles it, whereas functions need several points.
         equal, exact = equal_at({}, answer, gold, self.work)
         if not equal and rounds_to(answer, gold, self.work):
             return True, "a decimal that agrees to six places"
         return equal, "exact rational arithmetic" if exact else "values to many digits"
 
-    def at_points(self, answer: tuple, gold: tuple, letters: set) -> tuple[bool, str]:
-        """Two expressions in letters: equal at every point where both have a value."""
+    def at_points(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Two expressions in letters: equal at every point where the gold has a value."""
         agreed, reason = 0, None
-        points = points_for(letters, answer, gold)
+        points, whole = points_for(answer, gold, self.work)
         # Analytic expressions that agree at four random points of four-digit fractions
         # are identical, but for an accident that nobody can aim at; agreement at 1, 2 and
         # 3 would be easy to construct.
@@ -352,8 +360,9 @@ class Comparison:
                     # cost a single evaluation.
                     return False, "expressions that differ at a point"
             except CannotDecide as error:
-                # Out of work is final; everything else may be the fault of this point alone.
-                if self.work.left < 0:
+                # Out of work is final. So is an answer without a value where the gold has one: it
+                # is another function. Only counting has its edges: n!/(n-3)! has no value at 1.
+                if self.work.left < 0 or isinstance(error, NoValue) and not whole:
                     raise
                 reason = error  # not defined at this point
                 continue
@@ -445,14 +454,6 @@ def _links(node: tuple) -> list:
     return links
 
 
-def _is_clock(node: tuple) -> bool:
-    """Could 2:30 be a time? Then 2:30 and 1:15 are not the same ratio."""
-    # 2:05 parses to 5, so it cannot be told from 2:5; minutes below ten are read as ratios.
-    parts = [part[1] for part in node[1] if part[0] == "num" and part[2] is None]
-    return len(parts) == len(node[1]) in (2, 3) and parts[0] <= 24 and all(
-        10 <= part < 60 or part == 0 for part in parts[1:])
-
-
 def _is_choice(answer: tuple, gold: tuple) -> bool:
     """Single letters a to j, in either case."""
     # Only a to j are choices; K and k, or R and r, are different quantities of one problem.
@@ -467,6 +468,13 @@ def _peel(node: tuple, kind: str) -> tuple:
         return (("neg", inside), peeled) if peeled else (node, "")
     if node[0] == "deg" and kind == "unit":
         return node[1], "degree"
+    # Angles add up and have multiples: 180° - 50° is 130°, 2 \cdot 45° is 90°; 90° + 1 is nothing.
+    if node[0] in ("add", "mul") and kind == "unit":
+        parts = [_peel(part, kind) for part in node[1]]
+        units = [unit for _, unit in parts if unit]
+        if units and len(set(units)) == 1 and len(units) == (
+                len(parts) if node[0] == "add" else 1):
+            return (node[0], tuple(part for part, _ in parts)), units[0]
     if node[0] != kind:
         return node, ""
     return node[1], node[2] if kind == "unit" else "%"
@@ -480,161 +488,123 @@ def _infinity(node: tuple) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sets of real numbers: sorted lists of (low, low_closed, high, high_closed)
+# Sets of real numbers. The ends that occur cut the line into places: n ends are n points with n + 1
+# gaps before, between and after them. Two sets are equal if they hold the same of these places.
+#   [0,2] and [0,1] \cup (1,2]: ends 0, 1, 2; places  gap 0 gap 1 gap 2 gap
 
-# Strings rather than Decimal infinities, which the evaluator's context would carry into sums.
-_MINUS, _PLUS = "-inf", "+inf"
-
-
-def _order(one, other) -> int:
-    """-1, 0, 1 for two ends; balls that overlap are equal."""
-    if one in (_MINUS, _PLUS) or other in (_MINUS, _PLUS):
-        #   _MINUS -> -1, any number -> 0, _PLUS -> 1: enough to order ends of which one is infinite
-        rank = {_MINUS: -1, _PLUS: 1}
-        first = rank.get(one, 0) if isinstance(one, str) else 0
-        second = rank.get(other, 0) if isinstance(other, str) else 0
-        return (first > second) - (first < second)
-    if not isinstance(one, Ball) and not isinstance(other, Ball):
-        return (one > other) - (one < other)
-    # Fifty digits and no second try: ends closer than that are written by no one.
-    evaluator = Evaluator({}, FIRST_PRECISION, Work())
-    with decimal.localcontext(evaluator.context):
-        one, other = evaluator.ball(one), evaluator.ball(other)
-        difference, error = one.re - other.re, one.err + other.err
-        return 0 if abs(difference) <= error else 1 if difference > 0 else -1
+_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
-def _end(node: tuple, work: Work):
-    """The value of an interval's end; raises CannotDecide unless it is a real constant."""
-    sign = _infinity(node)
-    if sign:
-        return _PLUS if sign > 0 else _MINUS
-    # An end with a letter has no place on the line: (a, b) is then compared part by part.
-    if is_structure(node) or letters_of(node):
-        raise CannotDecide("an interval whose ends are not numbers")
-    value = Evaluator({}, FIRST_PRECISION, work).value(node)
-    if isinstance(value, Ball) and not value.is_real():
-        raise CannotDecide("an interval whose ends are not real")
-    return value
+def same_region(answer: tuple, gold: tuple, work: Work) -> bool:
+    """Are two unions, intervals, finite sets or solved inequalities the same set of reals?"""
+    ends = {*_ends(answer), *_ends(gold)}
+    values, context = _values([end for end in ends if not _infinity(end)], work)
+
+    def order(one, other) -> int:
+        work.spend(2)
+        one, other = values[one], values[other]
+        if not isinstance(one, Ball):
+            return (one > other) - (one < other)
+        with decimal.localcontext(context):
+            return 0 if agree(one, other) else 1 if one.re > other.re else -1
+
+    # The points have odd numbers, the gaps even ones; equal ends share their number.
+    places, last = {}, None
+    for end in sorted(values, key=cmp_to_key(order)):
+        places[end] = 1 if last is None else places[last] + 2 * (order(last, end) != 0)
+        last = end
+    gap = max(places.values(), default=-1) + 1
+    places.update((end, gap + 1 if _infinity(end) > 0 else -1) for end in ends if _infinity(end))
+    work.spend((gap + 1) * len(ends) // 5)
+    return all(_holds(answer, place, places) == _holds(gold, place, places)
+               for place in range(gap + 1))
 
 
-def _region(node: tuple, work: Work) -> list:
-    """The set of reals that a union, interval, finite set or R stands for."""
-    work.spend(5)
+def _values(ends: list, work: Work) -> tuple[dict, decimal.Context]:
+    """The ends' values, all exact or all balls, with digits enough for what is written in them."""
+    precision = FIRST_PRECISION
+    while precision <= MAX_PRECISION:
+        evaluator = Evaluator({}, precision, work)
+        # An end with a letter has no place on the line: (a, b) is then compared part by part.
+        if any(is_structure(end) or letters_of(end) for end in ends):
+            raise CannotDecide("an interval whose ends are not numbers")
+        values = {end: evaluator.value(end) for end in ends}
+        with decimal.localcontext(evaluator.context):
+            if any(isinstance(value, Ball) for value in values.values()):
+                values = {end: evaluator.ball(value) for end, value in values.items()}
+        if any(isinstance(value, Ball) and not value.is_real() for value in values.values()):
+            raise CannotDecide("an interval whose ends are not real")
+        if evaluator.need <= precision:
+            return values, evaluator.context
+        precision = evaluator.need + 20
+    raise CannotDecide(f"more than {MAX_PRECISION} digits would be needed")
+
+
+def _ends(node: tuple) -> tuple:
+    """The ends of all intervals of a region; raises CannotDecide if it is no region."""
     if node == ("domain", "R"):
-        return [_Ends(_MINUS, False, _PLUS, False)]
+        return ()
     if node[0] == "set":
-        return _merge([(end, True, end, True) for end in (_end(x, work) for x in node[1])])
+        return node[1]
     if node[0] == "tuple" and len(node[3]) == 2 and node[1] in "([" and node[2] in ")]":
-        low, high = _end(node[3][0], work), _end(node[3][1], work)
-        if _order(low, high) > 0:
-            raise CannotDecide("an interval whose ends are in the wrong order")
-        # [-oo, 1] is careless for (-oo, 1]: an infinite end is never closed. (Two intervals without
-        # a union do not come here: `tuples` compares them as written.)
-        closed = node[1] == "[" and low != _MINUS, node[2] == "]" and high != _PLUS
-        return _merge([(low, closed[0], high, closed[1])])
-    if node[0] != "setop":
-        raise CannotDecide("not a set of real numbers")
-    one, other = _region(node[2], work), _region(node[3], work)
-    # Pieces are merged pairwise below, so the cost is charged before it arises: a chain of unions
-    # must not be able to grow for free.
-    work.spend(20 * (len(one) + len(other)))
-    if node[1] == "cup":
-        return _merge(one + other)
-    # A \ B is A intersected with everything outside of B: one rule for both operations.
-    return _intersection(one, other if node[1] == "cap" else _complement(other))
+        return node[3]
+    if node[0] == "setop":
+        return _ends(node[2]) + _ends(node[3])
+    # "x>1, x<3" may mean both or either: a comma does not say, "or" does.
+    if node[0] == "or":
+        return sum(map(_ends, node[1]), ())
+    if node[0] == "rel":
+        if node[1] == ("in",):
+            return _ends(node[2][1])
+        return tuple([end for _, end, _ in _solved(node)] + [
+            ("neg", end) for _, end, size in _solved(node) if size])
+    raise CannotDecide("not a set of real numbers")
 
 
-class _Ends(NamedTuple):
-    """An interval in a form that sorts by its low end, a closed end first."""
-    low: object
-    low_closed: bool
-    high: object
-    high_closed: bool
-
-    def __lt__(self, other):
-        order = _order(self.low, other.low)
-        return order < 0 or order == 0 and self.low_closed > other.low_closed
-
-
-def _merge(pieces: list) -> list:
-    """Sorted, without empty pieces, touching pieces joined: [0,1] and (1,2] become [0,2]."""
-    merged: list = []
-    for piece in sorted(_Ends(*piece) for piece in pieces):
-        order = _order(piece.low, piece.high)
-        # Empty: reversed ends, or (a, a) where an end is open; [a, a] is the point a.
-        if order > 0 or order == 0 and not (piece.low_closed and piece.high_closed):
-            continue
-        if merged:
-            last = merged[-1]
-            gap = _order(last.high, piece.low)
-            # At a touching end one closed side is enough: (0,1) U (1,2) keeps its hole at 1.
-            if gap > 0 or gap == 0 and (last.high_closed or piece.low_closed):
-                further = _order(piece.high, last.high)
-                # The end that reaches further wins; of two equal ends, closed wins over open.
-                high, closed = ((piece.high, piece.high_closed) if further > 0 else
-                                (last.high, last.high_closed or further == 0
-                                 and piece.high_closed))
-                merged[-1] = _Ends(last.low, last.low_closed, high, closed)
-                continue
-        merged.append(piece)
-    return merged
-
-
-def _intersection(one: list, other: list) -> list:
-    """What both lists of pieces share."""
-    pieces = []
-    for a in one:
-        for b in other:
-            low = b if a < b else a  # the later start; at equal ends the open one
-            first, second = (a, b) if _order(a.high, b.high) < 0 else (b, a)
-            closed = first.high_closed and (_order(a.high, b.high) != 0 or second.high_closed)
-            pieces.append((low.low, low.low_closed, first.high, closed))
-    return _merge(pieces)
-
-
-def _complement(region: list) -> list:
-    """The reals that are not in a region: the gaps between its pieces."""
-    # Piece by piece: each end becomes the end of a gap, and what was closed there is open now.
-    pieces, low, low_closed = [], _MINUS, False
-    for piece in region:
-        pieces.append((low, low_closed, piece.low, not piece.low_closed))
-        low, low_closed = piece.high, not piece.high_closed
-    pieces.append((low, low_closed, _PLUS, False))
-    return _merge(pieces)
-
-
-def _same_region(one: list, other: list) -> bool:
-    """Equal ends, equally closed, piece by piece: both sides are merged and sorted."""
-    # Possible only because `_merge` leaves one form of each set: [0,1] U (1,2] is stored as [0,2].
-    return len(one) == len(other) and all(
-        a.low_closed == b.low_closed and a.high_closed == b.high_closed
-        and _order(a.low, b.low) == 0 == _order(a.high, b.high) for a, b in zip(one, other))
-
-
-def _solved(node: tuple, work: Work) -> list:
-    """The reals that satisfy a solved inequality (c < x <= d, x != c, several joined by 'or')."""
-    if node[0] in ("or", "list"):
-        # "x>1, x<3" may mean both or either: a comma does not say.
-        if node[0] == "list":
-            raise CannotDecide("inequalities that are not joined by 'or'")
-        return _merge([piece for item in node[1] for piece in _solved(item, work)])
-    letters = set().union(*(letters_of(side) for side in node[2]))
-    region = [_Ends(_MINUS, False, _PLUS, False)]
+def _solved(node: tuple) -> list:
+    """The links of a solved inequality, x < c or |x| < c, as (op, c, is it |x|?)."""
+    links = []
     for op, left, right in zip(node[1], node[2], node[2][1:]):
         #   3 < x becomes x > 3, so that the letter is on the left
-        if not _is_name(left):
-            left, right = right, left
-            op = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(op, op)
+        if letters_of(right):
+            left, right, op = right, left, _TURNED.get(op)
+        name = left[1] if left[0] == "abs" else left
         # One letter, alone on its side: 2x < 6 as gold is not solved, and solving is not done here.
-        if not _is_name(left) or len(letters) != 1:
+        if not _is_name(name) or letters_of(right) or op not in _TURNED:
             raise CannotDecide("an inequality that is not solved")
-        end = _end(right, work)
-        piece = {"<": [(_MINUS, False, end, False)], "<=": [(_MINUS, False, end, True)],
-                 ">": [(end, False, _PLUS, False)], ">=": [(end, True, _PLUS, False)],
-                 "!=": [(_MINUS, False, end, False), (end, False, _PLUS, False)]}.get(op)
-        if piece is None:
-            raise CannotDecide("a relation that is not an inequality")
-        # A chain holds where all its links hold: 1 < x <= 4 is (1, oo) intersected with (-oo, 4].
-        region = _intersection(region, _merge(piece))
-    return region
+        links.append((op, right, left[0] == "abs"))
+    return links
+
+
+def _holds(node: tuple, place: int, places: dict) -> bool:
+    """Does a place of the line belong to the region?"""
+    if node[0] == "domain":
+        return True
+    if node[0] == "set":
+        return any(places[end] == place for end in node[1])
+    if node[0] == "tuple":
+        low, high = (places[end] for end in node[3])
+        if low > high:
+            raise CannotDecide("an interval whose ends are in the wrong order")
+        return low < place < high or place == low and node[1] == "[" or (
+            place == high and node[2] == "]")
+    if node[0] == "setop":
+        one, other = _holds(node[2], place, places), _holds(node[3], place, places)
+        return {"cup": one or other, "cap": one and other, "setminus": one and not other}[node[1]]
+    if node[0] == "or":
+        return any([_holds(item, place, places) for item in node[1]])
+    if node[1] == ("in",):
+        return _holds(node[2][1], place, places)
+
+    def link(op: str, end: tuple, size: bool) -> bool:
+        there = places[end]
+        if size:
+            #   |x| > c  ->  x > c or x < -c         |x| < c  ->  x < c and x > -c
+            mirrored = link(_TURNED[op], ("neg", end), False)
+            here = link(op, end, False)
+            return here or mirrored if op in (">", ">=", "=") else here and mirrored
+        return {"<": place < there, "<=": place <= there, ">": place > there,
+                ">=": place >= there, "=": place == there, "!=": place != there}[op]
+
+    # A chain holds where all its links hold: 1 < x <= 4.
+    return all([link(*each) for each in _solved(node)])

@@ -36,6 +36,10 @@ class CannotDecide(ValueError):
     """A limit was met, or a point where an expression has no value; the message names it."""
 
 
+class NoValue(CannotDecide):
+    """The answer has no value, or none that can be computed, where the gold has one."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Letters and the points where expressions are compared
 
@@ -103,18 +107,94 @@ def _hash(text: str, salt: int) -> int:
     return crc32(f"{salt}:{text}:{salt * 7919}".encode())
 
 
-def points_for(letters: set, answer: tuple, gold: tuple) -> list[dict]:
-    """Where to compare: rationals of both signs; whole numbers for letters that count."""
-    whole, stepped = map(set.union, _counted(answer), _counted(gold))
-    points = []
-    # Four points for smooth expressions; twenty where steps are, as steps differ at few places:
-    # floor(sqrt(n)) and floor(n/2) agree at n = 2, 3, 4 and 5, and part only then.
-    for k in range(20 if whole or stepped else 4):
+_BRANCHING = {"abs", "floor", "ceil", "root", "log"}
+_SMOOTH = {"sin", "cos", "tan", "cot", "sec", "csc", "cis", "sinh", "cosh", "tanh", "coth"}
+
+
+def _branches(node, smooth: set = _SMOOTH) -> bool:
+    """Could the expression follow different rules on different stretches of a letter?"""
+    if not isinstance(node, tuple):
+        return False
+    # |x|, floor(x), sqrt(x^2), max(x, 20), arcsin(sin x); x^{1/2} and x^y, but not x^3 and 2^x.
+    if node[:1] == ("pow",) and letters_of(node[1]) and not (
+            node[2][0] == "num" and node[2][1].denominator == 1):
+        return True
+    if node[:1] and node[0] in _BRANCHING or node[:1] == ("fn",) and node[1] not in smooth:
+        return bool(letters_of(node))
+    return any([_branches(part, smooth) for part in node])
+
+
+def _constants(node, work: "Work", found: list) -> None:
+    """Append the sizes of the numbers that stand in an expression: where its branches can begin."""
+    if not isinstance(node, tuple) or len(found) >= 6:
+        return
+    if not node or not isinstance(node[0], str):
+        for part in node:
+            _constants(part, work, found)
+    elif letters_of(node):
+        closed = [part for part in node[1] if not letters_of(part)] if node[0] in (
+            "add", "mul") else []
+        #   20 \cdot 30 x  ->  600 as well as what stands deeper; exponents place no branch
+        if len(closed) > 1:
+            _constants((node[0], tuple(closed)), work, found)
+        for part in node[1:2] if node[0] == "pow" else node[1:]:
+            _constants(part, work, found)
+    elif node[0] == "inv":
+        _constants(node[1], work, found)  # x/600 - 1 branches at 600
+    else:
+        try:
+            value = Evaluator({}, FIRST_PRECISION, work).value(node)
+        except CannotDecide:
+            return
+        size = abs(value if not isinstance(value, Ball) else Fraction(value.re))
+        if size and size < 10 ** 12 and size not in found:
+            found.append(size)
+
+
+def _near(value) -> Fraction:
+    """A number close by with one fixed prime below the line: short in exact arithmetic.
+
+    An odd denominator below MAX_REAL_ROOT would make x^a a real root where x^a x^b is none.
+    """
+    return Fraction(int(value * 10007) | 1, 10007)
+
+
+def _stretches(constants: list) -> list:
+    """One number of either sign in each stretch between the constants, and beyond them all."""
+    #   constants 20 and 21  ->  something in (0, 20), (20, 21), beyond 21, beyond 2 * 20 * 21
+    beyond = 2 * math.prod(max(c, 1 / Fraction(c)) for c in constants)
+    marks = [Fraction(0), *sorted(constants)]
+    inside = [low + (high - low) * Fraction(377, 1000) for low, high in zip(marks, marks[1:])]
+    inside += [(marks[-1] or 1) * Fraction(1377, 1000), min(beyond, 10 ** 12) * Fraction(1377, 1000)]
+    return [_near(sign * value) for value in inside for sign in (1, -1)]
+
+
+def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], set]:
+    """(where to compare, the letters that are whole there): rationals of both signs and several
+    sizes; whole numbers for letters that count.
+
+    The gold decides what counts: 0 x! in an answer must not make x a positive whole number, where
+    x and |x| are the same. Only a letter that is whole by custom, such as n, may be counted with
+    by an answer, and only where nothing on either side depends on its sign or its fraction.
+    """
+    letters = sorted(letters_of(answer) | letters_of(gold))
+    (whole, stepped), (more_whole, more_stepped) = _counted(gold), _counted(answer)
+    branching = _branches(gold) or _branches(answer)
+    if not branching and not _branches(gold, set()):
+        whole |= {name for name in more_whole if name[0] in _INTEGER_LETTERS}
+    stepped = (stepped | more_stepped) - whole
+    # Four points for smooth expressions; more where there are branches; twenty where something is
+    # counted: floor(sqrt(n)) and floor(n/2) agree at n = 2, 3, 4 and 5, and part only then.
+    count = 20 if whole or stepped else 8 if branching else 4
+    points: list[dict] = []
+    for k in range(count):
         point = {}
-        for name in letters:
+        for j, name in enumerate(letters):
             bits = _hash(name, k)
-            # Both signs for every letter, so that sqrt(x^2) and x are told apart.
-            sign = 1 if (bits >> 28) + k & 1 else -1
+            # Both signs as often for every letter, and in all four pairs for two of them: the
+            # parity of (j + 1) & k is the j-th Walsh function.
+            #   j = 0: + - + -     j = 1: + + - -     j = 2: + - - +
+            sign = -1 if ((j % 3 + 1) & k).bit_count() & 1 else 1
             if name in whole:
                 # One letter takes all small values and some large: floors differ at few of them.
                 # A fixed ladder rather than random: 1 to 16, then powers and squares,
@@ -126,11 +206,25 @@ def points_for(letters: set, answer: tuple, gold: tuple) -> list[dict]:
             elif name in stepped and k % 2:
                 point[name] = sign * (bits % 10)  # floor(x) and ceil(x) - 1 differ here only
             else:
-                # About 0.1 to 10, never 0 or 1 but by accident, where x and x^2 would meet; four
-                # digits each, so that exact arithmetic on it stays short.
-                point[name] = sign * Fraction(1000 + bits % 8999, 1000 + (bits >> 13) % 8999)
+                # About 0.1 to 10, never 0 or 1, where x and x^2 would meet. Where there are
+                # branches, other sizes too, each letter in its turn.
+                size = Fraction(1000 + bits % 8999, 1000 + (bits >> 13) % 8999)
+                if count == 8 and k >= 4:
+                    size *= (40, Fraction(1, 50), 2000)[(k + j) % 3]
+                point[name] = _near(sign * size)
         points.append(point)
-    return points
+    if whole or branching:
+        constants: list = []
+        for side in (gold, answer):
+            _constants(side, work, constants)
+        # Each letter passes through its stretches while the others stand still.
+        for j, name in enumerate(letters[:4]):
+            stretches = _stretches(constants)
+            if name in whole:
+                stretches = {int(c) + d for c in (*constants, stretches[-2]) for d in (0, 1)
+                             if 15 < c < 10 ** 9}
+            points += [{**points[(k + j) % 4], name: value} for k, value in enumerate(stretches)]
+    return points, whole
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,6 +293,9 @@ def agree(one, other) -> bool:
         return False
     #   1 +- 5 against 3 +- 5: they overlap, and nothing is known
     # Wide balls agree with anything: that is no evidence.
+    # One is certainly not zero, the other could be: nothing is known either.
+    if one.is_null() != other.is_null():
+        raise CannotDecide("not enough digits left")
     # Twenty-five digits must be certain. The floor of 1e-20 is for values that are zero on both
     # sides, where no digit can ever be certain: |x| < 1e-45 counts as zero then.
     if bound > max(one.floor_size(), other.floor_size(), Decimal("1e-20")) * Decimal("1e-25"):
@@ -221,19 +318,29 @@ def equal_at(point: dict, answer: tuple, gold: tuple, work: Work) -> tuple[bool,
     precision = FIRST_PRECISION
     while True:
         evaluator = Evaluator(point, precision, work)
-        one, other = evaluator.value(answer), evaluator.value(gold)
-        exact = not isinstance(one, Ball) and not isinstance(other, Ball)
-        with decimal.localcontext(evaluator.context):
-            if not exact:
-                one, other = evaluator.ball(one), evaluator.ball(other)
-            # Different at any precision is final, since the balls hold the true values.
-            if not agree(one, other):
-                return False, exact
-        # Equal is only believed when nothing written in the answers lies below the last digit kept.
-        #   1 + 10^-80 pi against 1: equal at 50 digits, need = 100, unequal at 120
-        if exact or evaluator.need <= precision:
-            return True, exact
-        # They agree, but something written in them is smaller than the last digit kept.
+        gold_known = False
+        try:
+            other = evaluator.value(gold)
+            gold_known = True
+            one = evaluator.value(answer)
+            exact = not isinstance(one, Ball) and not isinstance(other, Ball)
+            with decimal.localcontext(evaluator.context):
+                if not exact:
+                    one, other = evaluator.ball(one), evaluator.ball(other)
+                # Different at any precision is final, since the balls hold the true values.
+                if not agree(one, other):
+                    return False, exact
+            # Equal is only believed when nothing written in the answers lies below the last digit
+            # kept, also where a floor or an unknown function made an exact number of it.
+            #   1 + 10^-80 pi against 1: equal at 50 digits, need = 100, unequal at 120
+            if evaluator.need <= precision:
+                return True, exact
+        except CannotDecide as error:
+            # More digits may help where something asked for them.
+            if work.left < 0 or evaluator.need <= precision:
+                if gold_known:
+                    raise NoValue(str(error)) from None
+                raise
         precision = evaluator.need + 20
         if precision > MAX_PRECISION:
             raise CannotDecide(f"more than {MAX_PRECISION} digits would be needed")
@@ -723,14 +830,21 @@ class Evaluator:
         return self.do_fact(x, 2)
 
     def do_binom(self, n, k):
-        """n over k, exact, for 0 <= k <= n."""
-        n, k = self.whole(n, "a binomial"), self.whole(k, "a binomial")
-        # The length of n over k is at most k log2 n bits; min(k, n - k) because both give the same.
-        if not 0 <= k <= n or min(k, n - k) * n.bit_length() > MAX_BITS:
+        """n over k, exact: k whole, n any rational number, as in n(n-1)/2."""
+        n, k = self.evaluate(n), self.whole(k, "a binomial")
+        if isinstance(n, Ball):
+            raise CannotDecide("a binomial of a number that is not rational")
+        # For whole n both k and n - k give the same; the smaller costs less.
+        k = min(k, n - k) if n.denominator == 1 and 0 <= k <= n else k
+        # The length of n over k is at most k log2 n bits.
+        bits = n.numerator.bit_length() + n.denominator.bit_length()
+        if k < 0 or k * bits > MAX_BITS:
             raise CannotDecide("a binomial outside its limits")
-        k = min(k, n - k)
-        self.work.spend(2 + k * k * n.bit_length() // 10000)
-        return math.comb(n, k)
+        self.work.spend(2 + k * k * bits // 10000)
+        #   n (n-1) ... (n-k+1) / k!
+        if n.denominator == 1 and n >= 0:
+            return math.comb(int(n), int(k))
+        return math.prod((n - i for i in range(int(k))), start=Fraction(1)) / math.factorial(int(k))
 
     def do_abs(self, x):
         """|z|; its error is that of z."""
@@ -750,26 +864,33 @@ class Evaluator:
         if not isinstance(value, Ball):
             return math.ceil(value) if up else math.floor(value)
         value = self.real(value)
-        # Near a step the digits decide: a value known to 1e-20 is on a side, or at a whole number.
-        if value.im or value.err > Decimal("1e-20") or value.size() > Decimal("1e18"):
+        # Near a step the digits decide, and within its error of a whole number they do not:
+        # 1 - 10^{-60} pi is on either side. What is exactly whole came out exact (roots, logs).
+        nearest = value.re.to_integral_value() if value.size() < Decimal("1e18") else None
+        if value.im or nearest is None or abs(value.re - nearest) <= value.err:
+            self.need = max(self.need, 2 * self.precision)  # more digits may tell
             raise CannotDecide("a floor of a number that is not real or not known well enough")
-        nearest = value.re.to_integral_value()
-        # Within its error of a whole number. Exactly on the step is the
-        # only likely reason for that.
-        if abs(value.re - nearest) <= value.err:
-            return int(nearest)  # log_2 8 is 3 to all the digits there are
         return math.ceil(value.re) if up else math.floor(value.re)
 
     def do_ceil(self, x):
         return self.do_floor(x, True)
 
     def do_log(self, base, x):
-        """ln x / ln base."""
-        numerator = self.log(self.evaluate(x))
+        """ln x / ln base; exact where it comes out, so that a floor of log_2 8 is sure."""
+        inside = self.evaluate(x)
+        numerator = self.log(inside)
         # ln needs no division by ln e, and so keeps one error less.
         if base == ("const", "e"):
             return numerator
-        return self.mul(numerator, self.inverse(self.log(self.evaluate(base))))
+        base = self.evaluate(base)
+        result = self.mul(numerator, self.inverse(self.log(base)))
+        if not isinstance(base, Ball) and not isinstance(inside, Ball) and not result.im:
+            #   log_4 8 = 3/2, because 8^2 = 4^3
+            guess = Fraction(result.re).limit_denominator(12)
+            if abs(guess) <= 300 and self.integer_power(inside, guess.denominator) == (
+                    self.integer_power(base, guess.numerator)):
+                return guess
+        return result
 
     def do_pct(self, x):
         """In arithmetic, 5% is 5/100."""
@@ -777,17 +898,15 @@ class Evaluator:
         return self.mul(self.evaluate(x), Fraction(1, 100))
 
     def do_unit(self, x, name):
-        """A unit inside a sum carries no value."""
-        #   (5 cm) + 3 is 8; only the unit of a whole answer is compared, by `scalars`
-        return self.evaluate(x)
+        """A unit inside a sum is a factor that nobody knows: (5 cm) + 3 is not 8."""
+        #   (2 cm) + (3 cm) is (5 cm) all the same, and (6 cm)/(2 cm) is 3
+        return self.mul(self.evaluate(x), self.do_call(name, ()))
 
     def do_deg(self, x):
-        """Degrees are plain numbers, except in a trigonometric function."""
-        #   90 degrees against 90: equal; sin(30 degrees): 30 pi/180
-        value = self.evaluate(x)
+        """Degrees are radians in a trigonometric function, and elsewhere a unit: 90° + 1 is not 91."""
         if not self.in_trig:
-            return value
-        return self.mul(self.mul(value, self.do_const("pi")), Fraction(1, 180))
+            return self.do_unit(x, "degree")
+        return self.mul(self.mul(self.evaluate(x), self.do_const("pi")), Fraction(1, 180))
 
     def do_call(self, name, args):
         """An unknown function: a pseudo-random number that depends on its arguments only."""
@@ -797,9 +916,14 @@ class Evaluator:
         for arg in args:
             value = self.evaluate(arg)
             if isinstance(value, Ball):
-                # 25 figures: two roundings of the same argument must give one text,
-                # hence far fewer than known.
-                keys.append(f"{value.re:.25e},{value.im:.15f}")
+                # Two roundings of the same argument must give one text, hence fewer figures than
+                # known; and more than the gap that `add` lets pass without asking for precision.
+                figures = self.precision - 18
+                last = value.size().adjusted() - figures
+                if value.is_null() or value.err.adjusted() > last - 5:
+                    raise CannotDecide("an argument of a function that is not known well enough")
+                keys.append(";".join(f"{part.quantize(Decimal(1).scaleb(last)):e}"
+                                     for part in (value.re, value.im)))
             else:
                 value = Fraction(value)
                 # Two long arguments must not share a key: f(10^1000) is not f(10^1001).
