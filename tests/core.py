@@ -11,6 +11,7 @@ import torch
 
 from nanolaser import grpo, laser
 from nanolaser.model import CausalLM, ModelConfig
+from nanolaser.readout import token_logprobs
 from nanolaser.rollout import Rollout
 from tests import plain
 
@@ -103,3 +104,10 @@ def make_batch(rollouts, group_size, tau=0.0, min_std=0.1):
 def update(model, optimizer, batch, *rest, **options):
     return grpo.update(
         model, optimizer, batch.rollouts, batch.advantages, batch.weights, *rest, **options)
+
+
+def read(model, rollouts, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
+    """What the update reads: log-probs of all response tokens (m,), log pi(z_c) of ends (e,)."""
+    hidden, t = grpo.read_hidden(model, rollouts, [z_c_id] * len(rollouts), temperature)
+    logprobs = token_logprobs(hidden, model.lm_head_weight, t.token, t.temperature)
+    return logprobs[: t.responses], logprobs[t.responses :]

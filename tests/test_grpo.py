@@ -9,13 +9,12 @@ import torch
 from torch.testing import assert_close
 
 from nanolaser import grpo, laser, log
-from nanolaser.readout import token_logprobs
 from nanolaser import rollout as rollout_module
 from nanolaser.rollout import Rollout, boxed_answer, judge, judged_rows
 from nanolaser.sampler import generate
 from tests.core import (
     BETA_V, C_REF, FakeTokenizer, all_logprobs, make_batch, random_model, random_rollouts,
-    slow_readout, update)
+    read, slow_readout, update)
 
 TOKENIZER = FakeTokenizer()
 G = 4
@@ -36,13 +35,6 @@ def batch_of(rollouts, seed=0, tau=0.0):
 def loss_of(**changes):
     usual = dict(alpha=0.5, beta_v=BETA_V, c_ref=C_REF, z_c_id=TOKENIZER.z_c_id)
     return grpo.Loss(**{**usual, **changes})
-
-
-def read(model, rollouts, z_c_id=3):
-    """What the update reads: log-probs of all response tokens (m,), log pi(z_c) of ends (e,)."""
-    hidden, t = grpo.read_hidden(model, rollouts, [z_c_id] * len(rollouts), 1.0)
-    return token_logprobs(hidden, model.lm_head_weight, t.token).split(
-        [t.responses, len(t.token) - t.responses])
 
 
 def flat_gradient(model):

@@ -8,12 +8,12 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
-from nanolaser.grpo import read
+
 from nanolaser.cache import KVCache
 from nanolaser.sampler import (
     STRETCH, check_prompts, cut_by_tokens, generate, pad, read_last, sample_next, score, uniforms)
 from tests import plain
-from tests.core import SIZE, VOCAB, FakeTokenizer, all_logprobs, random_model, slow_readout
+from tests.core import SIZE, VOCAB, FakeTokenizer, all_logprobs, random_model, read, slow_readout
 
 TOKENIZER = FakeTokenizer()
 PROMPTS = ["a", "bcdefghijk", "kk3", "0123456789abcdefg", "u1", "fed", "9"]
