@@ -44,16 +44,16 @@ from pathlib import Path
 
 import torch
 
-from nanolaser import grpo, metrics, report
+from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
 from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
 from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
-from nanolaser.judge import default_new_tokens, judge, log_probability, open_model, r_s, tokens_of
+from nanolaser.judge import default_new_tokens, judge, log_probability, open_model, tokens_of
 from nanolaser.problems import (
     ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
 )  # fmt: skip
-from nanolaser.rollout import Rollout
+from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.sampler import check_prompts, generate, score
 from nanolaser.scale.plan import default_kv_cache_gb
 
@@ -326,8 +326,12 @@ def sample_set(model, tokenizer, run, name, problems, missing, limit, o: Options
         group.sort(key=lambda r: r.sample_id)  # they end in any order
         place = missing[rollout.prompt_id]
         extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
-        rows = grpo.check(group, chosen, tokenizer, token_ids=o.token_ids)
-        run.append("samples.jsonl", [{**row, **extra, "sample": j} for j, row in enumerate(rows)])
+        rows = judged_rows(group, chosen, tokenizer, o.token_ids)
+        for j, (row, rollout) in enumerate(zip(rows, group)):
+            row |= extra | {"sample": j}
+            if rollout.checker_error is not None:
+                row["checker_error"] = rollout.checker_error
+        run.append("samples.jsonl", rows)
         del groups[rollout.prompt_id]
 
     generate(
@@ -351,7 +355,7 @@ def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
     tokens = [tokens_of(tokenizer, row) for row in cut]
     values = score(model, tokenizer.z_c_id, [p for p, _ in tokens], [r for _, r in tokens])
     for row, logp_zc in zip(cut, values):
-        row["r_s_if_ended"] = r_s(tokenizer, logp_zc)
+        row["r_s_if_ended"] = self_reward(logp_zc, tokenizer)
     write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
 
 
@@ -382,9 +386,9 @@ def entry_of(name: str, rows: list[dict], threshold: float = 0.5) -> tuple[dict,
     equivalent = metrics.safely(is_equivalent)
     votes = metrics.vote_tables(rows, equivalent)
     entry = metrics.summarise(rows, equivalent, votes=votes, threshold=threshold)
-    entry["checker_errors"] = equivalent.errors
-    if equivalent.errors:
-        warn(f"{name}: the checker failed on {equivalent.errors} pairs of answers: not equal")
+    if entry["checker_errors"]:
+        warn(f"{name}: the checker failed {entry['checker_errors']} times: counted as wrong, or as "
+             "answers that differ")
     return entry, votes
 
 

@@ -27,7 +27,7 @@ import json
 import sys
 from dataclasses import dataclass
 
-from nanolaser import grpo, metrics
+from nanolaser import metrics
 from nanolaser.checker import is_equivalent
 from nanolaser.cli import ModelOptions, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, open_model
@@ -35,7 +35,8 @@ from nanolaser.scale.plan import default_kv_cache_gb
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
 from nanolaser.files import finite
-from nanolaser.sampler import Rollout, check_prompts, generate
+from nanolaser.rollout import Rollout, judged_rows
+from nanolaser.sampler import check_prompts, generate
 
 
 @dataclass
@@ -119,10 +120,10 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options, show) -> list[d
             # Solution i draws from random stream i, in whichever call it is sampled: so the
             # budget that --adaptive leaves unused is all that tells it from a plain vote.
             streams=[len(rows)],
-            on_turn=show.turn, on_finish=show.finish,
+            on_step=show.turn, on_finish=show.finish,
         )  # fmt: skip
         # Tokens go along for programs: verify.py then scores exactly what was sampled.
-        rows += grpo.check(new, [problem], tokenizer, token_ids=o.json)
+        rows += judged_rows(new, [problem], tokenizer, o.json)
         if o.adaptive and change_probability(rows, n - len(rows)) <= o.risk:
             break
     return rows
@@ -161,7 +162,7 @@ class Live:
     def finish(self, rollout: Rollout) -> None:
         """Print a solution that has ended, or what is left to say of the one streamed."""
         self.ended += 1
-        row = grpo.check([rollout], [self.problem], self.tokenizer)[0]
+        row = judged_rows([rollout], [self.problem], self.tokenizer)[0]
         if not self.full:
             print(f"{self.ended:4d}  {describe(row)}", flush=True)
         elif self.n == 1:

@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +167,6 @@ def _local(path: Path) -> Path:
     return path
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """The model's shape out of config.json; ValueError names the file and what is wrong."""
-    raw = read_json(folder / "config.json")
-    try:
-        return ModelConfig.from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-
-
 def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: World) -> CausalLM:
     """Build the model without memory (device meta), then hand it its tensors one by one."""
     config = load_config(folder)
@@ -183,7 +174,7 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: W
     # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
-    world.shard(model, device)
+    world.fully_shard(model, device)
     # All headers before any tensor: what does not fit is said at once, not after gigabytes.
     shards = [_header(path) for path in _weight_files(folder)]
     expected = {name: list(t.shape) for name, t in model.state_dict().items()}
@@ -194,11 +185,23 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: W
             # A copy also where the dtype is right already: a mapped tensor would change with its
             # file, and starts at an odd address, on which fast kernels round differently.
             with _open(shard.path) as file:
-                tensors = {n: world.spread(file.get_tensor(n), device, dtype) for n in names}
+                tensors = {n: world.scatter(file.get_tensor(n), device, dtype) for n in names}
+            for name, tensor in tensors.items():
+                _check_finite(shard.path, name, local(tensor))
             # assign: these tensors become the parameters; there is nothing to copy into.
             model.load_state_dict(tensors, strict=False, assign=True)
     _check_tied(model, shards, world)
     return model
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """ValueError if a weight is NaN or infinite: one is enough to make every answer noise."""
+    # Smallest and largest number carry it, and are found as fast as memory is read.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(
+            f"{path}: the weights hold NaN or infinity ({name}, read as {tensor.dtype}): they were "
+            "damaged or badly trained; take an older checkpoint, or copy them again"
+        )
 
 
 def _check_tied(model: CausalLM, shards: list[_Shard], world: World) -> None:
@@ -208,7 +211,7 @@ def _check_tied(model: CausalLM, shards: list[_Shard], world: World) -> None:
         if model.config.tie_word_embeddings and "lm_head.weight" in shard.tensors:
             with _open(shard.path) as file:
                 own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
-            if not torch.equal(world.part(own), local(model.lm_head_weight)):
+            if not torch.equal(world.local_rows(own), local(model.lm_head_weight)):
                 raise ValueError(
                     f"{shard.path}: lm_head.weight differs from the embedding, to which "
                     "config.json ties it; set tie_word_embeddings to false there to use it"
@@ -307,6 +310,140 @@ def _check_names(folder: Path, expected: dict, found: dict, config: ModelConfig)
 
 
 # ---------------------------------------------------------------------------------------------
+# config.json: the dialects of Hugging Face's transformers, 4 and 5
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The model's shape out of config.json; ValueError names the file and what is wrong."""
+    path = folder / "config.json"
+    try:
+        return config_from_hf(read_json(path))
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.json:", f"{path}:", 1)) from None
+
+
+def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
+    """A parsed config.json as a ModelConfig; ValueError names what this decoder does not implement,
+    so that nothing is ever silently computed differently, and sizes that no model has."""
+    kind = raw.get("model_type")
+    if kind not in ("qwen2", "llama"):
+        raise ValueError(
+            f"config.json: model_type {kind!r} ({str(raw.get('architectures') or '?'):.80}) is not "
+            "supported; this decoder implements qwen2 and llama"
+        )
+    # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
+    sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
+    layers = raw.get("layer_types") or ["full_attention"]
+    others = not isinstance(layers, list) or any(x != "full_attention" for x in layers)
+    for unsupported, what in (
+        (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r:.40}"),
+        (raw.get("quantization_config"), "a model of quantised weights"),
+        (sliding or others, "sliding-window attention (sliding_window, layer_types)"),
+    ):
+        if unsupported:
+            raise ValueError(f"config.json: {what} is not supported")
+    # Bounds far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
+    heads = _number(raw, "num_attention_heads", most=65_536)
+    hidden = _number(raw, "hidden_size", most=1_048_576)
+    theta, scaling = _rope_from_hf(raw)
+    eos = raw.get("eos_token_id")
+    bias = bool(raw.get("attention_bias", False))
+    config = ModelConfig(
+        model_type=kind,
+        vocab_size=_number(raw, "vocab_size", most=16_777_216),
+        hidden_size=hidden,
+        intermediate_size=_number(raw, "intermediate_size", most=1_048_576),
+        num_hidden_layers=_number(raw, "num_hidden_layers", most=1024),
+        num_attention_heads=heads,
+        num_key_value_heads=_number(raw, "num_key_value_heads", heads, most=heads),
+        head_dim=_number(raw, "head_dim", hidden // heads, most=65_536),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, float, 1.0),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=_number(raw, "max_position_embeddings", 2048, most=2**31),
+        # transformers leaves out what equals the family's default, and both say False
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one switch
+        # means all four.
+        attention_bias=True if kind == "qwen2" else bias,
+        attention_output_bias=False if kind == "qwen2" else bias,
+        mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
+        initializer_range=_number(raw, "initializer_range", 0.02, float, 1000.0),
+        eos_token_id=tuple(i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int),
+        bos_token_id=raw.get("bos_token_id") if type(raw.get("bos_token_id")) is int else None,
+    )
+    if config.head_dim % 2 or heads % config.num_key_value_heads:
+        raise ValueError(
+            f"config.json: {heads} heads of head_dim {config.head_dim} (an even number) that share "
+            f"{config.num_key_value_heads} key-value heads: that does not divide"
+        )
+    return config
+
+
+def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
+    llama = config.model_type == "llama"
+    theta, scaling = config.rope_theta, config.rope_scaling
+    raw = {
+        "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
+        **asdict(config),
+        "hidden_act": "silu",
+        # both dialects: the old pair, and transformers 5's rope_parameters
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+        "eos_token_id": [*config.eos_token_id],
+    }
+    for name in ("attention_output_bias", *(() if llama else ("attention_bias", "mlp_bias"))):
+        del raw[name]  # what the family says by itself: see above
+    if not llama:
+        raw["use_sliding_window"] = False
+    if len(config.eos_token_id) < 2:  # one is written as a number, none not at all
+        raw["eos_token_id"] = (*config.eos_token_id, None)[0]
+    return {k: v for k, v in raw.items() if v is not None or k == "rope_scaling"}
+
+
+def _number(raw: dict, name: str, default: Any = None, kind: type = int, most: float = 1e12) -> Any:
+    """A number above 0 from the config; absent or null stands for the default."""
+    value = default if raw.get(name) is None else raw[name]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or not 0 < value <= most:
+        what = "whole number" if kind is int else "number"
+        raise ValueError(
+            f"config.json: {name} is {value!r:.40}, but has to be a {what} above 0, at most {most}"
+        )
+    return value
+
+
+def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
+    """rope_theta and rope_scaling out of either dialect; ValueError for a type we lack."""
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise ValueError("config.json: rope_parameters or rope_scaling is no JSON object")
+    theta = _number({"rope_theta": raw.get("rope_theta"), **new}, "rope_theta", 10_000.0, float)
+    scaling = {k: v for k, v in (old or new).items() if k not in ("rope_theta", "type")}
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor is not supported")
+    kind = scaling.get("rope_type", (old or new).get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(
+            f"config.json: rope type {kind!r:.40} is not supported (only default and llama3)"
+        )
+    # read and not guessed: a wrong one only shows in long texts
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        _number(scaling, name, kind=float)
+    _number(scaling, "original_max_position_embeddings")
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError("config.json: low_freq_factor has to be below high_freq_factor")
+    return theta, {**scaling, "rope_type": "llama3"}
+
+
+# ---------------------------------------------------------------------------------------------
 # out
 
 
@@ -342,7 +479,7 @@ def save_pretrained(
     try:
         temporary.mkdir()
         dtype = str(model.dtype).removeprefix("torch.")
-        write_atomic(temporary / "config.json", _json(model.config.to_hf(dtype)))
+        write_atomic(temporary / "config.json", _json(config_to_hf(model.config, dtype)))
         # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
         for name, content in tokenizer.files().items():
             write_atomic(temporary / name, content)
@@ -400,7 +537,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    wholes = (world.whole(tensors[name]) for name in order)  # one by one, all ranks together
+    wholes = (world.all_gather(tensors[name]) for name in order)  # one by one, all ranks together
     if not world.is_first:
         for _ in wholes:
             pass
@@ -489,7 +626,7 @@ def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tens
             )
     # Read and copied, not mapped: these tensors are about to be updated in place.
     with _open(folder / "state.safetensors") as file:
-        return {name: world.part(file.get_tensor(name)).clone() for name in file.keys()}, meta
+        return {name: world.local_rows(file.get_tensor(name)).clone() for name in file.keys()}, meta
 
 
 def _guarded(folder: Path) -> list[str]:

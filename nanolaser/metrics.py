@@ -447,6 +447,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
     """
     samples = _group(rows)
     if votes is None:
+        equivalent = safely(equivalent)
         votes = vote_tables(rows, equivalent, draws=draws, seed=seed)
     accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
     entry: dict[str, Any] = {"problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
@@ -457,6 +458,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
     entry["verification"] = verification(rows, threshold=threshold, bins=bins)
     entry["mean_response_tokens"] = _mean(samples.tokens)
     entry["finished_share"] = _mean(samples.finished)
+    # What the checker raised, on a solution or where two answers were compared: neither ends an
+    # evaluation, and neither may pass unnoticed.
+    failed = sum(row.get("checker_error") is not None for row in rows)
+    entry["checker_errors"] = failed + getattr(equivalent, "errors", 0)
     return entry
 
 

@@ -15,12 +15,12 @@ Shapes, in the one alphabet that every file here uses:
 
 Rows are padded on the RIGHT.  A causal model never looks right, so padding cannot change a real
 token: no padding mask, no position arithmetic, nothing to get wrong (left padding needs both).
+In  12 7 5 9 / 8 6 _ _  hidden[1, 1] has seen 8 6, and hidden[1, 2:] is never read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------
-# configuration: what config.json says, under the names it says it with
+# configuration, under the names of Hugging Face's config.json; checkpoint.py reads and writes it
 
 
 @dataclass(frozen=True)
@@ -56,137 +56,17 @@ class ModelConfig:
     eos_token_id: tuple[int, ...] = ()  # config.json may name one or several
     bos_token_id: int | None = None
 
-    @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read a parsed config.json, old dialect or transformers 5; ValueError names what this
-        decoder does not implement, so that nothing is ever silently computed differently."""
-        kind = raw.get("model_type")
-        if kind not in ("qwen2", "llama"):
-            named = ", ".join(raw.get("architectures") or []) or "?"
-            raise ValueError(
-                f"config.json: model_type {kind!r} ({named}) is not supported; "
-                "this decoder implements qwen2 and llama"
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not silu")
-        if raw.get("quantization_config"):
-            raise ValueError("config.json: quantised weights are not supported")
-        # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
-        layer_types = raw.get("layer_types") or []
-        sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
-        if sliding or any(t != "full_attention" for t in layer_types):
-            raise ValueError("config.json: sliding-window attention is switched on; not supported")
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        sizes = {name: _positive(raw, name) for name in required}
-        heads = _positive(raw, "num_attention_heads")
-        theta, scaling = _rope_from_hf(raw)
-        eos = raw.get("eos_token_id")
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        bias = bool(raw.get("attention_bias", False))
-        return cls(
-            model_type=kind,
-            **sizes,
-            num_attention_heads=heads,
-            num_key_value_heads=_positive(raw, "num_key_value_heads", heads),
-            head_dim=_positive(raw, "head_dim", sizes["hidden_size"] // heads),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=_positive(raw, "max_position_embeddings", 2048),
-            # transformers leaves out what equals the family's default, and both say False
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one
-            # switch means all four.
-            attention_bias=True if kind == "qwen2" else bias,
-            attention_output_bias=False if kind == "qwen2" else bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
-            initializer_range=raw.get("initializer_range", 0.02),
-            eos_token_id=eos,
-            bos_token_id=raw.get("bos_token_id"),
-        )
-
-    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
-        name = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]
-        scaling = dict(self.rope_scaling) if self.rope_scaling else None
-        raw = {
-            "architectures": [name],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.rms_norm_eps,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "initializer_range": self.initializer_range,
-            # both dialects: the old pair, and transformers 5's rope_parameters
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
-            "rope_parameters": {
-                **(scaling or {"rope_type": "default"}),
-                "rope_theta": self.rope_theta,
-            },
-            "torch_dtype": dtype,
-            "dtype": dtype,
-            "use_cache": True,
-        }
-        if self.model_type == "llama":
-            raw |= {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
-        else:
-            raw |= {"use_sliding_window": False}
-        if self.eos_token_id:
-            many = len(self.eos_token_id) > 1
-            raw["eos_token_id"] = list(self.eos_token_id) if many else self.eos_token_id[0]
-        if self.bos_token_id is not None:
-            raw["bos_token_id"] = self.bos_token_id
-        return raw
-
-
-def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number above 0 from the config; absent or null stands for the default."""
-    value = raw.get(name)
-    value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {name} is {value!r}, but has to be a whole number above 0")
-    return value
-
-
-def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
-    """rope_theta and rope_scaling out of either dialect; ValueError for a type we lack."""
-    new = raw.get("rope_parameters") or {}
-    scaling = dict(raw.get("rope_scaling") or new)
-    theta = float(new.get("rope_theta", raw.get("rope_theta", 10_000.0)))
-    scaling.pop("rope_theta", None)
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor is not supported")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(
-            f"config.json: rope type {kind!r} is not supported (only default and llama3)"
-        )
-    scaling.pop("type", None)
-    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in numbers:  # read and not guessed: a wrong one only shows in long texts
-        if not isinstance(scaling.get(name), (int, float)):
-            raise ValueError(f"config.json: llama3 rope scaling has no number for {name}")
-    return theta, {**scaling, "rope_type": "llama3"}
-
 
 # ---------------------------------------------------------------------------------------------
-# rotary position embedding
+# rotary position embedding: where a token stands is told by turning its queries and keys
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """(D/2,) fp32 angular frequencies in radians per token, Llama 3's rescaling applied."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-    inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
+    # From 1 radian a token (neighbours are told apart) down to about 1 / rope_theta (a whole book
+    # is half a turn): theta ** (-2i / D) for i = 0 to D/2 - 1.
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    inv_freq = 1.0 / config.rope_theta ** (even / config.head_dim)
     if config.rope_scaling is None:
         return inv_freq
     # Llama 3.1+: a context longer than in pre-training, by slowing the slow waves only.
@@ -200,23 +80,17 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles; the first half of
+    """Turn the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles; the first half of
     `sin` comes negated."""
-    # Hugging Face pairs the two halves of a head, not neighbours; the weights assume it.  Rolling
-    # by half a head puts each number's partner in its place.
+    # The textbook, with a and b the two halves of a head (Hugging Face pairs halves, not
+    # neighbours, and the weights assume it):
+    #     torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    # Rolling by half a head puts each number's partner in its place: two products, one sum.
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries (B, H, T, D) over keys and values (B, K, T, D) up to their own place.
-
-    The flag instead of a mask lets torch take its fast kernels, and skip what lies to the right.
-    """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
 # ---------------------------------------------------------------------------------------------
-# the decoder
+# the decoder, from its smallest part to the whole
 
 
 class RMSNorm(nn.Module):
@@ -228,7 +102,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # A bf16 mean over thousands of squares would lose the very digits that normalise.
+        # The textbook: x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight.  In fp32: a
+        # bf16 mean over thousands of squares would lose the very digits that normalise.
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
@@ -247,15 +122,24 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_output_bias)
 
-    def forward(self, x: Tensor, rope, cache, layer: int) -> Tensor:
-        """(B, T, C) -> (B, T, C), over the T tokens alone or over those in a cache too."""
+    def forward(self, x: Tensor, rope, past, layer: int) -> Tensor:
+        """(B, T, C) -> (B, T, C), over the T tokens alone or over those in a KV cache too."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # noqa: E731
         q = rotate(heads(self.q_proj(x)), *rope)  # (B, H, T, D)
         k = rotate(heads(self.k_proj(x)), *rope)  # (B, K, T, D)
         v = heads(self.v_proj(x))  # (B, K, T, D)
-        y = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        if past is not None:
+            y = past.attend(layer, q, k, v)
+        else:
+            # The textbook, each key-value head repeated for the H/K query heads that share it:
+            #     scores = q @ k.mT / D**0.5                              # (B, H, T, T)
+            #     scores = scores.masked_fill(ones(T, T).triu(1), -inf)   # nobody looks right
+            #     y = scores.softmax(-1) @ v                              # (B, H, T, D)
+            # Neither the scores nor the repeated heads ever exist here: torch takes a fast kernel,
+            # and the flag in place of a mask lets it skip what lies to the right.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
 
 class MLP(nn.Module):
@@ -273,7 +157,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Pre-norm residual block: attention, then MLP, each added to the stream x."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -282,9 +166,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, cache, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope, past, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, past, layer)  # tokens exchange
+        return x + self.mlp(self.post_attention_layernorm(x))  # each token thinks by itself
 
 
 class Decoder(nn.Module):
@@ -344,25 +228,27 @@ class CausalLM(nn.Module):
                     p.normal_(0.0, branch if back else std, generator=g)
         return self
 
-    def forward(self, input_ids: Tensor, cache = None) -> Tensor:
+    def forward(self, input_ids: Tensor, past=None) -> Tensor:
         """(B, T) token ids -> (B, T, C) hidden states after the final norm.
 
         Rows are padded on the right: hidden states at real tokens are right whatever the padding
-        holds.  With a cache the rows are those of `cache.admit`, or go on where they ended by one
-        token each.
+        holds.  `past` is a KVCache's `admit(...)` or `decode()`: then the rows fill the cache, or
+        go on where they ended by one token each (cache.py has an example).
         """
-        T = input_ids.shape[1]
-        arange = torch.arange(T, device=input_ids.device)[None]
-        positions = arange if cache is None else cache.begin(T)  # (B or 1, T)
+        # 1. Where does each token stand in its text?
+        positions = None if past is None else past.positions  # (B, 1) when decoding
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        # 2. Every token id becomes a vector: the residual stream ...
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
-        rope = self._rope(positions, x.dtype)
+        rope = self._rope(positions, x.dtype)  # for all layers
+        # 3. ... to which each layer adds what it found out.
         for i, layer in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, cache, i, use_reentrant=False)
+                x = checkpoint(layer, x, rope, past, i, use_reentrant=False)
             else:
-                x = layer(x, rope, cache, i)
-        if cache is not None:
-            cache.end()
+                x = layer(x, rope, past, i)
+        # 4. The hidden state of token t is what the model expects after it.
         return self.model.norm(x)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -370,5 +256,6 @@ class CausalLM(nn.Module):
         if self._inv_freq is None or self._inv_freq.device != positions.device:
             self._inv_freq = inverse_frequencies(self.config).to(positions.device)
         angles = positions[..., None].float() * self._inv_freq  # (B, T, D/2)
+        # both halves of a head turn by the same angle, the first one backwards: cos(-x) is cos(x)
         angles = torch.cat((-angles, angles), dim=-1)[:, None]  # (B, 1, T, D)
-        return angles.cos().to(dtype), angles.sin().to(dtype)  # cos(-x) is cos(x)
+        return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -20,7 +20,6 @@ Three rules keep token ids honest:
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import math
@@ -30,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from .files import parse_json
 
 # The paper's sentence, appended to the problem after a space, in training and evaluation alike.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -63,6 +64,7 @@ class Tokenizer:
     z_c, z_c_id the readout token of r_s, as text and as id
     c_ref       nats; None until it has been estimated.  c_ref_std: its spread, nats
     beta_v      scale of r_s (paper: 0.1)
+    self_reward_loss  what r_s was trained with: mse, or an ablation on another scale (laser.py)
     instruction sentence appended to every problem; "" for none
     verify_prompt  how the model is asked for a judgement in a second turn; None: by default text
     """
@@ -94,6 +96,7 @@ class Tokenizer:
         self.instruction = INSTRUCTION
         self.verify_prompt: str | None = None
         self.beta_v = 0.1
+        self.self_reward_loss = "mse"
         self.c_ref: float | None = None
         self.c_ref_std: float | None = None
         self.z_c, self.z_c_id = "", -1
@@ -138,6 +141,7 @@ class Tokenizer:
             "c_ref": self.c_ref,
             "c_ref_std": self.c_ref_std,
             "beta_v": self.beta_v,
+            "self_reward_loss": self.self_reward_loss,
             "instruction": self.instruction,
             "verify_prompt": self.verify_prompt,
         }
@@ -183,6 +187,12 @@ class Tokenizer:
         content = f"{problem} {self.instruction}" if self.instruction else problem
         return self._render(content)
 
+    @property
+    def asks_for_tags(self) -> bool:
+        """Does the prompt ask for the answer within <answer> tags (as Open-Reasoner-Zero's does)?"""
+        prompt = self.prompt_text("")
+        return "<answer>" in prompt and "</answer>" in prompt
+
     def encode_prompt(self, problem: str) -> list[int]:
         """The ids of the prompt of a problem, up to where the model's answer begins."""
         return self.encode(self.prompt_text(problem))
@@ -204,7 +214,9 @@ class Tokenizer:
             # Saved along, so that whoever loads what we trained asks it in the same words.
             self._files["chat_template.jinja"] = template.encode()
         self._template = str(template)
-        self._render = functools.partial(_render, _compile(self._template), self._names)
+        from .template import compile_template  # here: only who loads a model waits for jinja2
+
+        self._render = compile_template(self._template, self._names)
 
     def _special_names(self) -> dict[str, str]:
         """{"bos_token": "<s>", ...}: what templates may refer to; absent ones are left out."""
@@ -250,8 +262,9 @@ class Tokenizer:
     def why_not_z_c(self, token: str) -> str | None:
         """Why r_s cannot be read at this token, or None if it can."""
         ids = self.encode(token)
-        if len(ids) != 1:
-            return f"it is {len(ids)} tokens, but has to be exactly one of the vocabulary"
+        if len(ids) != 1 or self.decode(ids, skip_special=False) != token:
+            # what the vocabulary lacks may be one token all the same: that of the unknown
+            return f"it is no token of this vocabulary ({len(ids)} would be needed to write it)"
         if ids[0] in self.stop_ids:
             # Its probability after an answer is that of stopping (again): anything but unused.
             return "it is a stop token, and its probability has another meaning already"
@@ -298,9 +311,14 @@ class Tokenizer:
                 "the file belongs to another tokenizer"
             )
         self.beta_v = _typed(laser, "beta_v", (int, float), 0.1)
-        if self.beta_v <= 0:
+        if not self.beta_v > 0:
             raise ValueError(f"laser.json: beta_v is {self.beta_v}, but has to be above 0")
+        self.self_reward_loss = _typed(laser, "self_reward_loss", str, "mse")
+        if self.self_reward_loss not in ("mse", "bce", "sft"):
+            raise ValueError(f"laser.json: self_reward_loss is {self.self_reward_loss!r}")
         self.c_ref = _typed(laser, "c_ref", (int, float), None)
+        if self.c_ref is not None and self.c_ref > 0:
+            raise ValueError(f"laser.json: c_ref is {self.c_ref}, but no log-probability is above 0")
         self.c_ref_std = _typed(laser, "c_ref_std", (int, float), None)
 
 
@@ -340,82 +358,12 @@ class Streamer:
 
 
 # ---------------------------------------------------------------------------------------------
-# chat templates: programs from the internet, run in jinja2's sandbox
-
-
-def _compile(source: str):
-    """A chat template, ready to render; ValueError if it is not a valid one."""
-    import jinja2  # here: only those who load a model wait for it
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks the assistant's words in some templates: render what it holds."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)  # the tag's own name
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(pattern):
-        # Some templates write today's date into the prompt.  A run that goes on over midnight
-        # would read other prompts, so it is always the day that Llama's templates fall back to.
-        return datetime.date(2024, 7, 26).strftime(pattern)
-
-    def tojson(value, indent=None, **_):
-        # jinja2's own filter escapes < > & for web pages; the model should see the characters
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    # Immutable and sandboxed: no attribute that leads to the interpreter, nothing to modify.
-    # The white-space settings and the extra names are those that templates are written for.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    try:
-        return environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise ValueError(f"the chat template is not valid: {error}") from None
-
-
-def _render(template, names: dict[str, str], content: str) -> str:
-    """One user turn, up to where the assistant's begins; ValueError if the template fails, be it
-    by mistake or because the sandbox refused what it tried."""
-    import jinja2
-
-    try:
-        return template.render(
-            messages=[{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tools=None,
-            documents=None,
-            **names,
-        )
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, AttributeError,
-            ValueError, RecursionError) as error:  # fmt: skip
-        raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from None
-
-
-# ---------------------------------------------------------------------------------------------
 # JSON files
 
 
 def _json_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
     """The parsed JSON object of a file, {} if there is no such file; ValueError if damaged."""
-    if name not in files:
-        return {}
-    try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON and bad UTF-8 alike
-        raise ValueError(f"{name} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is damaged: not a JSON object")
-    return value
+    return parse_json(files[name], name) if name in files else {}
 
 
 def _typed(raw: dict, key: str, kind, default):

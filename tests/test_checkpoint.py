@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -239,6 +241,18 @@ def test_quantised_weights_are_refused(copy):
     refused(copy, "model.norm.weight is I8: quantised weights are not supported")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_no_numbers_are_refused(copy, bad, asked):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(copy, lambda tensors: tensors[name][3, 5].fill_(bad))
+    line = refused(copy, "NaN or infinity", dtype=asked)
+    assert name in line and WEIGHTS in line
+    rewrite(copy, lambda tensors: tensors[name][3, 5].fill_(1e6))  # fits into all but float16
+    refused(copy, "NaN or infinity", dtype="float16")
+    load_pretrained(copy, dtype="bfloat16")
+
+
 @pytest.mark.parametrize("damage", [
     lambda b: b[:-100], lambda b: b[:1000], lambda b: b[:4], lambda b: b"", lambda b: b + b"more",
     lambda b: b"\x80\x04" + b[2:], lambda b: struct.pack("<Q", 2**63) + b[8:],
@@ -327,6 +341,29 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         write_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_write_atomic_follows_links_and_replaces_no_device_or_pipe(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o600)
+    for link, target in (("link", "real"), ("dangling", "new"), ("two", "link")):
+        (tmp_path / link).symlink_to(target)
+        write_atomic(tmp_path / link, f"by {link}")
+        assert (tmp_path / link).is_symlink() and (tmp_path / target).read_text() == f"by {link}"
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600  # private before, private after
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError):
+        write_atomic(tmp_path / "loop", "x")
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    write_atomic(tmp_path / "pipe", "through")
+    assert reader.communicate(timeout=20)[0] == b"through"
+    with contextlib.suppress(PermissionError):  # one that may be lost, where we may make one
+        os.mknod(tmp_path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    for device in filter(os.path.exists, [tmp_path / "null"]):
+        write_atomic(device, "away")
+        assert stat.S_ISCHR(os.stat(device).st_mode)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("when", range(0, 12, 2))
@@ -501,7 +538,9 @@ def test_loading_needs_one_copy_and_a_chunk(tiny, tmp_path):
     large = {**TINY, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 7}
     with torch.device("meta"):
         model = CausalLM(ModelConfig(**large)).bfloat16()
-    model.to_empty(device="cpu")
+    model.to_empty(device="cpu").requires_grad_(False)
+    for p in model.parameters():
+        p.fill_(0.5)
     save_pretrained(tiny[0], tiny[1], tmp_path / "small")
     save_pretrained(model, tiny[1], tmp_path / "large")  # 17M parameters: 34 MB in one file
     for dtype in ("bfloat16", "float32"):  # a process each: freed memory would serve the second

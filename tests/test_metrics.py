@@ -229,7 +229,12 @@ def test_an_equality_that_raises_is_no_equality_and_is_counted():
     # who does not count loses nothing else
     assert answer_classes(["1", "5%%%", "1.0"], equivalent).tolist() == [0, 1, 0]
     rows = [rollout(0, a) for a in ("4", "5%%%", "4.0", "9")]
-    assert summarise(rows, equivalent)["majority_vote"]["4"] == pytest.approx(0.5)
+    entry = summarise(rows, equivalent)
+    assert entry["majority_vote"]["4"] == pytest.approx(0.5)
+    # 5%%% = 4, 9 = 5%%%
+    assert entry["checker_errors"] == 2
+    rows[0]["checker_error"] = "RecursionError: ..."  # and one raised while r_v was decided
+    assert summarise(rows, equivalent)["checker_errors"] == 3
 
 
 def test_tally():
@@ -438,7 +443,7 @@ def test_summarise_has_the_keys_of_results_json():
     entry = summarise(rows, same)
     assert list(entry) == ["problems", "n", "accuracy", "accuracy_stderr", "majority_vote",
                            "weighted_vote", "best_of", "pass_at", "verification",
-                           "mean_response_tokens", "finished_share"]
+                           "mean_response_tokens", "finished_share", "checker_errors"]
     assert {"f1", "accuracy_correct", "accuracy_wrong", "auroc", "ece", "brier", "spearman_length",
             "auroc_within", "mean_r_s_correct", "mean_r_s_wrong"} <= set(entry["verification"])
     assert (entry["problems"], entry["n"]) == (40, 8)

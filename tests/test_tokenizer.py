@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
+import torch
 
+from nanolaser.files import peak_memory_bytes
 from nanolaser.problems import load_problems
 from nanolaser.tokenizer import DEFAULT_TEMPLATE, INSTRUCTION, Tokenizer
 
-from .conftest import SPECIAL, write_tokenizer
+from .conftest import ROOT, SPECIAL, write_tokenizer
 
 ENDOFTEXT, IM_START, IM_END, VISION, RESERVED = range(256, 261)
 
@@ -132,6 +135,47 @@ def test_a_hostile_template_runs_nothing_and_is_one_line(
         tokenizer_of(chat_template=template).prompt_text("x")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     assert not (tmp_path / "OWNED").exists()
+
+
+LOOP, END = "{% for i in range(9999) %}", "{% endfor %}"
+GROW = "{% set n = namespace(x=['xx']) %}{% for i in range(60) %}{% set n.x = BODY %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [
+    LOOP * 2 + END * 2, LOOP * 60 + END * 60,
+    "{% for a in 'x' * 90000 %}{% for b in 'x' * 90000 %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for x in ['x'] recursive %}{{ loop(x) }}{% endfor %}",
+    "{{ 'x' * 10**12 }}", "{% set x = 10**12 * 'x' %}", "{{ [0] * 10**10 }}", "{{ 2**(10**9) }}",
+    "{{ messages[0].content * 10**9 }}", LOOP + "{{ 'x' * 9000 }}" + END,
+    GROW.replace("BODY", "n.x + n.x"), GROW.replace("BODY", "n.x ~ n.x"),
+    GROW.replace("BODY", "[n.x, n.x]") + "{{ n.x }}",
+    GROW.replace("BODY", "{'a': n.x, 'b': n.x}") + "{{ n.x | tojson }}",
+    GROW.replace("{% set n.x = BODY %}", "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"),
+    "{{ 'x'.center(10**12) }}", "{{ 'x' | center(10**12) }}", "{{ range(10**9) | list }}",
+    "{{ ['x'] | map('center', 10**10) | list }}", "{{ messages | tojson(indent=10**9) }}",
+    "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}",
+    "{{ ('x' * 90000).replace('x', 'y' * 90000) }}", "{{ (['x' * 9000] * 9000) | join }}",
+    "{{ ('x' * 90000).translate({120: 'y' * 90000}) }}", "{{ lipsum(n=9999) }}",
+    LOOP + "{% set x = ('x,' * 30000).split(',') | sort %}" + END,
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ 1" + "+1" * 20_000 + " }}", "x" * 2_000_000,
+], ids=lambda template: template[:50])  # fmt: skip
+def test_a_template_without_end_or_measure_is_one_line_at_once(tokenizer_of, template):
+    began, memory = time.process_time(), peak_memory_bytes(torch.device("cpu"))
+    with pytest.raises(ValueError, match="chat template") as error:
+        tokenizer_of(chat_template=template).prompt_text("x")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert time.process_time() - began < 5
+    assert peak_memory_bytes(torch.device("cpu")) - memory < 200e6
+
+
+def test_bounds_leave_long_problems_alone(tokenizer_of):
+    template = (
+        "{% for m in messages %}{% set c = m.content | trim %}{{ '<' + m.role + '>' }}"
+        "{{ c.split('</think>')[-1].lstrip('\n') ~ '\n' }}{{ m | tojson }}{% endfor %}"
+    )
+    problem = "7+" * 500_000  # a megabyte
+    assert tokenizer_of(chat_template=template).prompt_text(problem).count("7+") == 1_000_000
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,15 +341,23 @@ def test_z_c_by_default_and_by_choice(tokenizer_of):
     ("<|endoftext|>", "it is a stop token"),  # of generation_config.json
     ("<|im_start|>", "it occurs in the prompt template"),
     ("u", "it occurs in the prompt template"),
-    ("two", "it is 3 tokens"),
-    ("<|nothing|>", "it is 11 tokens"),
-    ("", "it is 0 tokens"),
+    ("two", "no token of this vocabulary"),
+    ("<|nothing|>", "no token of this vocabulary"),
+    ("", "no token of this vocabulary"),
 ])  # fmt: skip
 def test_z_c_refused_with_the_reason(tokenizer_of, token, reason):
     tokenizer = tokenizer_of()
     with pytest.raises(ValueError, match=reason):
         tokenizer.set_z_c(token)
     assert tokenizer.z_c_id == VISION  # as it was
+
+
+def test_what_the_vocabulary_lacks_is_not_the_unknown_token():
+    """The embedded model has 108 characters, and one token for all the others."""
+    tokenizer = Tokenizer.from_folder(ROOT / "nanolaser" / "tiny")
+    for token in ("\u6570", "\U0001f914", "<|vision_start|>"):
+        with pytest.raises(ValueError, match="no token of this vocabulary"):
+            tokenizer.set_z_c(token)
 
 
 def test_a_template_that_uses_the_familys_z_c_makes_it_take_another(tokenizer_of):
@@ -352,10 +404,11 @@ def test_laser_json_round_trip(tokenizer_of, tmp_path):
     ({"z_c": "<|im_end|>"}, "it is a stop token"),
     ({"z_c": 5}, "z_c is 5"),
     ({"c_ref": "low"}, "c_ref is 'low'"),
-    ({"c_ref": float("nan")}, "c_ref is nan"),
+    ({"c_ref": float("nan")}, "laser.json is damaged"),
+    ({"c_ref": 5}, "c_ref is 5"),
     ({"beta_v": 0}, "beta_v is 0"),
     ({"beta_v": True}, "beta_v is True"),
-    ("[]", "laser.json is damaged: not a JSON object"),
+    ("[]", "laser.json is damaged"),
     ("{", "laser.json is damaged"),
 ])  # fmt: skip
 def test_laser_json_that_cannot_be(tokenizer_of, tmp_path, laser, message):
