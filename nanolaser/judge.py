@@ -21,11 +21,10 @@ import torch
 from .checker import extract_answer
 from .checkpoint import load_pretrained
 from .cli import ModelOptions, warn
-from .laser import self_reward
 from .model import CausalLM
 from .readout import token_logprobs
-from .rollout import Rollout
-from .sampler import generate, pad
+from .rollout import Rollout, self_reward
+from .sampler import cut_by_tokens, generate, pad
 
 # The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
 LONGEST = 4096
@@ -59,10 +58,8 @@ def default_new_tokens(model: CausalLM) -> int:
 
 
 def r_s(tokenizer, logp_zc: float | None) -> float | None:
-    """r_s of a log pi(z_c) in nats; None where that is missing or c_ref is unknown."""
-    if logp_zc is None or tokenizer.c_ref is None:
-        return None
-    return self_reward(logp_zc, tokenizer.c_ref, tokenizer.beta_v)
+    """rollout.self_reward, under the name that verify.py has for it."""
+    return self_reward(logp_zc, tokenizer)
 
 
 def tokens_of(tokenizer, row: dict) -> tuple[list[int], list[int]]:
@@ -149,20 +146,16 @@ def log_probability(
 ) -> list[float]:
     """log pi(y | x) in nats of each of N responses, all its tokens summed; `budget` tokens, padding
     included, to a forward pass."""
-    sums, order = [0.0] * len(prompts), sorted(
-        range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i])
-    )
-    while order:
-        # neighbours in length share a batch, the longest first: memory is needed at once or never
-        longest = len(prompts[order[-1]]) + len(responses[order[-1]])
-        batch = [order.pop() for _ in range(min(len(order), max(1, budget // longest)))]
-        tokens, lengths = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
+    sums = [0.0] * len(prompts)
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    for batch in cut_by_tokens(lengths, budget):
+        tokens, ends = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
         starts = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
         # Position t predicts token t + 1: a response at 3 .. 6 is predicted at 2 .. 5.
         hidden = model(tokens[:, :-1])  # (B, T-1, C)
         logprobs = token_logprobs(hidden, model.lm_head_weight, tokens[:, 1:])  # (B, T-1)
         t = torch.arange(tokens.shape[1] - 1, device=model.device)
-        inside = (t >= starts[:, None] - 1) & (t < lengths[:, None] - 1)
+        inside = (t >= starts[:, None] - 1) & (t < ends[:, None] - 1)
         for i, total in zip(batch, (logprobs * inside).sum(1).tolist()):
             sums[i] = total
     return sums

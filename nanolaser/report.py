@@ -344,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="lay the curves of training runs over each other")
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("-o", "--output", default="compare.png", help="(default: compare.png)")
+    parser.error = lambda text: sys.exit(print(f"error: {text}", file=sys.stderr) or 2)
     given = parser.parse_args()
     said = curves(given.output, {str(Path(run)): read_run(run) for run in given.runs})
     print(said)
