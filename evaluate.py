@@ -33,12 +33,14 @@ lies outside needs a --score-scale: sigmoid for logits, rank for all else, or no
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import platform
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +49,9 @@ import torch
 from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
-from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
+from nanolaser.cli import (
+    KV_CACHE_GB, TEMPERATURE, ModelOptions, Progress, main_guard, option, parse_args, warn,
+)  # fmt: skip
 from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
 from nanolaser.judge import default_new_tokens, judge, log_probability, open_model, tokens_of
 from nanolaser.problems import (
@@ -60,43 +64,49 @@ from nanolaser.scale.plan import default_kv_cache_gb
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
 
 
+# One helper a heading of --help.
+what, sampling, verifiers = (
+    functools.partial(option, group=group) for group in ("what", "sampling", "verifiers")
+)
+
+
+# fmt: off
 @dataclass
 class Options(ModelOptions):
     """What to evaluate, and how."""
 
-    data: tuple[str, ...] = option(("arithmetic",), "data sets: arithmetic, arithmetic-hard, "
-                                   "aliases, .jsonl files", group="what")
-    n: int = option(8, "solutions per problem", group="what", min=1)
-    max_problems: int | None = option(None, "problems per data set", group="what", min=1,
-                                      shown="all; of arithmetic 200")
-    include_trained: bool = option(False, "of a training run, also evaluate the problems that it "
-                                          "was trained on", group="what")
-    output: str | None = option(None, "the results' folder", group="what", metavar="DIR",
-                                shown="results/MODEL")
-    temperature: float = option(1.0, "of sampling", group="sampling", min=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
-                          group="sampling", above=0, max=1)
-    max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1,
-                                        shown="by model")
-    max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
-    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="sampling", above=0,
-                                       shown="half of what is free")
-    token_ids: bool = option(False, "keep the solutions' tokens in samples.jsonl", group="sampling")
-    generative: bool = option(False, "also ask the model in words whether each solution is right, "
-                                     "the baseline that r_s replaces", group="verifiers")
-    log_ratio: str | None = option(None, "also score each solution by log pi - log pi_ref, this "
-                                         "being the reference: what the model was before RL",
-                                   group="verifiers", metavar="MODEL")
-    scores: str | None = option(None, "an external verifier's scores of the solutions in --output",
-                                group="verifiers", metavar="FILE")
-    score_scale: str | None = option(None, "how external scores outside [0, 1] are brought there",
-                                     group="verifiers", choices=("sigmoid", "rank", "none"),
-                                     shown="there may be none outside")
-    threshold: float = option(0.5, "external scores above it, once scaled, say right",
-                              group="verifiers")
-    compare: tuple[str, ...] = option((), "two results' folders: differences, 95 % intervals from "
-                                          "a paired bootstrap over problems", group="verifiers",
-                                      count=2, metavar="A B")
+    data: tuple[str, ...] = what(("arithmetic",),
+        "data sets: arithmetic, arithmetic-hard, aliases, .jsonl files")
+    n: int = what(8, "solutions per problem", min=1)
+    max_problems: int | None = what(None, "problems per data set", min=1,
+        shown="all; of arithmetic 200")
+    # what a model has learned by heart says nothing about what it can do
+    include_trained: bool = what(False, "of a training run, also what it was trained on")
+    output: str | None = what(None, "results' folder", metavar="DIR", shown="results/MODEL")
+
+    temperature: float = sampling(1.0, "0 always takes the likeliest token", words=(0.0,),
+        **TEMPERATURE)
+    top_p: float = sampling(1.0, "draw from the likeliest tokens of this total probability",
+        above=0, max=1)
+    max_new_tokens: int | None = sampling(None, "longest solution", min=1,
+        shown="half of the model's positions, at most 4096")
+    max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
+    kv_cache_gb: float | None = sampling(None, "GB the KV cache may take",
+        shown="half of what is free", **KV_CACHE_GB)
+    token_ids: bool = sampling(False, "keep the solutions' tokens in samples.jsonl")
+
+    generative: bool = verifiers(False,
+        "also ask the model in words whether each solution is right: the baseline of r_s")
+    log_ratio: str | None = verifiers(None, metavar="MODEL", help="also score each solution by "
+        "log pi - log pi_ref, this being the reference: what the model was before RL")
+    scores: str | None = verifiers(None, metavar="FILE",
+        help="an external verifier's scores of the solutions in --output")
+    score_scale: str | None = verifiers(None, choices=("sigmoid", "rank", "none"),
+        help="how external scores outside [0, 1] are brought there", shown="refused")
+    threshold: float = verifiers(0.5, "external scores above it, once scaled, say right")
+    compare: tuple[str, ...] = verifiers((), count=2, metavar="A B",
+        help="two results' folders: differences, with 95 % intervals over problems")
+    # fmt: on
 
     def __post_init__(self):
         if self.compare and len(self.compare) != 2:
@@ -104,7 +114,7 @@ class Options(ModelOptions):
         if self.scores is not None and self.output is None:
             raise ValueError("--scores needs --output, the folder of the solutions they belong to")
 
-    def sampling(self, model) -> dict:
+    def memory(self, model) -> dict:
         """What bounds the memory of whatever is sampled."""
         return {"max_rows": self.max_rows,
                 "kv_cache_gb": self.kv_cache_gb or default_kv_cache_gb(model.device)}
@@ -118,7 +128,7 @@ def main() -> int:
     if o.scores is not None:
         return external_scores(o)
 
-    # Everything that can be wrong fails here, before anything is sampled.
+    # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
     model, tokenizer = open_model(o)
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
@@ -129,6 +139,8 @@ def main() -> int:
     count = f"{sum(map(len, sets.values()))} problems x {o.n}"
     print(f"{o.model}: {count}, up to {limit} tokens each, results in {run.path}")
 
+    # 2. Solutions, each with its verdict and its r_s, and 3. what other verifiers say of them: all
+    # of it is on disk as soon as it is known.
     try:
         sample(model, tokenizer, run, sets, limit, o)
         if tokenizer.c_ref is not None:
@@ -138,6 +150,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         raise
+    # 4. Numbers, from the files alone: the same ones however often the run was interrupted.
     results, votes = summarise(run)
     if o.generative:
         for name, entry in generative_entries(run).items():
@@ -145,7 +158,7 @@ def main() -> int:
     if reference:
         for name, entry in log_ratio_entries(model, tokenizer, run, reference, o).items():
             results[name]["log_ratio"] = entry
-    run.write_json("results.json", rounded(results))
+    run.write_json("results.json", results)
     show(run, results, votes)
     return 0
 
@@ -184,6 +197,8 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
 def trained_on(run: dict, source: str) -> set[str]:
     """The texts of the problems that a training run (its options) has learned from, as far as the
     data set may hold them."""
+    # A run on FILE holds out every n-th problem of it, or evaluates on another data set; how, its
+    # options say, and train_and_test divides today as it did then.
     data, eval_data, most = run.get("data"), run.get("eval_data"), run.get("eval_problems")
     if not isinstance(data, str) or has_test_split(data):
         return set()  # what is evaluated is another split
@@ -240,11 +255,9 @@ def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
 def open_results(o: Options, mine: dict) -> RunFolder:
     """The results' folder, new or to go on with; ValueError shows how an existing one differs."""
     name = Path(o.model.rstrip("/")).name
-    tried = 0
-    while True:
-        tried += 1
+    for tried in itertools.count(1):
         # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
-        path = Path(o.output or f"results/{name}" + (f"-{tried}" if tried > 1 else ""))
+        path = Path(o.output or f"results/{name}" + f"-{tried}" * (tried > 1))
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output {path} is a file, not a folder")
         there = read_identity(path)
@@ -253,14 +266,13 @@ def open_results(o: Options, mine: dict) -> RunFolder:
             versions = {"python": platform.python_version(), "torch": torch.__version__}
             run.write_json("config.json", {"evaluation": mine, "versions": versions})
             return run
-        differ = [key for key in mine if there.get(key) != mine[key]]
+        differ = [f"{k} {there.get(k)} there, {mine[k]} here"
+                  for k in mine if there.get(k) != mine[k]]
         if not differ:
             return RunFolder(path)
         if o.output:
-            shown = [f"{key} {there.get(key)} there, {mine[key]} here" for key in differ[:3]]
             raise ValueError(
-                f"{path} holds other results ({'; '.join(shown)}); give another --output"
-            )
+                f"{path} holds other results ({'; '.join(differ[:3])}); give another --output")
 
 
 def read_identity(path: Path) -> dict | None:
@@ -282,6 +294,7 @@ def read_identity(path: Path) -> dict | None:
 # ---------------------------------------------------------------------------------------------
 # sampling
 
+# What every line of the files must hold; anything else is a damaged line, and is named.
 NUMBER, SOME_NUMBER = (int, float), (int, float, type(None))
 KEYS = {"dataset": str, "prompt_id": int, "sample": int}  # which solution of which problem
 SAMPLE = KEYS | {"problem": str, "response": str, "answer": (str, type(None)), "r_v": NUMBER,
@@ -341,7 +354,7 @@ def sample_set(model, tokenizer, run, name, problems, missing, limit, o: Options
         # same problem gets the same solutions in any data set, order or selection.  2^20 solutions
         # fit between two checksums; should two problems share one, nothing breaks.
         streams=[zlib.crc32(p.problem.encode()) << 20 for p in chosen],
-        on_finish=finish, **o.sampling(model),
+        on_finish=finish, **o.memory(model),
     )  # fmt: skip
 
 
@@ -390,14 +403,6 @@ def entry_of(name: str, rows: list[dict], threshold: float = 0.5) -> tuple[dict,
         warn(f"{name}: the checker failed {entry['checker_errors']} times: counted as wrong, or as "
              "answers that differ")
     return entry, votes
-
-
-def rounded(value):
-    """Floats to six decimals, however deep: far below any standard error, and above what the
-    order of a floating-point sum can change."""
-    if isinstance(value, dict):
-        return {key: rounded(x) for key, x in value.items()}
-    return round(value, 6) if isinstance(value, float) else value
 
 
 def show(run: RunFolder, results: dict, votes: dict) -> None:
@@ -451,7 +456,7 @@ def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
             progress.update()
 
         if left:
-            judge(model, tokenizer, left, finish, max_new_tokens=limit, **o.sampling(model))
+            judge(model, tokenizer, left, finish, max_new_tokens=limit, **o.memory(model))
 
 
 def generative_entries(run: RunFolder) -> dict[str, dict]:
@@ -482,7 +487,8 @@ def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Opti
         ended = [row for row in rows if row["finished"]]  # those that have an r_s: a fair contest
         if any(cutter.encode(row["response"]) != tokenizer.encode(row["response"])
                for row in ended[:100]):
-            raise ValueError(f"--log-ratio {o.log_ratio} cuts text into other tokens than {o.model}")
+            raise ValueError(f"--log-ratio {o.log_ratio}: it cuts text into other tokens than "
+                             f"{o.model}")
         prompts, responses = zip(*(tokens_of(tokenizer, row) for row in ended)) or ((), ())
         sums = [log_probability(m, prompts, responses) for m in (model, before)]
         quality = metrics.verification(rescored(ended, (a - b for a, b in zip(*sums))))
@@ -529,7 +535,7 @@ def external_scores(o: Options) -> int:
         shown[f"{name}: r_s"] = metrics.verification(mine)
         shown[f"{name}: {label}"] = results[name]["verification"]
     out = Path(o.output) / f"scores-{label}.json"
-    write_atomic(out, json.dumps(rounded(results), indent=2) + "\n")
+    write_atomic(out, json.dumps(results, indent=2) + "\n")
     print(report.verification_table(shown))
     print(f"\nvotes weighted by {label}:\n" + report.accuracy_table(results, votes))
     print(f"\nwrote {out}")

@@ -7,8 +7,8 @@ The README's table: the embedded run with LaSeR and with plain GRPO, over seeds.
     python benchmarks/embedded.py --steps 18 --problems 40 --runs runs/trial    # in miniature
 
 Two kinds of verifier judge the same solutions: r_s, and the model asked in words, which is what the
-paper compares with.  GRPO has no r_s, so asking is the only fair way to hear what it knows; the base
-model is asked too, and so is LaSeR's.
+paper compares with.  GRPO has no r_s, so asking is the only fair way to hear what it knows; the
+base model is asked too, and so is LaSeR's.
 
 Every number comes from files that evaluate.py wrote: 400 held-out problems x 8 solutions at
 temperature 1 (the problems on which train.py evaluates), and 400 of the longest alone, hard enough
@@ -68,6 +68,7 @@ class Options:
 def next_command(name: str, o: Options) -> list | None:
     """What is to be done next for a model (grpo-0, laser-0, base-0), as the files on disk say; None
     when everything is there."""
+    # No list of what was done is kept: a list can be wrong, the files are what is needed.
     kind, seed = name.split("-")
     folder = Path(o.runs).resolve() / name
     if kind == "base":
@@ -96,6 +97,7 @@ def next_command(name: str, o: Options) -> list | None:
 def work(names: list[str], o: Options) -> None:
     """Run every command that is missing, `o.jobs` at a time; each model's output goes to NAME.log.
     ValueError names the log of one that failed."""
+    # Threads of two processes on two cores wait for each other's: one each is fastest.
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if o.jobs > 1 else {})
     waiting, running = list(names), {}
     try:
@@ -135,7 +137,8 @@ def work(names: list[str], o: Options) -> None:
 def rows_of(folder: Path, data: str, judge: str) -> list[dict]:
     """The solutions of one data set with r_s, or with the judgement in words in its place."""
     key = lambda row: (row["prompt_id"], row["sample"])  # noqa: E731
-    mine = lambda name: [r for _, r in read_jsonl(folder / name) if r["dataset"] == data]  # noqa: E731
+    mine = lambda name: [  # noqa: E731
+        row for _, row in read_jsonl(folder / name) if row["dataset"] == data]
     rows = mine("samples.jsonl")
     if judge == "r_s":
         return rows
@@ -160,6 +163,8 @@ class Seeds:
 
     def mean(self, metric: str) -> Callable:
         """The mean over the seeds drawn, of the problems drawn; None if a seed has no number."""
+        # Crossed, not nested: all seeds are asked the same problems, so a draw takes the same
+        # problems from each of its seeds.
         def statistic(problems: np.ndarray, seeds: np.ndarray) -> float | None:
             values = {s: self.runs[s][metric](problems) for s in set(seeds.tolist())}
             picked = [values[s] for s in seeds]
@@ -192,6 +197,7 @@ def markdown(corner: str, columns: list[str], rows: list[list[str]]) -> str:
 
 def differences(found: dict, draws: int) -> dict[str, dict[str, metrics.Interval]]:
     """What the tables are read for: set of problems -> what is compared -> B - A, paired."""
+    # Seeds are paired, too: with one seed both methods meet the same problems in the same order.
     table: dict[str, dict] = {}
     for where in SETS:
         laser, words, grpo = (found[where, *who] for who in
@@ -247,13 +253,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     runs = Path(o.runs)
     runs.mkdir(parents=True, exist_ok=True)
+    # 1. Train and evaluate; the base model last, for its r_s needs the c_ref that LaSeR measured.
     trained = [f"{kind}-{seed}" for seed in o.seeds for kind in ("laser", "grpo")]
     work(trained, o)
     work([f"base-{seed}" for seed in o.seeds], o)
 
+    # 2. A table of runs that are not alike would be worth nothing.
     steps = {run_of(runs / name)["steps"] for name in trained}
     if len(steps) > 1 or (o.steps and steps != {o.steps}):
         raise ValueError(f"the runs in {runs} have {sorted(steps)} steps: not to be mixed")
+    # 3. Numbers, tables, and the README's picture.
     found = {
         (where, kind, judge): Seeds(
             [rows_of(runs / f"{kind}-{s}" / "results", data, judge) for s in o.seeds], o.seeds)

@@ -22,7 +22,6 @@ import difflib
 import fnmatch
 import io
 import itertools
-import json
 import math
 import random
 import sys
@@ -32,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .files import fetch, read_jsonl
 from .tiny.arithmetic import made_up
 
 # alias -> (dataset on the hub, {split: its files}).  A benchmark with one split gives that split
@@ -109,6 +109,7 @@ def load_problems(
     ids: set[str] = set()
     # What is odd about the rows but no reason to stop: counted, and said once at the end.
     notes: Counter[str] = Counter()
+    # Lazily: of a hundred thousand rows the first ten cost ten.
     rows = ((number, f"{file}:{number}", row) for file in files for number, row in _rows(file))
     for number, where, row in itertools.islice(rows, max_problems):
         # Rows without an id are named by where they are: line of the file, place in the benchmark.
@@ -150,6 +151,7 @@ def train_and_test(
     load_problems, and ValueError if nothing is left to train on.
     """
     if data in ARITHMETIC:
+        # The splits share no problem: which one it is in, its text decides (tiny/arithmetic.py).
         return [], load_problems(eval_data, "test", count, parses=parses)
     train = load_problems(data, "train", parses=parses)
     if data == eval_data and not has_test_split(data):
@@ -247,12 +249,14 @@ class ProblemStream:
 
 def _problem(row: dict, where: str, default_id: str, seed: int, notes: Counter) -> Problem:
     """The problem of a row; ValueError names `where` (file:line) and the field that is wrong."""
+    # 1. The fields, whatever the row calls them.
     values = {}
     for field, names in FIELDS.items():
         # the first name that has a value: a row may carry answer: null beside final_answer
         present = [n for n in names if row.get(n) is not None]
         values[field] = _text(row[present[0]], f"{where}: {present[0]}", notes) if present else None
     identifier = values.pop("id") or default_id
+    # 2. A multiple choice becomes a problem whose answer is a letter.
     if row.get(RIGHT) is not None:
         wrong = [row[k] for k in sorted(row) if k.startswith(WRONG) and row[k] is not None]
         choices = [_text(c, where, notes) for c in (row[RIGHT], *wrong)]
@@ -271,6 +275,7 @@ def _problem(row: dict, where: str, default_id: str, seed: int, notes: Counter) 
             raise ValueError(f"{where}: the answer {values['answer']!r} is not the letter of one "
                              f"of {len(choices)} {OPTIONS}")  # fmt: skip
         values["problem"] = _multiple_choice(values["problem"], choices)
+    # 3. Without a text or a gold answer nothing can be asked, or judged.
     for field in ("problem", "answer"):
         if not values[field]:
             names = " or ".join(FIELDS[field][:2])
@@ -293,6 +298,7 @@ def _multiple_choice(question: str | None, choices: list[str]) -> str:
 
 def _text(value: Any, where: str, notes: Counter) -> str:
     """A field as clean text: numbers as they are written, several answers joined by commas."""
+    # OlympiadBench's final_answer is a list, of one answer mostly.
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(v, where, notes) for v in value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -312,6 +318,7 @@ def _text(value: Any, where: str, notes: Counter) -> str:
 
 def _files(name: str, split: str) -> list[Path]:
     """The files behind a name: one on disk, or those of a hub dataset's split."""
+    # An alias, then a file, and then the question what else may have been meant.
     if name.lower() in DATASETS:
         return _hub_files(name.lower(), split)
     path = Path(name).expanduser()
@@ -330,14 +337,13 @@ def _files(name: str, split: str) -> list[Path]:
 
 def _hub_files(alias: str, split: str) -> list[Path]:
     """Download (or find in the cache) the files of one split of a benchmark."""
-    from .files import fetch  # here: files on disk need no hub
-
     repository, splits = DATASETS[alias]
     if len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
         raise ValueError(f"{alias} has no split {split!r}, only {', '.join(splits)}")
     folder = fetch(repository, [splits[split]], kind="dataset")
+    # The cache may hold files of another split, which somebody asked for earlier.
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     files = [folder / n for n in names if fnmatch.fnmatch(n, splits[split])]
     if not files:
@@ -354,40 +360,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """One JSON object a line; empty lines are skipped."""
-    # Bytes, split at newlines only: text mode would also split at characters such as U+2028,
-    # which may stand unescaped inside a JSON string.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _json_row(line, f"{path}:{number}")
-
-
-def _json_row(line: bytes, where: str) -> dict:
-    """The JSON object of a line; ValueError says what is wrong with it."""
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        # Numbers stay as they are written: an answer 0.10 or one of 5,000 digits is a text to be
-        # compared exactly, not a float.
-        row = json.loads(
-            line.decode("utf-8-sig"), parse_int=str, parse_float=str, parse_constant=refuse
-        )
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply to be a problem") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text (byte {error.start + 1})") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); one object a line is expected") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object; one problem a line is expected")
-    return row
+    """One JSON object a line, numbers as they are written: an answer 0.10, or one of 5,000 digits,
+    is a text to be compared exactly, not a float."""
+    return read_jsonl(path, parse_int=str, parse_float=str)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
     """Rows of a CSV file with a header line; the number is that of the row's last line."""
+    # A cell may hold newlines: it is the reader that knows where a row ends.
     try:
         reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
         for row in reader:

@@ -30,6 +30,7 @@ from .metrics import ece, mean_and_stderr, reliability, vote_sizes
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left, the others to the right."""
+    # Two passes: a column is as wide as its widest cell, which may come last.
     cells = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
@@ -99,6 +100,7 @@ def comparison_table(differences: Mapping[str, Any]) -> str:
     for name, d in differences.items():
         if d.a is None and d.b is None:
             continue
+        # An interval that holds zero is no difference, however large the number before it.
         interval, star = "-", ""
         if d.low is not None:
             interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
@@ -145,6 +147,7 @@ def histograms(path: str | Path, kinds: Mapping[str, Sequence[Mapping[str, Any]]
 
 def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(right, r_s, tokens), (M,) each, of the solutions that have an r_s."""
+    # A solution that was cut off has no end, and no r_s: it is in no picture of r_s.
     kept = [row for row in rows if row["r_s"] is not None and math.isfinite(row["r_s"])]
     right, score, tokens = (np.array([row[k] for row in kept], dtype=float)
                             for k in ("r_v", "r_s", "response_tokens"))
@@ -223,7 +226,7 @@ def _lengths(axis: Any, right: np.ndarray, score: np.ndarray, tokens: np.ndarray
 # and where the same number is found in a held-out evaluation.
 PANELS = (
     ("Accuracy", "share of right solutions", ("reward",), ("accuracy",)),
-    ("Self-reward of right (dashed: wrong) solutions", "mean r_s", ("r_s_correct", "r_s_wrong"), ()),
+    ("Self-reward, right and wrong (dashed)", "mean r_s", ("r_s_correct", "r_s_wrong"), ()),
     ("Verification F1", "F1", ("verification_f1",), ("verification", "f1")),
     ("Response length", "tokens", ("response_tokens",), ("mean_response_tokens",)),
     ("Entropy", "nats a token", ("entropy",), ()),
@@ -244,6 +247,7 @@ def curves(path: str | Path, runs: Mapping[str, tuple[Sequence[dict], Sequence[d
                 colour = COLOURS[i % len(COLOURS)]
                 for key, dash in zip(keys, ("-", "--")):
                     drawn |= _smooth_line(axis, _points(steps, (key,)), colour, dash, name)
+                # Few and exact, against the many noisy batches: points above the curves.
                 points = _points(evals, held_out)
                 axis.plot(*points.T, "o", color=colour, mec="white", ms=6, zorder=5)
                 drawn |= len(points) > 0
@@ -303,7 +307,7 @@ def _dress(axis: Any, title: str, x: str, y: str, drawn: bool) -> None:
     axis.set_ylabel(y, fontsize=9.5)
     axis.grid(True, color="#d5d8dd", lw=0.6)
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["top", "right"]].set_visible(False)  # they carry no scale
     if not drawn:
         axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color=NEUTRAL)
     elif axis.get_legend_handles_labels()[0]:

@@ -268,9 +268,10 @@ def test_scores_outside_0_to_1_need_a_rule(evaluated, call, tmp_path):
     assert 0.9 < entry["verification"]["mean_r_s_correct"] < 1
     ranked, _ = scored(call, evaluated, tmp_path, logits, "--score-scale", "rank")
     assert ranked["verification"]["auroc"] == entry["verification"]["auroc"] == 1.0
+    # every kind lies at the midpoint of its ranks
     means = [ranked["verification"][f"mean_r_s_{kind}"] for kind in ("correct", "wrong")]
     right = sum(row["r_v"] for row in rows) / 96
-    assert means == pytest.approx([1 - right / 2, (1 - right) / 2], abs=1e-5)  # midpoints of their ranks
+    assert means == pytest.approx([1 - right / 2, (1 - right) / 2], abs=1e-5)
     plain, _ = scored(call, evaluated, tmp_path, logits, "--score-scale", "none")
     assert plain["verification"]["mean_r_s_correct"] > 3
 

@@ -88,6 +88,7 @@ def solve(expression, rng: random.Random, wrong: float) -> tuple[int, list[tuple
     if isinstance(expression, int):
         return expression, []
     operator, left, right = expression
+    # The order in which a person would: the steps of the left operand, of the right one, then this.
     (a, before), (b, then) = solve(left, rng, wrong), solve(right, rng, wrong)
     right = value = OPERATORS[operator](a, b)
     if rng.random() < wrong:
@@ -107,6 +108,7 @@ def text(rng: random.Random, options: Options) -> tuple[str, str]:
     result, steps = solve(expression, rng, options.wrong)
     if not -LARGEST <= result <= 10**6:
         return text(rng, options)  # wrong steps can run away: not worth the tokens
+    # One number decides between the three kinds of text: 0 .. 0.2 marks, .. 0.85 a check.
     kind = rng.random()
     marked = kind < options.marks
     mark = lambda ok: ("v" if ok else "x") if marked else ""  # noqa: E731
@@ -116,6 +118,7 @@ def text(rng: random.Random, options: Options) -> tuple[str, str]:
     # read, is trained like any other, as it is in packed pre-training.
     answer = f"{chain}\\boxed{{{result}}}{END}{USER}"
     if not marked and kind < options.marks + options.checks:
+        # By the result, as the checker will judge in RL: two wrong steps may cancel, rarely.
         verdict = "y" if result == arithmetic_value(expression) else "n"
         answer += f"ok?{END}{verdict}{END}{USER}"
     return prompt, answer
@@ -132,6 +135,7 @@ def batches(options: Options, encode):
         rng.shuffle(chunks)
         for chunk in chunks:
             tokens, lengths = pad([prompt + answer for prompt, answer in chunk])
+            # tokens (B, T), lengths (B,), prompt lengths (B,)
             yield tokens, lengths, torch.tensor([len(prompt) for prompt, _ in chunk])
 
 
@@ -147,6 +151,7 @@ def write_tokenizer(folder: Path) -> None:
         for i, token in enumerate(VOCABULARY)
         if len(token) > 1
     ]
+    # What the `tokenizers` library, and so transformers and vLLM, read: no code of ours is needed.
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -175,12 +180,14 @@ def write_tokenizer(folder: Path) -> None:
         "unk_token": "<|unk|>",
         "clean_up_tokenization_spaces": False,
         "additional_special_tokens": SPECIAL,
+        # user: <|user|>TEXT<|end|>, assistant: TEXT<|end|>, and nothing before the answer begins
         "chat_template": (
             "{% for message in messages %}"
             f"{{{{ ('{USER}' if message['role'] == 'user' else '') + message['content'] }}}}{END}"
             "{% endfor %}"
         ),
     }
+    # The first of eight reserved tokens; c_ref is measured by train.py, on the model as it is.
     z_c = SPECIAL[3]
     laser = {"z_c": z_c, "z_c_id": 3, "c_ref": None, "c_ref_std": None, "beta_v": 0.1}
     # The problems need no instruction, and this is how the model was asked for its checks.
@@ -197,6 +204,9 @@ def write_tokenizer(folder: Path) -> None:
 # the training
 
 
+# 1.2 million parameters: six layers, since a problem of five operations is worked out step by step
+# but each step is looked up in one go; grouped queries and tied output, so that the embedded run
+# goes through the same code as Qwen2.5's smaller models.
 CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=len(VOCABULARY),
@@ -232,6 +242,7 @@ def optimizers(model: CausalLM, options: Options) -> list[torch.optim.Optimizer]
 
 def train(model: CausalLM, encode, options: Options) -> None:
     """Supervised training on random texts for options.updates steps; cosine learning rate."""
+    # Both optimizers follow one schedule: up in 100 steps, then half a cosine down to 2 %.
     both = optimizers(model, options)
     groups = [group for optimizer in both for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -252,6 +263,7 @@ def train(model: CausalLM, encode, options: Options) -> None:
         # z-loss (PaLM, section 5): keeps the softmax's normaliser near 1, and so the
         # log-probability of every unused token nearly the same everywhere.
         z_loss = 1e-3 * logits.logsumexp(-1).square().mean()
+        # That is what c_ref is: it has to be nearly constant before RL (31.3 +- 0.2 nats here).
         (loss + z_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in both:

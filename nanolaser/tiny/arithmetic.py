@@ -36,6 +36,7 @@ def arithmetic_text(expression) -> str:
     if isinstance(expression, int):
         return str(expression)
     operator, left, right = expression
+    # A product of sums needs parentheses, (14+25)*2; a sum of products none, 14*2+9.
     weak = lambda e: not isinstance(e, int) and e[0] in "+-"  # noqa: E731
     wrap = lambda e, on: f"({arithmetic_text(e)})" if on else arithmetic_text(e)  # noqa: E731
     # a-(b+c) and a*(b*c) keep theirs: operators of one rank are read from the left
@@ -59,6 +60,8 @@ def _grow(rng: random.Random, operations: int):
     on_left = rng.choice((0, operations - 1, operations - 1, rng.randint(0, operations - 1)))
     left, right = _grow(rng, on_left), _grow(rng, operations - 1 - on_left)
     operator, a, b = rng.choice("+-*"), arithmetic_value(left), arithmetic_value(right)
+    # Refused as a whole, not mended: a second draw of the operator alone would make some operators
+    # rarer at the top of an expression than below it.
     value = OPERATORS[operator](a, b)
     if not 0 <= value <= LARGEST or (operator == "*" and min(a, b) > 9):
         raise OverflowError
@@ -72,13 +75,12 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 8 == 0
 
 
-def made_up(
-    seed: int, split: str, operations: tuple[int, ...]
-) -> Iterator[tuple[str, int, int]]:
+def made_up(seed: int, split: str, operations: tuple[int, ...]) -> Iterator[tuple[str, int, int]]:
     """Endless (text, value, number of operations) of the split (train, test): the same seed gives
     the same ones."""
     rng = random.Random(f"{split} {seed}")
     while True:
+        # Whole problems are thrown away, seven of eight for the test split: they cost microseconds.
         n = rng.choice(operations)
         expression = arithmetic_expression(rng, n)
         text = arithmetic_text(expression)
