@@ -368,7 +368,7 @@ class Progress:
     """How far something long is: a bar on a terminal, elsewhere a plain line every ten seconds.
 
     with Progress("c_ref", 300, "solution") as progress:
-        generate(..., on_tokens=progress.tokens, on_finish=lambda _: progress.update())
+        generate(..., **progress.hooks())
 
     A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own, and
     a thread shows them: whoever does the work has nothing to do but count.
@@ -393,6 +393,11 @@ class Progress:
         if self.thread.ident:
             self.thread.join()
         self.bar.close()
+
+    def hooks(self) -> dict[str, Callable]:
+        """What the sampler is to call: generate(..., **progress.hooks())."""
+        on_step = lambda rollouts: self.tokens(len(rollouts))  # noqa: E731  a token each
+        return {"on_step": on_step, "on_finish": lambda _: self.update()}
 
     def update(self, count: int = 1) -> None:
         """So many more are done."""

@@ -362,6 +362,10 @@ def update(
 # before the first step: c_ref
 
 
+class NothingEnded(ValueError):
+    """Not one of the sampled solutions was finished."""
+
+
 @dataclass
 class CRef:
     """log pi(z_c | x, y) of the untouched model, in nats, over `count` finished solutions."""
@@ -378,14 +382,14 @@ def estimate_c_ref(
     """c_ref as the mean over up to `pairs` sampled (problem, solution) pairs (300 in the PAPER), and
     the same for every other unused special token, steadiest first.
 
-    ValueError if not one solution was finished.
+    NothingEnded, a ValueError, if not one solution was finished.
     """
     # As many problems as pairs, where there are so many: one solution of each.
     n, model = -(-pairs // len(problems)), gathered(model, world)
     rollouts = of_all_ranks(sample(model, tokenizer, problems, n, world, **sampling), world)
     rollouts = [r for r in rollouts if r.finished][:pairs]
     if not rollouts:
-        raise ValueError(
+        raise NothingEnded(
             "c_ref cannot be estimated: no solution came to an end within --max-new-tokens; "
             "raise it, or give --c-ref a number"
         )

@@ -135,7 +135,7 @@ def doubts_of_c_ref(c, o) -> list[str]:
     said = []
     # Cut off in a trial with short solutions, most of the 300 say nothing.
     if c.count < FEW_ENDED:
-        off = "by any amount" if c.std is None else f"by {2 * c.std / c.count**0.5:.1f} nats"
+        off = "by any amount" if not c.std else f"by {2 * c.std / c.count**0.5:.1f} nats"
         said.append(
             f"{c.count} solutions are few; c_ref may well be off {off} (--max-new-tokens "
             f"{o.max_new_tokens} cut off the others)"
