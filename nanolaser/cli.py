@@ -376,15 +376,16 @@ class Progress:
 
     SECONDS = 10.0
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True):
         self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.drawn, self.began, self.over = 0, time.monotonic(), threading.Event()
+        self.shown, self.drawn = shown and speaks(), 0
+        self.began, self.over = time.monotonic(), threading.Event()
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, smoothing=0,
-                        disable=not is_terminal())
+                        disable=not (shown and is_terminal()))
         self.thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> Progress:
-        if speaks():
+        if self.shown:
             self.thread.start()
         return self
 
