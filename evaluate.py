@@ -41,14 +41,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanolaser import grpo, metrics, report
+from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.cli import ModelOptions, is_terminal, main_guard, option, parse_args
 from nanolaser.judge import default_new_tokens, judge, open_model
 from nanolaser.scale.plan import default_kv_cache_gb
 from nanolaser.problems import ARITHMETIC, Problem, load_problems
 from nanolaser.files import RunFolder, write_atomic
-from nanolaser.sampler import Rollout, check_prompts, generate
+from nanolaser.rollout import Rollout, judged_rows
+from nanolaser.sampler import check_prompts, generate
 
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
 CPU_WAVE = 64  # solutions; see --wave
@@ -293,7 +294,7 @@ def sample_wave(model, tokenizer, run, name, problems, wave, limit, o: Options, 
         group.sort(key=lambda r: r.sample_id)  # they end in any order
         place = wave[rollout.prompt_id]
         extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
-        rows = grpo.check(group, chosen, tokenizer, token_ids=o.token_ids)
+        rows = judged_rows(group, chosen, tokenizer, o.token_ids)
         run.append("samples.jsonl", [{**row, **extra, "sample": j} for j, row in enumerate(rows)])
         del groups[rollout.prompt_id]
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from nanolaser import grpo, metrics
+from nanolaser import metrics
 from nanolaser.checker import is_equivalent
 from nanolaser.cli import (
     KV_CACHE_GB, TEMPERATURE, ModelOptions, Progress, main_guard, option, parse_args,
@@ -38,7 +38,7 @@ from nanolaser.files import to_jsonl
 from nanolaser.judge import default_new_tokens, open_model
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
-from nanolaser.rollout import Rollout
+from nanolaser.rollout import Rollout, judged_rows
 from nanolaser.sampler import check_prompts, generate
 from nanolaser.scale.plan import default_kv_cache_gb
 
@@ -122,7 +122,7 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
         progress.update()
         if o.json:
             return
-        row = grpo.check([rollout], [problem], tokenizer)[0]
+        row = judged_rows([rollout], [problem], tokenizer)[0]
         if alone:
             text = f"{streamer.end()}\n\n{describe(row)}"
         elif o.vote or o.adaptive:
@@ -142,11 +142,10 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
                 kv_cache_gb=o.kv_cache_gb or default_kv_cache_gb(model.device),
                 # Solution i draws from random stream i, in whichever call it is sampled: so the
                 # budget that --adaptive leaves unused is all that tells it from a plain vote.
-                streams=[len(rows)], on_tokens=progress.tokens, on_finish=finish,
-                on_turn=stream if alone else None,
+                streams=[len(rows)], on_finish=finish, on_step=stream if alone else progress.step,
             )  # fmt: skip
             # Tokens go along for programs: verify.py then scores exactly what was sampled.
-            rows += grpo.check(new, [problem], tokenizer, token_ids=o.json)
+            rows += judged_rows(new, [problem], tokenizer, token_ids=o.json)
             if o.adaptive:
                 classes = metrics.answer_classes([row["answer"] for row in rows], is_equivalent)
                 left = n - len(rows)

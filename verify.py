@@ -36,8 +36,9 @@ from nanolaser.cli import (
     ModelOptions, Progress, main_guard, option, parse_args, standard_input, warn,
 )  # fmt: skip
 from nanolaser.files import read_jsonl, to_jsonl, write_atomic
-from nanolaser.judge import open_model, r_s
+from nanolaser.judge import open_model
 from nanolaser.report import verification_table
+from nanolaser.rollout import self_reward
 from nanolaser.sampler import score
 
 # Which key holds the tokens of which text.
@@ -192,7 +193,7 @@ def score_rows(model, tokenizer, rows: list[dict], batch_tokens: int, on_scored=
     values = score(model, tokenizer.z_c_id, prompts, responses, batch_tokens, on_scored)
     for i, value in zip(fit, values):
         done[i]["logp_zc"] = value
-        done[i]["r_s"] = r_s(tokenizer, value)
+        done[i]["r_s"] = self_reward(value, tokenizer)
         if done[i]["r_s"] is not None:
             done[i]["verdict"] = "right" if done[i]["r_s"] > 0.5 else "wrong"
     return [row | ask_checker(row) for row in done]

@@ -82,21 +82,24 @@ def forced(lengths: list[int], stop_ids: tuple[int, ...]):
     """Within it `sampler.generate` ends rollout i with a stop token at lengths[i] tokens, and
     nowhere else.  The model computes and draws as ever: only what was drawn is replaced."""
     stop, other = stop_ids[0], max(stop_ids) + 1
+    ends, stops, last = torch.tensor(lengths), torch.tensor(stop_ids), None
+    uniforms, sample_next = sampler.uniforms, sampler.sample_next
 
-    class Batch(sampler._Batch):
-        def sample(self, hidden, ids, over):
-            tokens, *rest = super().sample(hidden, ids, over)
-            for row, i in enumerate(ids):
-                last = len(self.rollouts[i].response_tokens) + 1 == lengths[i]
-                if last or tokens[row] in self.stop_ids:
-                    tokens[row] = stop if last else other
-            return tokens, *rest
+    def told(seed, streams, steps):
+        nonlocal last
+        last = steps + 1 == ends[streams]  # (R,): is the token to be drawn the one to stop at?
+        return uniforms(seed, streams, steps)
 
-    plain, sampler._Batch = sampler._Batch, Batch
+    def replaced(*logits_and_more):
+        tokens, logprobs = sample_next(*logits_and_more)
+        tokens = torch.where(torch.isin(tokens, stops), other, tokens)
+        return torch.where(last, stop, tokens), logprobs
+
+    sampler.uniforms, sampler.sample_next = told, replaced
     try:
         yield
     finally:
-        sampler._Batch = plain
+        sampler.uniforms, sampler.sample_next = uniforms, sample_next
 
 
 def skewed_lengths(count: int, mean: int, longest: int) -> list[int]:
@@ -259,7 +262,7 @@ def arithmetic(work: Work, o: Options, lengths: list[int]) -> int:
 @torch.no_grad()
 def matrix_rate(model: CausalLM, rows: int, seconds: float = 0.5) -> float:
     """Floating-point operations a second of the model's own matrices times `rows` vectors, one
-    matrix after the other as in a turn of the sampler."""
+    matrix after the other as in a step of the sampler."""
     weights = matrices(model)
     x = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in weights}
     done, began = 0, time.process_time()

@@ -34,6 +34,7 @@ import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -46,6 +47,7 @@ from nanolaser.checkpoint import save_pretrained  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import arithmetic_problems  # noqa: E402
+from nanolaser.scale.distributed import ALONE  # noqa: E402
 from nanolaser.tokenizer import Tokenizer  # noqa: E402
 
 GOALS = {"embedded": 4.0, "random": 2.0, "laser_share": 0.03}
@@ -101,7 +103,7 @@ class Ours:
 
     def __init__(self, folder: str, case: str, o: Options, laser: bool):
         problems, tokens = SIZES[case]
-        settings = train.PRESETS["tiny"] | dict(
+        settings = dict(
             steps=10**6, problems_per_step=problems, max_new_tokens=tokens, lr=LR, lr_warmup=0,
             reasoning_warmup=0, self_reward_warmup=0, group_size=o.group_size,
         )  # fmt: skip
@@ -110,17 +112,20 @@ class Ours:
         self.model, self.tokenizer = load_pretrained(folder, device="cpu", dtype="float32")
         self.tokenizer.c_ref = -12.0  # any number: what it costs does not depend on it
         self.optimizer = grpo.Optimizer(self.model, LR, 0.01)
+        self.run = SimpleNamespace(
+            o=self.options, model=self.model, tokenizer=self.tokenizer, optimizer=self.optimizer,
+            stream=SimpleNamespace(), world=ALONE,
+        )  # fmt: skip
 
     def step(self, problems: list, number: int) -> dict:
         """One step: its seconds, in all and by phase, its response tokens and its reward."""
         began = time.process_time()
-        m, rows = train.train_step(
-            self.model, self.tokenizer, self.optimizer, problems, self.options, number
-        )
+        self.run.stream.at = lambda step: problems
+        m, rollouts = train.train_step(self.run, number)
         return {
             "seconds": time.process_time() - began,
-            "tokens": sum(row["response_tokens"] for row in rows),
-            "finished": sum(row["finished"] for row in rows),
+            "tokens": sum(len(r.response_tokens) for r in rollouts),
+            "finished": sum(r.finished for r in rollouts),
             "padding": m["padding_share"],
             **{key: m[f"seconds_{key}"] for key in ("rollout", "check", "update")},
             "reward": m["reward"],

@@ -104,9 +104,13 @@ def run_case(o: Options, case: str) -> dict:
             model, tokenizer, prompts, n=o.group_size, max_new_tokens=o.max_new_tokens, seed=step
         )
         peaks.append(_reset_peak()), seconds.append(time.perf_counter())
-        rows = [{"r_v": float(i % 2), "r_s": 0.5, "finished": False} for i in range(len(rollouts))]
-        batch = grpo.make_batch(rollouts, rows, o.group_size, 0.0, 0.1)
-        grpo.accumulate_gradients(model, batch, grpo.Loss(), o.micro_batch_tokens)
+        for i, r in enumerate(rollouts):
+            r.r_v, r.finished = float(i % 2), False
+        advantages, weights = torch.ones(len(rollouts)), torch.zeros(len(rollouts))
+        advantages[::2] = -1.0
+        grpo.accumulate_gradients(
+            model, rollouts, advantages, weights, grpo.Loss(), o.micro_batch_tokens
+        )
         torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         peaks.append(_reset_peak()), seconds.append(time.perf_counter())
         optimizer.step()

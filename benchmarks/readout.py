@@ -17,6 +17,7 @@ enter; medians of alternating runs.  Linux only.  The last line is one JSON obje
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import sys
@@ -60,6 +61,8 @@ def resident(field: str) -> int:
 
 def measure(function: Callable[[], object]) -> tuple[float, int]:
     """(seconds, most bytes held beyond what was held before) of one call."""
+    # What earlier work has freed goes back to the system, or taking it again would not show.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     before, began = resident("VmRSS"), time.process_time()
     function()
@@ -140,7 +143,7 @@ class _Endless:
         self.size = size
 
 
-def turn_seconds(model: CausalLM, size: int, prompts: list, n: int, length: int) -> float:
+def step_seconds(model: CausalLM, size: int, prompts: list, n: int, length: int) -> float:
     """What one more token for every row costs the sampler, at `length` tokens: the slope between
     rows half as long again and half as short."""
     seconds = []
@@ -200,7 +203,7 @@ def asking(o: Options, name: str, prepared: tuple) -> dict:
     seconds: dict[str, list] = {"readout": [], "second pass": [], "judgement": []}
     for _ in range(o.runs):
         # every row once: the prompts as many times as they have solutions
-        seconds["readout"].append(turn_seconds(model, size, x, 1, length))
+        seconds["readout"].append(step_seconds(model, size, x, 1, length))
         began = time.process_time()
         sampler.score(model, z_c_id, x, y)
         seconds["second pass"].append(time.process_time() - began)

@@ -25,6 +25,7 @@ import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -36,6 +37,7 @@ from nanolaser import grpo, load_pretrained  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM  # noqa: E402
 from nanolaser.problems import arithmetic_problems  # noqa: E402
+from nanolaser.scale.distributed import ALONE  # noqa: E402
 
 GOAL = 0.20  # by how much the cost of a token may differ between 32 and 512 rows
 PROBLEMS = 16
@@ -70,11 +72,13 @@ class Setting:
         self.problems = arithmetic_problems(PROBLEMS, 0)
         self.lengths = skewed_lengths(self.rows, length, 4 * length)
         self.options = dataclasses.replace(
-            train.Options(),
-            **train.PRESETS["tiny"] | {
-                "steps": 10**6, "group_size": group_size, "max_new_tokens": max(self.lengths),
-                "lr": 1e-6, "lr_warmup": 0, "reasoning_warmup": 0, "self_reward_warmup": 0,
-            },
+            train.Options(), steps=10**6, group_size=group_size,
+            max_new_tokens=max(self.lengths), lr=1e-6, lr_warmup=0, reasoning_warmup=0,
+            self_reward_warmup=0,
+        )  # fmt: skip
+        self.run = SimpleNamespace(
+            o=self.options, model=self.model, tokenizer=self.tokenizer, optimizer=self.optimizer,
+            stream=SimpleNamespace(at=lambda step: self.problems), world=ALONE,
         )  # fmt: skip
         self.taken: list[dict] = []
 
@@ -87,11 +91,9 @@ class Setting:
         """One step; its seconds, in all and by phase, are kept."""
         began = time.process_time()
         with forced(self.lengths, self.tokenizer.stop_ids):
-            m, rows = train.train_step(
-                self.model, self.tokenizer, self.optimizer, self.problems, self.options, number
-            )
+            m, rollouts = train.train_step(self.run, number)
         seconds = time.process_time() - began
-        assert [row["response_tokens"] for row in rows] == self.lengths
+        assert [len(r.response_tokens) for r in rollouts] == self.lengths
         phases = {key: m[f"seconds_{key}"] for key in ("rollout", "check", "update")}
         self.taken.append({"seconds": seconds, **phases})
 

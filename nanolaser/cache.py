@@ -1,27 +1,53 @@
 """
-The key-value cache: what the model has computed of rows that are still being written.
+The key-value cache: what the model has computed of texts that are still being written.
+
+A new token looks at the keys and values of all tokens before it.  Those never change, so they are
+kept, and only the new token has to pass the model.  The textbook (tests/plain.py) has no cache: it
+sends the whole text through the model for every token.
+
+An example.  Sequences 7 and 9 will both begin with prompt 0 (a b c), 8 with prompt 1 (f g):
+
+    prefill = cache.admit([7, 9, 8], sources=[0, 0, 1], lengths=[3, 2])
+    model([[a, b, c], [f, g, _]], prefill)     # PREFILL: every prompt passes the model once
+
+        sequence   slot 0   1   2   3          # a slot holds one token's keys and values
+        7               a   b   c              # both from row 0 of the prefill
+        9               a   b   c
+        8               f   g                  # from row 1; nobody looks at what _ left behind
+    cache.reserve()                            # is there a free slot for a new token each?
+    model([[p], [q], [r]], cache.decode())     # DECODE: one token each, in cache.running's order
+
+        7               a   b   c   p          # p has looked at a b c p, in slots 0 to 3
+        9               a   b   c   q
+        8               f   g   r
+
+    cache.drop([9])                            # DROP: its row is free; cache.running is now [7, 8]
+
+Where rows lie.  Sequences of very different lengths share a batch, and in one tensor a single long
+one would make all others as long.  So rows lie in buckets of 64, 128, 256, ... slots, and a
+sequence that has filled its row moves one bucket up.  Memory and attention then follow the lengths
+there are: at worst half of a row is empty, and a row is copied each time its length doubles.
+
+Shapes: B rows, T tokens, H query heads, K key-value heads, D head size, S slots that are looked at.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-class Shelf:
-    """Keys and values of rows that have at most `slots` tokens: row r is ids[r]'s, lengths[r] long.
 
-    One tensor (rows, slots, 2, K, D) a layer, keys and values side by side so that one copy moves
-    both.  There may be more rows than ids: those at the end are free.
-    """
+class Bucket:
+    """Rows of `slots` slots each: row r is that of sequences[r], and lengths[r] of its slots hold
+    a token.  Behind the last sequence there may be rows that are free."""
 
     def __init__(self, slots: int, layers: int, empty: Tensor):
         self.slots = slots
+        # One tensor (rows, slots, 2, K, D) a layer: side by side, one copy moves keys and values.
         self.layers = [empty.new_zeros(0, slots, *empty.shape) for _ in range(layers)]
-        self.ids: list[int] = []
-        self.lengths: list[int] = []  # tokens held, known without asking the device
+        self.sequences: list[int] = []
+        self.lengths: list[int] = []  # known here, so that nobody has to ask the device
 
     @property
     def rows(self) -> int:
@@ -30,203 +56,212 @@ class Shelf:
 
     def resize(self, rows: int) -> None:
         """Have so many rows, layer by layer: never more than one layer is there twice."""
-        n = len(self.ids)
+        used = len(self.sequences)
         for i, old in enumerate(self.layers):
             # zeros, not garbage: what a mask hides still enters as 0 * value, and 0 * nan is nan
             self.layers[i] = old.new_zeros(rows, *old.shape[1:])
-            self.layers[i][:n] = old[:n]
+            self.layers[i][:used] = old[:used]
             del old  # freed before the next layer's is made
 
     def drop(self, row: int) -> None:
-        """Remove a row: the last one moves into its place, and nothing else is touched."""
-        n = self.lengths[-1]
-        if row != len(self.ids) - 1:
+        """Free a row: the last sequence moves into it, and nothing else is touched."""
+        # Without row 1, sequences 7 9 8 5 become 7 5 8: one copy, where closing the gap takes two.
+        last, n = len(self.sequences) - 1, self.lengths[-1]
+        if row != last:
             for tensor in self.layers:
-                tensor[row, :n] = tensor[len(self.ids) - 1, :n]
-        for facts in (self.ids, self.lengths):
-            facts[row] = facts[-1]
-            facts.pop()
+                tensor[row, :n] = tensor[last, :n]
+        for values in (self.sequences, self.lengths):
+            values[row] = values[-1]
+            values.pop()
 
-    def take(self, other: Shelf, row: int) -> None:
-        """Move a row of another shelf to a free row of this one."""
-        n, new = other.lengths[row], len(self.ids)
+    def take(self, other: Bucket, row: int) -> None:
+        """Move a sequence of another bucket to a free row of this one."""
+        n, new = other.lengths[row], len(self.sequences)  # the first free row
         for mine, theirs in zip(self.layers, other.layers):
             mine[new, :n] = theirs[row, :n]
-        self.ids.append(other.ids[row])
+        self.sequences.append(other.sequences[row])
         self.lengths.append(n)
         other.drop(row)
 
 
-@dataclass
-class Part:
-    """What one shelf has to do with a forward pass over the cache."""
-
-    shelf: Shelf
-    rows: slice  # decoding: of the batch; prefill: of the shelf
-    where: Tensor  # decoding: the slot of each row's new token; prefill: the prompt a row copies
-    mask: Tensor | None = None  # (rows, 1, 1, S): 0 where the new token may look, else -inf
-
-
 class KVCache:
-    """Keys and values of rows of all lengths, never taking more than `budget` bytes (None: any).
+    """Keys and values of sequences of at most `longest` tokens, in at most `budget` bytes (None:
+    any); layers, kv_heads and head_dim are the model's L, K and D."""
 
-    Rows lie on shelves of 64, 128, 256, ... slots, the last one of `longest`; a row that has
-    filled its place moves one shelf up.  So memory and attention follow the lengths there are: a
-    long row makes no short one longer, about half of a row's slots are empty at worst, and a row
-    is copied once each time its length doubles.
-
-        cache.admit([7, 9], [0, 0], [5])   # rows 7 and 9 will both begin with prompt 0's 5 tokens
-        model(prompts, cache)              # prefill of right-padded prompts
-        cache.grow()                       # room for one more token in every row
-        model(tokens, cache)               # decode: one token a row, in the order of cache.ids
-        cache.drop([7])
-    """
-
-    BLOCK = 64  # slots of the smallest shelf
-    ROWS = 8  # by which a shelf grows where the budget is not tight: fewer copies
+    BLOCK = 64  # slots of a row in the smallest bucket; every row is a whole number of blocks
+    ROWS = 8  # by which a bucket grows where the budget is not tight: fewer copies
 
     def __init__(
-        self, config, longest: int, device="cpu", dtype=torch.float32,
-        budget: float | None = None,
+        self, layers: int, kv_heads: int, head_dim: int, longest: int,
+        device="cpu", dtype=torch.float32, budget: float | None = None,
     ):  # fmt: skip
         sizes = [self.BLOCK]
         while sizes[-1] < longest:
             sizes.append(2 * sizes[-1])
-        sizes[-1] = -(-longest // self.BLOCK) * self.BLOCK  # whole blocks, and no more than needed
-        K, D, L = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-        empty = torch.empty(2, K, D, device=device, dtype=dtype)
-        self.shelves = [Shelf(slots, L, empty) for slots in sizes]
-        self.slot_bytes = L * empty.nbytes  # of one token
-        self.budget = budget
-        self.parts: list[Part] = []  # of the forward pass under way, or about to come
-        self.filling = False  # is it a prefill?
+        # No more than needed: for longest = 150 the buckets have 64, 128 and 192 slots, not 256.
+        sizes[-1] = -(-longest // self.BLOCK) * self.BLOCK
+        empty = torch.empty(2, kv_heads, head_dim, device=device, dtype=dtype)
+        self.buckets = [Bucket(slots, layers, empty) for slots in sizes]
+        self.slot_bytes = layers * empty.nbytes  # one token's keys and values in all layers
+        self.budget = budget  # bytes
+
+    # -----------------------------------------------------------------------------------------
+    # who is in it, and what it takes
 
     @property
-    def ids(self) -> list[int]:
-        """The owners of the rows, in the order in which decoding takes their tokens."""
-        return [i for shelf in self.shelves for i in shelf.ids]
+    def running(self) -> list[int]:
+        """The sequences, in the order in which `decode` takes their tokens: bucket by bucket."""
+        return [i for bucket in self.buckets for i in bucket.sequences]
 
     @property
     def bytes(self) -> int:
         """Memory taken, free rows and empty slots included."""
-        return sum(shelf.rows * shelf.slots for shelf in self.shelves) * self.slot_bytes
+        return sum(bucket.rows * bucket.slots for bucket in self.buckets) * self.slot_bytes
 
     @property
-    def room(self) -> float:
-        """Bytes of the budget that rows could still take."""
-        taken = sum(len(shelf.ids) * shelf.slots for shelf in self.shelves) * self.slot_bytes
-        return float("inf") if self.budget is None else self.budget - taken
+    def free_bytes(self) -> float:
+        """What is left of the budget for the rows of new sequences."""
+        used = sum(len(b.sequences) * b.slots for b in self.buckets) * self.slot_bytes
+        return float("inf") if self.budget is None else self.budget - used
 
     def bytes_for(self, length: int) -> int:
-        """Bytes of a row of so many tokens and one more."""
-        return self.shelf_for(length).slots * self.slot_bytes
+        """Bytes of the row of a sequence of so many tokens, with room for one more."""
+        return self._bucket_for(length).slots * self.slot_bytes
 
-    def shelf_for(self, length: int) -> Shelf:
-        """The smallest shelf on which a row of so many tokens has room for one more."""
-        # a row of the greatest length is about to leave: it needs no room
-        return next((s for s in self.shelves if length < s.slots), self.shelves[-1])
+    def _bucket_for(self, length: int) -> Bucket:
+        """The smallest bucket in which a row of so many tokens has room for one more."""
+        # the longest there can be is about to leave: it needs no room
+        return next((b for b in self.buckets if length < b.slots), self.buckets[-1])
 
-    def _make(self, shelf: Shelf, rows: int) -> bool:
-        """Have a shelf of `rows` rows or more; False if the budget does not allow it."""
-        price = lambda n: (n - shelf.rows) * shelf.slots * self.slot_bytes  # noqa: E731
+    def _ensure(self, bucket: Bucket, rows: int) -> bool:
+        """Have at least so many rows in a bucket; False if the budget does not allow it."""
+        price = lambda n: (n - bucket.rows) * bucket.slots * self.slot_bytes  # noqa: E731
         fits = lambda n: self.budget is None or self.bytes + price(n) <= self.budget  # noqa: E731
-        rounded = -(-rows // self.ROWS) * self.ROWS
-        if rows > shelf.rows and fits(rounded):
-            shelf.resize(rounded)
-        elif rows > shelf.rows:
-            for other in self.shelves:  # give back what is free, and take no more than needed
-                if other.rows > len(other.ids):
-                    other.resize(len(other.ids))
+        rounded = -(-rows // self.ROWS) * self.ROWS  # up to the next multiple
+        if rows > bucket.rows and fits(rounded):
+            bucket.resize(rounded)
+        elif rows > bucket.rows:
+            # Tight: give back every free row of every bucket, and take no more than needed.
+            for other in self.buckets:
+                if other.rows > len(other.sequences):
+                    other.resize(len(other.sequences))
             if fits(rows):
-                shelf.resize(rows)
-        return rows <= shelf.rows
+                bucket.resize(rows)
+        return rows <= bucket.rows
 
-    def admit(self, ids: list[int], sources: list[int], lengths: list[int]) -> None:
-        """Make a row for each of `ids`, for the next forward pass to fill: it takes the keys and
-        values of that pass's row sources[.], of which the first lengths[source] are real.  They
-        have to fit into `room`."""
-        homes = [self.shelf_for(lengths[p]) for p in sources]
-        self.filling, self.parts = True, []
-        for shelf in self.shelves:
-            new = [(i, p) for i, p, home in zip(ids, sources, homes) if home is shelf]
+    # -----------------------------------------------------------------------------------------
+    # admit, reserve, decode, drop
+
+    def admit(self, sequences: list[int], sources: list[int], lengths: list[int]) -> Prefill:
+        """Rows for new sequences, to be filled by the forward pass over their prompts that takes
+        what is returned: sequence i gets the keys and values of the pass's row sources[i], of
+        which the first lengths[source] tokens are real.  They have to fit into `free_bytes`."""
+        homes = [self._bucket_for(lengths[p]) for p in sources]  # of each sequence
+        copies = []
+        for bucket in self.buckets:
+            new = [(i, p) for i, p, home in zip(sequences, sources, homes) if home is bucket]
             if not new:
                 continue
-            rows = slice(len(shelf.ids), len(shelf.ids) + len(new))
-            assert self._make(shelf, rows.stop), "rows are admitted beyond the budget"
-            copied = torch.tensor([p for _, p in new], device=shelf.layers[0].device)
-            self.parts.append(Part(shelf, rows, copied))
-            shelf.ids += [i for i, _ in new]
-            shelf.lengths += [lengths[p] for _, p in new]
+            rows = slice(len(bucket.sequences), len(bucket.sequences) + len(new))
+            assert self._ensure(bucket, rows.stop), "sequences are admitted beyond the budget"
+            source = torch.tensor([p for _, p in new], device=bucket.layers[0].device)  # (new,)
+            copies.append((bucket, rows, source))
+            bucket.sequences += [i for i, _ in new]
+            bucket.lengths += [lengths[p] for _, p in new]
+        return Prefill(copies)
 
-    def grow(self) -> bool:
-        """Make room for one more token in every row; False if the budget does not allow it: then
-        some row has to leave before it is tried again."""
-        # from the top, so that a row that has just moved is not looked at again
-        for shelf, above in reversed(list(zip(self.shelves, self.shelves[1:]))):
-            full = [r for r, n in enumerate(shelf.lengths) if n == shelf.slots]
+    def reserve(self) -> bool:
+        """A free slot for one more token of every sequence: those whose row is full move one bucket
+        up.  False if the budget does not allow it: drop one, and try again."""
+        # From the top, so that a row that has just moved is not looked at again.
+        for bucket, above in reversed(list(zip(self.buckets, self.buckets[1:]))):
+            full = [r for r, n in enumerate(bucket.lengths) if n == bucket.slots]
             while full:
+                # All at once, or, where old and new rows do not fit beside each other, half as
+                # many: their old rows are given back, and then there is room for the next.
                 n = len(full)
-                # all at once, or in portions whose old places are given back in between
-                while n and not self._make(above, len(above.ids) + n):
+                while n and not self._ensure(above, len(above.sequences) + n):
                     n //= 2
                 if not n:
                     return False
                 for _ in range(n):  # the last first: it may fill the hole of an earlier one
-                    above.take(shelf, full.pop())
+                    above.take(bucket, full.pop())
         return True
 
-    def drop(self, ids: list[int]) -> None:
-        """Remove the rows of `ids`, and give memory back where most of it lies idle."""
-        gone = set(ids)
-        for shelf in self.shelves:
-            for row in reversed([r for r, i in enumerate(shelf.ids) if i in gone]):
-                shelf.drop(row)
-            if len(shelf.ids) < shelf.rows // 2 - self.ROWS or not shelf.ids:
-                shelf.resize(-(-len(shelf.ids) // self.ROWS) * self.ROWS)
+    def decode(self) -> Decode:
+        """Every sequence gets one token longer: to be given to the forward pass over these tokens
+        (R, 1), in the order of `running`.  `reserve` comes first."""
+        return Decode([bucket for bucket in self.buckets if bucket.sequences])
 
-    def begin(self, tokens: int) -> Tensor:
-        """Prepare a forward pass over `tokens` a row; their positions (B or 1, T) in their rows."""
-        device, dtype = self.shelves[0].layers[0].device, self.shelves[0].layers[0].dtype
-        if self.filling:
-            return torch.arange(tokens, device=device)[None]
-        assert tokens == 1, f"{tokens} tokens a row after the prefill; it decodes one by one"
-        self.parts, start = [], 0
-        for shelf in self.shelves:
-            if not shelf.ids:
-                continue
-            n, S = len(shelf.ids), max(shelf.lengths) + 1  # with the new token
-            assert S <= shelf.slots, "grow() comes before decoding"
-            lengths = torch.tensor(shelf.lengths, device=device)[:, None]  # (n, 1)
-            hidden = torch.arange(S, device=device) > lengths  # (n, S)
-            mask = torch.zeros(n, S, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            where = torch.arange(n, device=device) * shelf.slots + lengths[:, 0]
-            self.parts.append(Part(shelf, slice(start, start + n), where, mask[:, None, None]))
-            start += n
-        lengths = [n for shelf in self.shelves for n in shelf.lengths]
-        return torch.tensor(lengths, device=device)[:, None]
+    def drop(self, sequences: list[int]) -> None:
+        """Free the rows of sequences, and give memory back where most of it is unused."""
+        leaving = set(sequences)
+        for bucket in self.buckets:
+            for row in reversed([r for r, i in enumerate(bucket.sequences) if i in leaving]):
+                bucket.drop(row)
+            used = len(bucket.sequences)
+            if used < bucket.rows // 2 - self.ROWS or not used:
+                bucket.resize(-(-used // self.ROWS) * self.ROWS)
+
+
+# ---------------------------------------------------------------------------------------------
+# The two kinds of forward pass.  The model asks either for its tokens' `positions`, and in every
+# layer to `attend`: to keep the new keys and values, and to let the queries look at all there are.
+
+
+class Prefill:
+    """A pass over prompts (P, T), right-padded, each of which fills one row or many."""
+
+    positions = None  # 0 to T - 1, as without a cache
+
+    def __init__(self, copies: list[tuple[Bucket, slice, Tensor]]):
+        self.copies = copies  # (bucket, its new rows, the prompt that each of them copies)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep a layer's new keys and values (B, K, T, D), and let the queries (B, H, T, D) look
-        at all their row has: (B, H, T, D)."""
-        kv = torch.stack((k.transpose(1, 2), v.transpose(1, 2)), dim=2)  # (B, T, 2, K, D)
-        if self.filling:
-            for part in self.parts:
-                T = min(kv.shape[1], part.shelf.slots)  # padding beyond a shelf is left out
-                part.shelf.layers[layer][part.rows, :T] = kv[part.where, :T]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        # One new token: the H/K query heads that share keys become H/K *queries* of that key
-        # head, so the cache is read as it lies and never repeated.
-        q, seen = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]), []  # (B, K, H/K, D)
-        for part in self.parts:
-            tensor, n, S = part.shelf.layers[layer], len(part.where), part.mask.shape[-1]
-            tensor.view(-1, *kv.shape[2:]).index_copy_(0, part.where, kv[part.rows, 0])
-            keys, values = tensor[:n, :S].permute(2, 0, 3, 1, 4)  # (n, K, S, D) each
-            seen.append(F.scaled_dot_product_attention(q[part.rows], keys, values, part.mask))
-        return torch.cat(seen).view(len(kv), -1, 1, q.shape[-1])
+        """Queries (P, H, T, D), keys and values (P, K, T, D) -> (P, H, T, D)."""
+        kv = torch.stack((k.transpose(1, 2), v.transpose(1, 2)), dim=2)  # (P, T, 2, K, D)
+        for bucket, rows, source in self.copies:
+            # The group's fan-out: one prompt's numbers go to the rows of all its sequences.
+            T = min(kv.shape[1], bucket.slots)  # only padding lies beyond a bucket's rows
+            bucket.layers[layer][rows, :T] = kv[source, :T]
+        # A prompt looks at itself alone: plain causal attention, the cache is not read.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def end(self) -> None:
-        """Finish a forward pass: decoding has made every row longer by one."""
-        if not self.filling:
-            for shelf in self.shelves:
-                shelf.lengths = [n + 1 for n in shelf.lengths]
-        self.filling, self.parts = False, []
+
+class Decode:
+    """A pass over one new token (R, 1) of each of the R running sequences."""
+
+    def __init__(self, buckets: list[Bucket]):
+        self.parts, positions = [], []  # a part of the batch for each bucket
+        for bucket in buckets:
+            device, dtype = bucket.layers[0].device, bucket.layers[0].dtype
+            batch = slice(len(positions), len(positions) + len(bucket.sequences))  # of R
+            S = max(bucket.lengths) + 1  # slots that anyone looks at, the new token's included
+            assert S <= bucket.slots, "reserve() comes before decode()"
+            length = torch.tensor(bucket.lengths, device=device)[:, None]  # (rows, 1)
+            # A sequence of 3 tokens puts the new one into slot 3 and may look at slots 0 to 3, of
+            # S = 6:  mask 0 0 0 0 -inf -inf
+            beyond = torch.arange(S, device=device) > length  # (rows, S)
+            mask = torch.zeros(beyond.shape, device=device, dtype=dtype)
+            mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]  # (rows, 1, 1, S)
+            # where it lies if rows and slots are counted through: row * slots + length
+            slot = torch.arange(len(length), device=device) * bucket.slots + length[:, 0]
+            self.parts.append((bucket, batch, slot, mask))
+            positions += bucket.lengths  # a text's first token has position 0
+            bucket.lengths = [n + 1 for n in bucket.lengths]  # the new one counts from here on
+        self.positions = torch.tensor(positions, device=device)[:, None]  # (R, 1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (R, H, 1, D), keys and values (R, K, 1, D) -> (R, H, 1, D)."""
+        kv = torch.stack((k.transpose(1, 2), v.transpose(1, 2)), dim=2)  # (R, 1, 2, K, D)
+        # The textbook repeats each key head for the H/K query heads that share it.  With one token
+        # a row these can as well be H/K *queries* of one head: the cache is read as it lies.
+        q = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])  # (R, K, H/K, D)
+        seen = []
+        for bucket, batch, slot, mask in self.parts:
+            tensor, rows, S = bucket.layers[layer], len(slot), mask.shape[-1]
+            # keep first, then look: a token also looks at itself
+            tensor.view(-1, *kv.shape[2:]).index_copy_(0, slot, kv[batch, 0])
+            keys, values = tensor[:rows, :S].permute(2, 0, 3, 1, 4)  # (rows, K, S, D) each
+            seen.append(F.scaled_dot_product_attention(q[batch], keys, values, mask))
+        return torch.cat(seen).view(len(kv), -1, 1, q.shape[-1])

@@ -174,7 +174,7 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: W
     # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
-    world.shard(model, device)
+    world.fully_shard(model, device)
     # All headers before any tensor: what does not fit is said at once, not after gigabytes.
     shards = [_header(path) for path in _weight_files(folder)]
     expected = {name: list(t.shape) for name, t in model.state_dict().items()}
@@ -185,7 +185,7 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: W
             # A copy also where the dtype is right already: a mapped tensor would change with its
             # file, and starts at an odd address, on which fast kernels round differently.
             with _open(shard.path) as file:
-                tensors = {n: world.spread(file.get_tensor(n), device, dtype) for n in names}
+                tensors = {n: world.scatter(file.get_tensor(n), device, dtype) for n in names}
             for name, tensor in tensors.items():
                 _check_finite(shard.path, name, local(tensor))
             # assign: these tensors become the parameters; there is nothing to copy into.
@@ -211,7 +211,7 @@ def _check_tied(model: CausalLM, shards: list[_Shard], world: World) -> None:
         if model.config.tie_word_embeddings and "lm_head.weight" in shard.tensors:
             with _open(shard.path) as file:
                 own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
-            if not torch.equal(world.part(own), local(model.lm_head_weight)):
+            if not torch.equal(world.local_rows(own), local(model.lm_head_weight)):
                 raise ValueError(
                     f"{shard.path}: lm_head.weight differs from the embedding, to which "
                     "config.json ties it; set tie_word_embeddings to false there to use it"
@@ -537,7 +537,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    wholes = (world.whole(tensors[name]) for name in order)  # one by one, all ranks together
+    wholes = (world.all_gather(tensors[name]) for name in order)  # one by one, all ranks together
     if not world.is_first:
         for _ in wholes:
             pass
@@ -626,7 +626,7 @@ def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tens
             )
     # Read and copied, not mapped: these tensors are about to be updated in place.
     with _open(folder / "state.safetensors") as file:
-        return {name: world.part(file.get_tensor(name)).clone() for name in file.keys()}, meta
+        return {name: world.local_rows(file.get_tensor(name)).clone() for name in file.keys()}, meta
 
 
 def _guarded(folder: Path) -> list[str]:

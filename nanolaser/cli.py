@@ -368,7 +368,7 @@ class Progress:
     """How far something long is: a bar on a terminal, elsewhere a plain line every ten seconds.
 
     with Progress("c_ref", 300, "solution") as progress:
-        generate(..., on_tokens=progress.tokens, on_finish=lambda _: progress.update())
+        generate(..., on_step=progress.step, on_finish=lambda _: progress.update())
 
     A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own, and
     a thread shows them: whoever does the work has nothing to do but count.
@@ -400,9 +400,9 @@ class Progress:
         self.done += count
         self.bar.update(count)
 
-    def tokens(self, count: int) -> None:
-        """So many more tokens were drawn."""
-        self.drawn += count
+    def step(self, rollouts: Sequence) -> None:
+        """Each of these drew one more token (or was read at its end)."""
+        self.drawn += len(rollouts)
 
     def _show(self) -> None:
         while not self.over.wait(self.SECONDS if self.bar.disable else 1.0):

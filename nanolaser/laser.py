@@ -1,41 +1,98 @@
 """
-LaSeR in equations: last-token self-rewarding (arXiv 2510.14943) on bare tensors, nothing else.
+LaSeR in equations: last-token self-rewarding (PAPER = arXiv 2510.14943) on bare tensors.
 
-Read this file first.  No model, no tokenizer, no loop: every function takes a few numbers and
-returns a few numbers, and tests/test_laser.py checks each one on five numbers done by hand.
+No model, no tokenizer, no loop: every function takes a few numbers and returns a few numbers, and
+tests/test_laser.py does each of them by hand on five.
 
-    r_v   verified reward: 1.0 if the rule-based checker accepts the answer, else 0.0
-    r_s   self-reward: what the model itself thinks of its solution, from ONE log-probability
-    z_c   an unused special token, read right after the end of a solution y to a problem x
-    c_ref log pi_ref(z_c | x, y) of the untouched starting model, nearly the same everywhere
+RL in 25 lines, for a reader who knows cross-entropy
+----------------------------------------------------
+Supervised training has the right text y of a problem x, and raises log pi(y | x).  Here nobody has
+it.  There is only a reward r(x, y): a number that says how good a text was that the model wrote
+itself.  What we want to be large is the reward to be expected,  J = E[r(x, y)],  y ~ pi(. | x).
 
-Why one log-probability is enough: KL-regularised RL on "is this solution correct?" with z_c
-meaning yes has the closed form  r = beta_v * log(pi(z_c)/pi_ref(z_c)) + beta_v * log Z,  and
-since pi_ref(z_c) is tiny (e^-23), Z is 1 to six digits.  And since log pi_ref(z_c) hardly varies,
-a constant c_ref replaces a whole second model.
+Its gradient needs no derivative of r, which has none, because  grad pi = pi grad log pi:
 
-Conventions: P problems, G group size, N = P * G rollouts; log-probabilities in nats, fp32.
-A truncated rollout has no end, hence no z_c: masks called `finished` say which rollouts have one.
+    grad J  =  E[ r(x, y) * grad log pi(y | x) ]                        (REINFORCE, Williams 1992)
+
+This is the gradient of cross-entropy on the model's own samples, each weighted with its reward:
+sample, score, then raise the log-probability of what scored well.  That is all of RL here.
+
+*  Baseline.  With rewards 0 and 1 nothing would ever be lowered, and 7 right solutions of 8 would
+   all be pushed up, though they say little.  Since E[grad log pi] = 0, any number b(x) may be
+   subtracted from r without changing the expectation.  GRPO samples a group of G solutions of the
+   same x and takes their mean: the advantage  A = (r - mean) / std.  "Better than my usual try?"
+*  Tokens.  log pi(y | x) is the sum over tokens of log pi(y_t | x, y_<t), so every token of a
+   solution, its stop token included, carries the solution's advantage.
+*  Ratio and clip.  Samples are dear, so one may wish to make several updates with them.  After the
+   first one the model is no longer the one that sampled; the ratio pi / pi_old of each token
+   corrects for that, and the clip stops paying for a token once its ratio has left 1 +- 0.2.
+   With ONE update a batch, as in the paper, the ratio is 1 everywhere, its gradient is that of
+   log pi, and the clip is idle.
+
+What LaSeR adds
+---------------
+    r_v    verified reward: 1.0 if the rule-based checker accepts the answer, else 0.0
+    r_s    self-reward: what the model itself thinks of its solution, from ONE log-probability
+    z_c    an unused special token, read right after the end of a solution y to a problem x
+    c_ref  log pi_ref(z_c | x, y) of the untouched starting model, nearly the same everywhere
+
+Why one log-probability is enough (PAPER, method): let the policy answer "is y correct?" with z_c
+for yes, and be paid for it by RL with a KL penalty beta_v towards the starting model.  Its optimum
+has a closed form,  r = beta_v log(pi(z_c) / pi_ref(z_c)) + beta_v log Z.  pi_ref(z_c) is tiny
+(e^-23 for Qwen2.5-7B), so Z - 1 is about e^-23 * e^10 = 2e-6: log Z is nothing.  And log pi_ref(z_c)
+hardly varies (23.11 +- 0.04 nats), so the constant c_ref replaces a whole second model.
+
+Conventions: P problems, G group size, N = P * G rollouts, M response tokens; log-probabilities in
+nats.  A truncated rollout has no end, hence no z_c: `finished` says which rollouts have one.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------
-# the self-reward and how it is learned
+# when: three phases
 
 
-def self_reward(logp_zc: Tensor | float, c_ref: float, beta_v: float) -> Tensor | float:
-    """r_s = beta_v * (log pi(z_c | x, y) - c_ref); nats in, about 0 (wrong) to 1 (right) out."""
-    return beta_v * (logp_zc - c_ref)
+def phase(step: int, reasoning_warmup: int, self_reward_warmup: int) -> str:
+    """The phase of a step, counted from 1: "reasoning" (plain GRPO), then "self-reward" (r_s is
+    trained as well), then "integrated" (r_s also enters the advantage).  PAPER, training details.
+    """
+    # r_s is a function of what the model knows, so first it learns to solve; and what r_s says is
+    # noise until it has been trained, so it gets no say in the advantage before that.
+    if step <= reasoning_warmup:
+        return "reasoning"
+    return "self-reward" if step <= reasoning_warmup + self_reward_warmup else "integrated"
+
+
+# ---------------------------------------------------------------------------------------------
+# the self-reward, and how it is learned
+
+
+def self_reward(
+    logp_zc: Tensor | float, c_ref: float, beta_v: float, loss: str = "mse"
+) -> Tensor | float:
+    """r_s = beta_v * (log pi(z_c | x, y) - c_ref); nats in, about 0 (wrong) to 1 (right) out.
+
+    `loss` is what r_s was trained with: after "bce" and "sft" the score is pi(z_c) itself, for
+    that is what they teach.  Either way r_s > 0.5 means "I think this is right".
+    """
+    # c_ref = -23, beta_v = 0.1:   log pi(z_c) = -23 -> r_s = 0     -13 -> 1     -18 -> 0.5
+    if loss == "mse":
+        return beta_v * (logp_zc - c_ref)
+    return torch.as_tensor(logp_zc).exp() if isinstance(logp_zc, Tensor) else math.exp(logp_zc)
 
 
 def class_weights(r_v: Tensor, finished: Tensor) -> Tensor:
-    """Weights (N,) that give right and wrong solutions the same say, whatever their numbers:
-    w_c = (N_c + N_i) / (2 N_c) on right ones, w_i = (N_c + N_i) / (2 N_i) on wrong ones, 0 on
-    truncated ones."""
+    """Weights, shaped as r_v, that give right and wrong solutions the same say, whatever their
+    numbers: (N_c + N_i) / (2 N_c) on right ones, (N_c + N_i) / (2 N_i) on wrong ones, 0 on
+    truncated ones (PAPER, class-level re-weighting)."""
+    # Of ten finished solutions eight are right.  Unweighted, r_s = 0.8 for all of them would be a
+    # comfortable answer.  With 10 / (2 * 8) = 0.625 on right and 10 / (2 * 2) = 2.5 on wrong ones,
+    # both classes weigh 5, and the best constant is 0.5: only telling them apart helps.
     right, wrong = finished & (r_v > 0.5), finished & (r_v <= 0.5)
     n_c, n_i = right.sum(), wrong.sum()
     half = (n_c + n_i) / 2
@@ -51,10 +108,13 @@ def self_reward_loss(
     beta_v: float,
     kind: str = "mse",
 ) -> Tensor:
-    """SUM over rollouts (N,) of w * (r_s - r_v)^2; divide by N_c + N_i for the paper's mean.
+    """SUM over rollouts (n,) of w * (r_s - r_v)^2 (PAPER, Eq. 12); divide by N_c + N_i, the finished
+    rollouts of the whole batch, for the mean.
 
-    A sum, so that a batch cut into micro-batches adds up to exactly the same number.  The loss
-    uses r_s unclipped.  `bce` and `sft` are the paper's ablations, on pi(z_c) itself.
+    A sum, so that a batch cut into micro-batches adds up to the same number.  r_s is not clipped.
+    "bce" and "sft" are the paper's ablations on pi(z_c) itself; for "sft" `logp_zc` is that of the
+    token to imitate: z_c after right solutions, another unused token after wrong ones.  ValueError
+    for another kind.
     """
     # where(), not a product: a truncated row has no log-probability, and 0 * nan is nan.  Before
     # the formula and not after it, or the nan would come back in the gradient.
@@ -68,7 +128,7 @@ def self_reward_loss(
         log_not = torch.log(-torch.expm1(logp_zc.clamp(max=-1e-6)))
         per_row = -(r_v * logp_zc + (1 - r_v) * log_not)
     elif kind == "sft":
-        per_row = -r_v * logp_zc  # imitate z_c after right solutions, say nothing after wrong ones
+        per_row = -logp_zc
     else:
         raise ValueError(f"self-reward loss {kind!r}: choose mse, bce or sft")
     return (weights * per_row).sum()
@@ -79,11 +139,13 @@ def self_reward_loss(
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """GRPO: (P, G) rewards -> (P, G) advantages (r - mean) / (std + eps) within each group.
+    """(P, G) rewards -> (P, G) advantages (r - mean) / (std + eps) within each group: GRPO
+    (arXiv 2402.03300, section 4.1.2), with the unbiased std (n - 1) of the released code.
 
-    std is the unbiased one (n - 1).  A group whose rewards are all equal teaches nothing and
-    gets exactly zero.
+    A group whose rewards are all equal teaches nothing and gets exactly zero.
     """
+    # rewards 1 0 0 0:  mean 0.25, std 0.5  ->  A = 1.5 -0.5 -0.5 -0.5.  The rarer success is, the
+    # more it counts.
     # An offset changes nothing but the rounding: equal rewards become zeros, and zeros have a mean
     # and a std of exactly zero (eight times 0.7 have not, and A would be 0.06).
     rewards = rewards - rewards[:, :1]
@@ -94,16 +156,21 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 def mixed_advantages(
     r_v: Tensor, r_s: Tensor, finished: Tensor, tau: float, min_std: float = 0.1
 ) -> Tensor:
-    """A = (1 - tau) A_v + tau A_s, all (P, G); A_s normalises r_s clipped to [0, 1].
+    """A = (1 - tau) A_v + tau A_s, all (P, G); A_s normalises r_s clipped to [0, 1] (PAPER, advantage
+    integration).
 
-    A truncated solution counts as r_s = 0, the least there is, so it can never be rewarded for
-    an ending that it does not have.  Groups whose r_s hardly differ (std <= min_std) keep
-    A = A_v: normalising would blow noise up to the size of a signal.
+    Groups whose r_s hardly differ (std <= min_std) keep A = A_v: normalising would blow noise up
+    to the size of a signal.  tau = 1 is the paper's ablation, r_s as the only reward: then there
+    is no A_v to fall back on, and every group has A_s.
     """
     a_v = group_advantages(r_v)
     if tau == 0.0:
         return a_v
+    # A truncated solution counts as r_s = 0, the least there is: it can never be rewarded for an
+    # ending that it does not have.
     r_s = torch.where(finished, r_s.clamp(0, 1), 0.0)
+    if tau == 1.0:
+        return group_advantages(r_s)
     tau_group = torch.where(r_s.std(1, keepdim=True) > min_std, tau, 0.0)  # (P, 1)
     return (1 - tau_group) * a_v + tau_group * group_advantages(r_s)
 
@@ -119,32 +186,32 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's clipped surrogate per token; inputs (M,) over all response tokens, EOS included.
-
-    Returns (loss, clipped, kl), each the SUM over tokens: the loss to minimise, the number of
-    tokens where the clip was active, and the k3 estimate of KL(old || new) in nats.  Divide by
-    the token count of the whole batch, never of a micro-batch (Eq. of GRPO, token mean).
-    """
-    # One update per batch means old == new, ratio == 1: then this is plain policy gradient, and
-    # the clips are idle.  +-20 keeps exp() finite after a bad step.
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
-    ratio = log_ratio.exp()
+) -> Tensor:
+    """SUM over response tokens (m,), stop token included, of PPO's clipped surrogate, to be
+    minimised (arXiv 1707.06347, Eq. 7; dual clip: arXiv 1912.09729).  Divide by M, the tokens of
+    the whole batch and never of a micro-batch, for the mean over tokens (DAPO, arXiv 2503.14476)."""
+    # +-20 keeps exp() finite after a bad step.
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    # A = 1: the loss is -ratio, and from ratio 1.2 on a constant -1.2, without a gradient.  The
+    # maximum is the pessimist's choice: a clip may take a gain away, but never hide a loss.
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.max(pg_loss1, pg_loss2)
     # Dual clip: where the advantage is negative and the ratio explodes, max() above has no
     # ceiling; -dual_clip * A is one.
-    loss = torch.where(advantages < 0, torch.min(loss, -dual_clip * advantages), loss)
-    with torch.no_grad():
-        clipped = (pg_loss2 > pg_loss1).sum()
-        kl = (torch.expm1(log_ratio) - log_ratio).sum()
-    return loss.sum(), clipped, kl
+    return torch.where(advantages < 0, torch.min(loss, -dual_clip * advantages), loss).sum()
 
 
-def phase(step: int, reasoning_warmup: int, self_reward_warmup: int) -> str:
-    """The phase of a step (counted from 1): "reasoning" (plain GRPO), then "self-reward" (the
-    readout is trained as well), then "integrated" (r_s also enters the advantage)."""
-    if step <= reasoning_warmup:
-        return "reasoning"
-    return "self-reward" if step <= reasoning_warmup + self_reward_warmup else "integrated"
+def off_policy(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> tuple[Tensor, Tensor]:
+    """How far the policy has moved since it sampled, as SUMS over tokens (m,): (tokens whose clip is
+    active, the estimate k3 of KL(old || new) in nats, http://joschu.net/blog/kl-approx.html)."""
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high) > -advantages * ratio
+    return clipped.sum(), (torch.expm1(log_ratio) - log_ratio).sum()

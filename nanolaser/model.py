@@ -15,6 +15,7 @@ Shapes, in the one alphabet that every file here uses:
 
 Rows are padded on the RIGHT.  A causal model never looks right, so padding cannot change a real
 token: no padding mask, no position arithmetic, nothing to get wrong (left padding needs both).
+In  12 7 5 9 / 8 6 _ _  hidden[1, 1] has seen 8 6, and hidden[1, 2:] is never read.
 """
 
 from __future__ import annotations
@@ -57,13 +58,15 @@ class ModelConfig:
 
 
 # ---------------------------------------------------------------------------------------------
-# rotary position embedding
+# rotary position embedding: where a token stands is told by turning its queries and keys
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """(D/2,) fp32 angular frequencies in radians per token, Llama 3's rescaling applied."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-    inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
+    # From 1 radian a token (neighbours are told apart) down to about 1 / rope_theta (a whole book
+    # is half a turn): theta ** (-2i / D) for i = 0 to D/2 - 1.
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    inv_freq = 1.0 / config.rope_theta ** (even / config.head_dim)
     if config.rope_scaling is None:
         return inv_freq
     # Llama 3.1+: a context longer than in pre-training, by slowing the slow waves only.
@@ -77,23 +80,17 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles; the first half of
+    """Turn the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles; the first half of
     `sin` comes negated."""
-    # Hugging Face pairs the two halves of a head, not neighbours; the weights assume it.  Rolling
-    # by half a head puts each number's partner in its place.
+    # The textbook, with a and b the two halves of a head (Hugging Face pairs halves, not
+    # neighbours, and the weights assume it):
+    #     torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    # Rolling by half a head puts each number's partner in its place: two products, one sum.
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries (B, H, T, D) over keys and values (B, K, T, D) up to their own place.
-
-    The flag instead of a mask lets torch take its fast kernels, and skip what lies to the right.
-    """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
 # ---------------------------------------------------------------------------------------------
-# the decoder
+# the decoder, from its smallest part to the whole
 
 
 class RMSNorm(nn.Module):
@@ -105,7 +102,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # A bf16 mean over thousands of squares would lose the very digits that normalise.
+        # The textbook: x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight.  In fp32: a
+        # bf16 mean over thousands of squares would lose the very digits that normalise.
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
@@ -124,15 +122,24 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_output_bias)
 
-    def forward(self, x: Tensor, rope, cache, layer: int) -> Tensor:
-        """(B, T, C) -> (B, T, C), over the T tokens alone or over those in a cache too."""
+    def forward(self, x: Tensor, rope, past, layer: int) -> Tensor:
+        """(B, T, C) -> (B, T, C), over the T tokens alone or over those in a KV cache too."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # noqa: E731
         q = rotate(heads(self.q_proj(x)), *rope)  # (B, H, T, D)
         k = rotate(heads(self.k_proj(x)), *rope)  # (B, K, T, D)
         v = heads(self.v_proj(x))  # (B, K, T, D)
-        y = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        if past is not None:
+            y = past.attend(layer, q, k, v)
+        else:
+            # The textbook, each key-value head repeated for the H/K query heads that share it:
+            #     scores = q @ k.mT / D**0.5                              # (B, H, T, T)
+            #     scores = scores.masked_fill(ones(T, T).triu(1), -inf)   # nobody looks right
+            #     y = scores.softmax(-1) @ v                              # (B, H, T, D)
+            # Neither the scores nor the repeated heads ever exist here: torch takes a fast kernel,
+            # and the flag in place of a mask lets it skip what lies to the right.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
 
 class MLP(nn.Module):
@@ -150,7 +157,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Pre-norm residual block: attention, then MLP, each added to the stream x."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -159,9 +166,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, cache, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope, past, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, past, layer)  # tokens exchange
+        return x + self.mlp(self.post_attention_layernorm(x))  # each token thinks by itself
 
 
 class Decoder(nn.Module):
@@ -221,25 +228,27 @@ class CausalLM(nn.Module):
                     p.normal_(0.0, branch if back else std, generator=g)
         return self
 
-    def forward(self, input_ids: Tensor, cache = None) -> Tensor:
+    def forward(self, input_ids: Tensor, past=None) -> Tensor:
         """(B, T) token ids -> (B, T, C) hidden states after the final norm.
 
         Rows are padded on the right: hidden states at real tokens are right whatever the padding
-        holds.  With a cache the rows are those of `cache.admit`, or go on where they ended by one
-        token each.
+        holds.  `past` is a KVCache's `admit(...)` or `decode()`: then the rows fill the cache, or
+        go on where they ended by one token each (cache.py has an example).
         """
-        T = input_ids.shape[1]
-        arange = torch.arange(T, device=input_ids.device)[None]
-        positions = arange if cache is None else cache.begin(T)  # (B or 1, T)
+        # 1. Where does each token stand in its text?
+        positions = None if past is None else past.positions  # (B, 1) when decoding
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        # 2. Every token id becomes a vector: the residual stream ...
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
-        rope = self._rope(positions, x.dtype)
+        rope = self._rope(positions, x.dtype)  # for all layers
+        # 3. ... to which each layer adds what it found out.
         for i, layer in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, cache, i, use_reentrant=False)
+                x = checkpoint(layer, x, rope, past, i, use_reentrant=False)
             else:
-                x = layer(x, rope, cache, i)
-        if cache is not None:
-            cache.end()
+                x = layer(x, rope, past, i)
+        # 4. The hidden state of token t is what the model expects after it.
         return self.model.norm(x)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -247,5 +256,6 @@ class CausalLM(nn.Module):
         if self._inv_freq is None or self._inv_freq.device != positions.device:
             self._inv_freq = inverse_frequencies(self.config).to(positions.device)
         angles = positions[..., None].float() * self._inv_freq  # (B, T, D/2)
+        # both halves of a head turn by the same angle, the first one backwards: cos(-x) is cos(x)
         angles = torch.cat((-angles, angles), dim=-1)[:, None]  # (B, 1, T, D)
-        return angles.cos().to(dtype), angles.sin().to(dtype)  # cos(-x) is cos(x)
+        return angles.cos().to(dtype), angles.sin().to(dtype)

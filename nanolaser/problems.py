@@ -24,11 +24,12 @@ import json
 import math
 import random
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .tiny.arithmetic import made_up
 
 # alias -> (dataset on the hub, {split: its files}).  A benchmark with one split gives that split
 # whatever was asked for: people disagree on whether the AIME is called train or test.
@@ -134,6 +135,75 @@ def train_and_test(
     if not train:
         raise ValueError(f"{data}: nothing to train on is left beside the problems to evaluate on")
     return train, test
+
+
+def arithmetic_problems(
+    count: int,
+    seed: int,
+    split: str = "train",
+    operations: tuple[int, ...] = ARITHMETIC["arithmetic"],
+) -> list[Problem]:
+    """`count` random problems of the split (train, test); the same seed gives the same ones."""
+    drawn = itertools.islice(made_up(seed, split, operations), count)
+    return [
+        Problem(id=f"{split}-{seed}-{i}", problem=f"{text}=?", answer=str(value), level=str(n))
+        for i, (text, value, n) in enumerate(drawn)
+    ]
+
+
+class ProblemStream:
+    """The problems of each step, as a function of (seed, step): nothing to save, and nothing to get
+    wrong, when a run is resumed."""
+
+    def __init__(
+        self,
+        problems: list[Problem],
+        problems_per_step: int,
+        seed: int,
+        operations: tuple[int, ...] | None = None,
+    ):
+        """Problems are gone through once an epoch, each epoch in an order of its own; without any,
+        arithmetic of so many `operations` is made up on the spot.  ValueError without either."""
+        if not problems and not operations:
+            raise ValueError("there is no problem to learn from")
+        self.problems, self.operations = problems, None if problems else operations
+        self.problems_per_step, self.seed = problems_per_step, seed
+        self._epoch, self._order = -1, []  # the order that was asked for last
+
+    def at(self, step: int) -> list[Problem]:
+        """The problems of one step, counted from 1."""
+        P = self.problems_per_step
+        if self.operations:
+            # No two steps of a run share a seed, and neither do two runs of up to a million steps.
+            return arithmetic_problems(P, self.seed * 1_000_003 + step, operations=self.operations)
+        # 10 problems, 4 a step: step 3 takes the last 2 of epoch 0 and the first 2 of epoch 1.
+        places = range((step - 1) * P, step * P)
+        return [self._problem(place) for place in places]
+
+    def for_c_ref(self, count: int) -> list[Problem]:
+        """`count` problems that differ, or as many as there are: those that c_ref is measured on,
+        before the first step."""
+        if self.operations:
+            # Twice as many as asked for, since short ones repeat now and then.
+            seed = self.seed * 1_000_003
+            drawn = arithmetic_problems(2 * count, seed, operations=self.operations)
+        else:
+            drawn = [self._problem(place) for place in range(len(self.problems))]
+        distinct: dict[str, Problem] = {}
+        for problem in drawn:
+            distinct.setdefault(problem.problem, problem)
+        return list(distinct.values())[:count]
+
+    def _problem(self, place: int) -> Problem:
+        """The problem at a place of the endless sequence epoch 0, epoch 1, ..."""
+        epoch, place = divmod(place, len(self.problems))
+        if epoch != self._epoch:
+            # From the pair (seed, epoch), and not from seed + epoch: seed 1 would else see in
+            # epoch 0 what seed 0 sees in epoch 1, and the two runs would be no repetition of the
+            # experiment but the same one, shifted.
+            self._epoch, self._order = epoch, list(range(len(self.problems)))
+            random.Random(f"epoch {epoch} of seed {self.seed}").shuffle(self._order)
+        return self.problems[self._order[place]]
 
 
 class _Notes:
@@ -343,88 +413,3 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-# ---------------------------------------------------------------------------------------------
-# arithmetic: the problems of the embedded model, such as (14+25)*2-9=?
-#
-# An expression is a number, or a tuple (operator, left, right).  All values on the way lie in
-# 0..999 and a product has one factor below 10: steps that a model of a million parameters can do
-# in one go, so that what it gets wrong is how it got there, not that a step was beyond it.
-
-OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-LARGEST = 999  # of any value on the way
-OPERAND = 30  # largest number in a problem
-
-
-def arithmetic_value(expression) -> int:
-    """The value of an expression (a number, or a tuple of operator, left, right)."""
-    if isinstance(expression, int):
-        return expression
-    operator, left, right = expression
-    return OPERATORS[operator](arithmetic_value(left), arithmetic_value(right))
-
-
-def arithmetic_text(expression) -> str:
-    """The expression as one writes it, with no parenthesis more than needed."""
-    if isinstance(expression, int):
-        return str(expression)
-    operator, left, right = expression
-    weak = lambda e: not isinstance(e, int) and e[0] in "+-"  # noqa: E731
-    wrap = lambda e, on: f"({arithmetic_text(e)})" if on else arithmetic_text(e)  # noqa: E731
-    # a-(b+c) and a*(b*c) keep theirs: operators of one rank are read from the left
-    tight = not isinstance(right, int) and (weak(right) or operator == "*")
-    return wrap(left, operator == "*" and weak(left)) + operator + wrap(right, tight)
-
-
-def arithmetic_expression(rng: random.Random, operations: int):
-    """A random expression of so many operations whose values all stay in bounds."""
-    while True:
-        try:
-            return _grow(rng, operations)
-        except OverflowError:
-            continue  # some value out of bounds: draw a new one
-
-
-def _grow(rng: random.Random, operations: int):
-    if operations == 0:
-        return rng.randint(1, OPERAND)
-    # leaning to the left, as people write sums: 3+4*5-6 more often than deep brackets
-    on_left = rng.choice((0, operations - 1, operations - 1, rng.randint(0, operations - 1)))
-    left, right = _grow(rng, on_left), _grow(rng, operations - 1 - on_left)
-    operator, a, b = rng.choice("+-*"), arithmetic_value(left), arithmetic_value(right)
-    value = OPERATORS[operator](a, b)
-    if not 0 <= value <= LARGEST or (operator == "*" and min(a, b) > 9):
-        raise OverflowError
-    return operator, left, right
-
-
-def is_held_out(text: str) -> bool:
-    """Every eighth expression, by a checksum of its text, belongs to the test split: no training,
-    of the embedded model or on it, ever sees one."""
-    return zlib.crc32(text.encode()) % 8 == 0
-
-
-def arithmetic_problems(
-    count: int,
-    seed: int,
-    split: str = "train",
-    operations: tuple[int, ...] = ARITHMETIC["arithmetic"],
-) -> list[Problem]:
-    """`count` random problems of the split (train, test); the same seed gives the same ones."""
-    rng = random.Random(f"{split} {seed}")
-    problems: list[Problem] = []
-    while len(problems) < count:
-        n = rng.choice(operations)
-        expression = arithmetic_expression(rng, n)
-        text = arithmetic_text(expression)
-        if is_held_out(text) == (split == "test"):
-            problems.append(
-                Problem(
-                    id=f"{split}-{seed}-{len(problems)}",
-                    problem=text + "=?",
-                    answer=str(arithmetic_value(expression)),
-                    level=str(n),
-                )
-            )
-    return problems

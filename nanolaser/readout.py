@@ -2,24 +2,28 @@
 From hidden states to log-probabilities, without ever holding a (B, T, V) tensor.
 
 Two numbers are wanted of a language model here: the log-probability of each response token (for
-the policy gradient) and that of z_c after the end (for the self-reward).  Both are
+the policy gradient, at the sampling temperature) and that of z_c after the end (for the
+self-reward, always at temperature 1).  One flat list of targets serves both.  The textbook:
 
-    log pi(target) = logit[target] / T - logsumexp(logits / T)
+    logits = hidden @ weight.T / temperature                               # (N, V)
+    logprobs = log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]  # (N,)
+    loss(logprobs).backward()
 
-so one flat list of hidden states serves both, each with a target and a temperature: the policy's
-tokens carry the sampling temperature, z_c always carries 1.  The list is read in blocks of a few
-hundred rows, one after the other in the same (n, V) buffer.
+At N = 2048 tokens of Qwen2.5 (V = 152,064) it holds 1.2 GB of logits, as many log-probs and as
+many gradients.  But of each row of V numbers only one is kept, and rows do not need each other: so
+they are read block by block, one after the other in the same memory.
 
-    token_logprobs   log-probs as an ordinary differentiable function; its backward pass has to
-                     compute each block of logits again: four matrix products where plain torch
-                     needs three
-    loss_backward    for a loss that is a sum over targets, which is every loss of this project:
+    token_logprobs   the first two lines, as a differentiable function.  Its backward pass has to
+                     compute the logits again: four matrix products where the textbook needs three
+    loss_backward    all three lines, for a loss that is a sum over targets, as every loss here is:
                      while a block lies there, its log-probs, its share of the loss and its share
-                     of the gradient are computed.  Three products, and nothing twice
+                     of the gradient are computed.  Three products, nothing twice
 
 Precision, said once for the whole project: logits and logsumexp are computed in fp32 whatever
 the model computes in.  r_s spans 0 to 1 over 10 nats (beta_v = 0.1), and a bf16 logit near 20
 comes in steps of 0.125: it would round r_s to multiples of 0.0125.
+
+Shapes: N targets, n of them in a block, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,25 +41,27 @@ CHUNK_VOCAB = 8192
 
 
 def _blocks(hidden: Tensor, weight: Tensor, targets: Tensor, inverse_temperature: Tensor):
-    """Yield (rows: slice, e (n, V), total (n,), log-probs (n,)) of block after block.
-
-    e = exp(logits / T - maximum) and total its sum over the vocabulary: e / total is the softmax.
-    The next block is computed in the same memory.
-    """
-    N, V, wide = len(hidden), len(weight), inverse_temperature.dtype
+    """Yield (rows: slice, exps (n, V), sums (n,), log-probs (n,)) of block after block, where
+    exps / sums is the softmax.  The next block is computed in the same memory."""
+    N, V, wide = len(hidden), len(weight), inverse_temperature.dtype  # fp32, usually
+    # N = 5 targets in blocks of n = 2:  rows 0 1 | rows 2 3 | row 4
     n = min(N, max(1, BLOCK_LOGITS // V))
-    buffer = hidden.new_empty(n, V, dtype=wide)
+    buffer = hidden.new_empty(n, V, dtype=wide)  # the only (., V) tensor there is
     for start in range(0, N, max(n, 1)):
         rows = slice(start, min(start + n, N))
-        e = buffer[: rows.stop - start]  # (n, V)
+        # 1. Logits.  The temperature divides the n * C hidden numbers, not the n * V logits.
+        logits = buffer[: rows.stop - start]  # (n, V)
         h = hidden[rows].to(wide) * inverse_temperature[rows, None]  # (n, C)
         for v, w in _widened(weight, wide):
-            torch.mm(h, w.T, out=e[:, v])
+            torch.mm(h, w.T, out=logits[:, v])
         del h, w  # a generator keeps its variables while it waits
-        logit = e.gather(1, targets[rows, None])[:, 0]  # (n,) the targets' own
-        peak = e.amax(1)
-        total = e.sub_(peak[:, None]).exp_().sum(1)
-        yield rows, e, total, logit - peak - total.log()
+        # 2. log pi(target) = logit[target] - logsumexp(logits).  The largest logit is taken out of
+        #    the sum first: exp(1000) overflows, exp(1000 - 1000) does not.
+        of_target = logits.gather(1, targets[rows, None])[:, 0]  # (n,)
+        peak = logits.amax(1)  # (n,)
+        exps = logits.sub_(peak[:, None]).exp_()  # in place: the logits are gone
+        sums = exps.sum(1)  # (n,)
+        yield rows, exps, sums, of_target - peak - sums.log()
 
 
 def _widened(weight: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -67,32 +73,50 @@ def _widened(weight: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]
         yield v, weight[v].to(wide)
 
 
-def _gradients(hidden, weight, targets, inverse_temperature, slope, grad_weight):
+def _gradients(hidden, weight, targets, inverse_temperature, derivative, grad_weight):
     """(log-probs (N,), entropies (N,), gradient of hidden (N, C)) in fp32; the gradient of the
     output matrix is added to grad_weight (V, C), unless that is None.
 
-    `slope(logprobs (n,), rows)` gives the loss's derivative by each log-prob of a block (n,).
+    `derivative(logprobs (n,), rows)` is that of the loss by each log-prob of a block (n,).
     """
     wide = inverse_temperature.dtype
     grad_hidden = torch.empty_like(hidden, dtype=wide)
     logprobs, entropy = (grad_hidden.new_empty(len(hidden)) for _ in range(2))
     for block in _blocks(hidden, weight, targets, inverse_temperature):
-        rows, e, total, logprobs[rows] = block
-        h, heat = hidden[rows].to(wide), inverse_temperature[rows] / total  # (n, C), (n,)
-        # d log pi / d logit = (1[target] - softmax) / T.  From here on e is total * (softmax -
-        # 1[target]): one number a row changes, and the factors wait for the small tensors.
-        e.scatter_add_(1, targets[rows, None], -total[:, None])
-        pull = torch.zeros_like(h)  # (n, C)
+        rows, exps, sums, logprobs[rows] = block
+        # 1. By the logits:  d log pi(target) / d logits = onehot(target) - softmax, for instance
+        #        softmax 0.5 0.3 0.2, target 1:  -0.5  +0.7  -0.2
+        #    One number a row changes, and exps has become sums * (softmax - onehot): the factor
+        #    -1 / (T * sums) waits for the small tensors.
+        exps.scatter_add_(1, targets[rows, None], -sums[:, None])
+        h, scale = hidden[rows].to(wide), inverse_temperature[rows] / sums  # (n, C), (n,)
+        # 2. By the hidden states: through the output matrix.  The row that the distribution would
+        #    give on average, less that of the target, times sums:
+        mean_minus_target = torch.zeros_like(h)  # (n, C)
         for v, w in _widened(weight, wide):
-            pull.addmm_(e[:, v], w)  # sum over the vocabulary: where the distribution would go
-        # H = logsumexp - E[logit] = -log pi(target) - (E[logit] - logit[target]); what stands in
-        # brackets is h . pull / (T total): no second pass over the block
-        entropy[rows] = (h * pull).sum(1).mul_(heat).add_(logprobs[rows]).neg_()
-        factor = (slope(logprobs[rows], rows) * heat)[:, None]  # (n, 1)
-        grad_hidden[rows] = pull.mul_(-factor)
+            mean_minus_target.addmm_(exps[:, v], w)
+        # The entropy comes for free: H = logsumexp - mean logit = -log pi(target) - (mean logit -
+        # logit[target]), and what stands in brackets is h . mean_minus_target / (T * sums).
+        entropy[rows] = (h * mean_minus_target).sum(1).mul_(scale).add_(logprobs[rows]).neg_()
+        factor = (derivative(logprobs[rows], rows) * scale)[:, None]  # (n, 1)
+        grad_hidden[rows] = mean_minus_target.mul_(-factor)
+        # 3. By the output matrix: summed over all blocks.
         if grad_weight is not None:
-            grad_weight.addmm_(e.T, h * factor, alpha=-1)
+            grad_weight.addmm_(exps.T, h * factor, alpha=-1)
     return logprobs, entropy, grad_hidden
+
+
+def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor):
+    """(hidden (N, C), targets (N,), 1 / temperature (N,) in fp32, or fp64 in gradcheck)."""
+    shape = targets.shape
+    assert hidden.shape[:-1] == shape, f"hidden {tuple(hidden.shape)} for targets {tuple(shape)}"
+    # To look costs nothing here; on a GPU the host would have to wait for everything queued, and
+    # `gather` is checked there by the device itself.
+    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
+        raise ValueError(f"a target is not one of the {len(weight)} tokens of the vocabulary")
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    T = torch.as_tensor(temperature, dtype=wide, device=hidden.device).expand(shape).reshape(-1)
+    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0 / T
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -109,26 +133,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """A given derivative by each log-prob is a loss that is linear in them."""
+        """The loss's derivative by each log-prob is given, whatever the log-probs are: `grad`."""
         hidden, weight, *rest = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wanted else None
-        _, _, grad_hidden = _gradients(hidden, weight, *rest, lambda _, n: grad[n], grad_weight)
+        given = lambda _, rows: grad[rows]  # noqa: E731
+        _, _, grad_hidden = _gradients(hidden, weight, *rest, given, grad_weight)
         grad_weight = grad_weight.to(weight.dtype) if wanted else None
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
-
-
-def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor):
-    """(hidden (N, C), targets (N,), 1 / temperature (N,) in fp32, or fp64 in gradcheck)."""
-    shape = targets.shape
-    assert hidden.shape[:-1] == shape, f"hidden {tuple(hidden.shape)} for targets {tuple(shape)}"
-    # To look costs nothing here; on a GPU the host would have to wait for everything queued, and
-    # `gather` is checked there by the device itself.
-    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
-        raise ValueError(f"a target is not one of the {len(weight)} tokens of the vocabulary")
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    T = torch.as_tensor(temperature, dtype=wide, device=hidden.device).expand(shape).reshape(-1)
-    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0 / T
 
 
 def token_logprobs(
@@ -154,37 +166,38 @@ def loss_backward(
     """`loss(token_logprobs(...)).backward()` at three quarters of the cost: (log-probs (N,),
     entropy (N,) in nats of each whole distribution, not differentiable), both fp32.
 
-    The loss has to be a SUM over targets: `loss(logprobs (n,), rows)` is called for stretch after
-    stretch `rows` of the N, each once, and returns that stretch's share.  Inputs otherwise as for
+    The loss has to be a SUM over targets: `loss(logprobs (n,), rows)` is called for block after
+    block `rows` of the N, each once, and returns that block's share.  Inputs otherwise as for
     `token_logprobs`, flat: (N, C), (V, C), (N,).
 
     Extra memory, in numbers of fp32, beyond inputs, gradients and a few numbers a token: a block
     of n * V logits with n = BLOCK_LOGITS // V rows, and 3 * n * C.  A bf16 output matrix costs
     V * C more, its gradient being summed in fp32 and rounded once, and CHUNK_VOCAB * C.
     """
+
+    def derivative(logprobs: Tensor, rows: slice) -> Tensor:
+        """Autograd on a block's loss alone, a graph of n numbers."""
+        with torch.enable_grad():
+            x = logprobs.detach().requires_grad_()
+            return torch.autograd.grad(loss(x, rows), x)[0]  # (n,)
+
+    # 1. Through the readout, block by block.
     with torch.no_grad():
         h, ids, inverse = _flat(hidden, weight, targets, temperature)
-        buffer, in_place = _gradient_buffer(weight, inverse.dtype)
-        logprobs, entropy, grad_hidden = _gradients(
-            h, weight, ids, inverse, lambda x, rows: _slope(loss, x, rows), buffer
-        )
-    graphs, gradients = [], []
+        grad_weight, in_place = _gradient_buffer(weight, inverse.dtype)
+        inputs = h, weight, ids, inverse
+        logprobs, entropy, grad_hidden = _gradients(*inputs, derivative, grad_weight)  # (N, C)
+    # 2. Through the model: autograd goes on from the gradients found.
+    outputs, gradients = [], []
     if hidden.requires_grad:
-        graphs.append(hidden)
+        outputs.append(hidden)
         gradients.append(grad_hidden.to(hidden.dtype))
-    if buffer is not None and not in_place:
-        graphs.append(weight)
-        gradients.append(buffer.to(weight.dtype))
-    del grad_hidden, buffer  # autograd is then their only owner, and need not copy
-    torch.autograd.backward(graphs, gradients)
+    if grad_weight is not None and not in_place:
+        outputs.append(weight)
+        gradients.append(grad_weight.to(weight.dtype))
+    del grad_hidden, grad_weight  # autograd is then their only owner, and need not copy
+    torch.autograd.backward(outputs, gradients)
     return logprobs, entropy
-
-
-def _slope(loss, logprobs: Tensor, rows: slice) -> Tensor:
-    """Derivative (n,) of a block's loss by its log-probs."""
-    with torch.enable_grad():
-        x = logprobs.detach().requires_grad_()
-        return torch.autograd.grad(loss(x, rows), x)[0]
 
 
 def _gradient_buffer(weight: Tensor, wide: torch.dtype) -> tuple[Tensor | None, bool]:

@@ -64,6 +64,7 @@ class Tokenizer:
     z_c, z_c_id the readout token of r_s, as text and as id
     c_ref       nats; None until it has been estimated.  c_ref_std: its spread, nats
     beta_v      scale of r_s (paper: 0.1)
+    self_reward_loss  what r_s was trained with: mse, or an ablation on another scale (laser.py)
     instruction sentence appended to every problem; "" for none
     verify_prompt  how the model is asked for a judgement in a second turn; None: by default text
     """
@@ -95,6 +96,7 @@ class Tokenizer:
         self.instruction = INSTRUCTION
         self.verify_prompt: str | None = None
         self.beta_v = 0.1
+        self.self_reward_loss = "mse"
         self.c_ref: float | None = None
         self.c_ref_std: float | None = None
         self.z_c, self.z_c_id = "", -1
@@ -139,6 +141,7 @@ class Tokenizer:
             "c_ref": self.c_ref,
             "c_ref_std": self.c_ref_std,
             "beta_v": self.beta_v,
+            "self_reward_loss": self.self_reward_loss,
             "instruction": self.instruction,
             "verify_prompt": self.verify_prompt,
         }
@@ -183,6 +186,12 @@ class Tokenizer:
         """What the model is to read: problem and instruction as the user's turn of its template."""
         content = f"{problem} {self.instruction}" if self.instruction else problem
         return self._render(content)
+
+    @property
+    def asks_for_tags(self) -> bool:
+        """Does the prompt ask for the answer within <answer> tags (as Open-Reasoner-Zero's does)?"""
+        prompt = self.prompt_text("")
+        return "<answer>" in prompt and "</answer>" in prompt
 
     def encode_prompt(self, problem: str) -> list[int]:
         """The ids of the prompt of a problem, up to where the model's answer begins."""
@@ -304,6 +313,9 @@ class Tokenizer:
         self.beta_v = _typed(laser, "beta_v", (int, float), 0.1)
         if not self.beta_v > 0:
             raise ValueError(f"laser.json: beta_v is {self.beta_v}, but has to be above 0")
+        self.self_reward_loss = _typed(laser, "self_reward_loss", str, "mse")
+        if self.self_reward_loss not in ("mse", "bce", "sft"):
+            raise ValueError(f"laser.json: self_reward_loss is {self.self_reward_loss!r}")
         self.c_ref = _typed(laser, "c_ref", (int, float), None)
         if self.c_ref is not None and self.c_ref > 0:
             raise ValueError(f"laser.json: c_ref is {self.c_ref}, but no log-probability is above 0")

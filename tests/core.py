@@ -1,14 +1,19 @@
 """
 What the tests of the core share: a tokenizer in 30 lines, a random decoder with grouped-query
-attention and one row of everything computed the slow, obvious way.  No file, no download.
+attention and one row of everything as tests/plain.py computes it.  No file, no download.
 """
 
 import random
 
+from types import SimpleNamespace
+
 import torch
 
+from nanolaser import grpo, laser
 from nanolaser.model import CausalLM, ModelConfig
+from nanolaser.readout import token_logprobs
 from nanolaser.rollout import Rollout
+from tests import plain
 
 SIZE, VOCAB = 37, 40  # the output matrix has three rows more than the tokenizer has tokens
 C_REF, BETA_V = -15.0, 0.1
@@ -21,7 +26,7 @@ class FakeTokenizer:
     stop_ids = (1, 2)
     size = SIZE
     z_c, z_c_id = "<|z|>", 3
-    c_ref, beta_v = C_REF, BETA_V
+    c_ref, beta_v, self_reward_loss = C_REF, BETA_V, "mse"
 
     def encode_prompt(self, problem):
         return [4 + self.LETTERS.index(c) for c in problem]
@@ -66,22 +71,43 @@ def random_rollouts(seed=0, count=12, truncated=(2, 7), equal_length=False):
         finished = i not in truncated
         if finished:
             response[-1] = rng.choice(FakeTokenizer.stop_ids)
-        zeros = [0.0] * n
-        rollouts.append(Rollout(i // 4, prompt, response, zeros, finished=finished))
+        rollouts.append(Rollout(
+            i // 4, prompt, response, [0.0] * n, finished=finished,
+            logp_zc=-12.0 if finished else None))
     return rollouts
 
 
 def all_logprobs(model, tokens, temperature=1.0):
-    """(T, V) log-probs after each token of ONE row, by the definition, in float64."""
-    hidden = model(torch.tensor([tokens]))[0]
-    logits = hidden.double() @ model.lm_head_weight.double().T
+    """(T, V) log-probs after each token of ONE row, by the textbook's forward, in float64."""
+    logits = plain.forward(dict(model.named_parameters()), model.config, tokens)
     return torch.log_softmax(logits / temperature, -1)
 
 
 def slow_readout(model, rollout, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
     """One rollout's (token log-probs (n,), log pi(z_c) or None), nothing batched or chunked."""
-    p, row = len(rollout.prompt_tokens), rollout.prompt_tokens + rollout.response_tokens
-    table = all_logprobs(model, row, temperature)
-    logprobs = torch.stack([table[p + t - 1, y] for t, y in enumerate(rollout.response_tokens)])
-    logp_zc = all_logprobs(model, row)[-1, z_c_id] if rollout.finished else None
-    return logprobs, logp_zc
+    solution = plain.Solution(rollout.prompt_tokens, rollout.response_tokens)
+    weights = dict(model.named_parameters())
+    logprobs, logp_zc = plain.read(weights, model.config, solution, z_c_id, temperature)
+    return logprobs, logp_zc if rollout.finished else None
+
+
+def make_batch(rollouts, group_size, tau=0.0, min_std=0.1):
+    """What train_step hands to the update, from rollouts whose r_v and r_s are set."""
+    r_v, r_s, finished = (
+        grpo.stack(rollouts, name, group_size) for name in ("r_v", "r_s", "finished"))
+    advantages = laser.mixed_advantages(r_v.float(), r_s.float(), finished, tau, min_std)
+    weights = laser.class_weights(r_v.float(), finished)
+    return SimpleNamespace(
+        rollouts=rollouts, advantages=advantages.flatten(), weights=weights.flatten())
+
+
+def update(model, optimizer, batch, *rest, **options):
+    return grpo.update(
+        model, optimizer, batch.rollouts, batch.advantages, batch.weights, *rest, **options)
+
+
+def read(model, rollouts, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
+    """What the update reads: log-probs of all response tokens (m,), log pi(z_c) of ends (e,)."""
+    hidden, t = grpo.read_hidden(model, rollouts, [z_c_id] * len(rollouts), temperature)
+    logprobs = token_logprobs(hidden, model.lm_head_weight, t.token, t.temperature)
+    return logprobs[: t.responses], logprobs[t.responses :]

@@ -48,9 +48,9 @@ def test_skewed_lengths_have_their_mean_and_their_longest(count):
 def test_both_sides_end_where_they_are_told():
     o = generate.Options(problems=2, group_size=3, rows=4)
     work = generate.embedded(o)
-    work.lengths, plain = [9, 1, 5, 2, 12, 3], sampler._Batch
+    work.lengths, plain = [9, 1, 5, 2, 12, 3], (sampler.uniforms, sampler.sample_next)
     assert generate.ours(work, o, 0) == generate.Peer(work)(work, o, 0) == work.lengths
-    assert sampler._Batch is plain  # nothing stays behind
+    assert (sampler.uniforms, sampler.sample_next) == plain  # nothing stays behind
 
 
 def test_scaling(call):

@@ -31,29 +31,29 @@ OPTIONS = """--steps 4 --problems-per-step 3 --group-size 4 --eval-problems 3 --
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
 def test_what_is_dealt_is_everything_once_and_rounds_are_equal(size, count):
     worlds, items = [World(rank, size) for rank in range(size)], list(range(count))
-    assert sorted(x for w in worlds for x in w.deal(items)) == items
+    assert sorted(x for w in worlds for x in w.shard(items)) == items
     rounds = [list(w.rounds(items)) for w in worlds]
     assert len({len(r) for r in rounds}) == 1  # or somebody would wait for ever
     assert sorted(x for r in rounds for x, counts in r if counts) == items
-    assert [[x for x, counts in r if counts] for r in rounds] == [w.deal(items) for w in worlds]
+    assert [[x for x, counts in r if counts] for r in rounds] == [w.shard(items) for w in worlds]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_parts_are_cut_as_torch_cuts_them(size):
     for tensor in (torch.arange(8.0), torch.randn(3, 2), torch.randn(7, 4)):
-        parts = [World(rank, size).part(tensor) for rank in range(size)]
+        parts = [World(rank, size).local_rows(tensor) for rank in range(size)]
         assert torch.equal(torch.cat(parts), tensor)
         for part, chunk in zip(parts, tensor.chunk(size)):  # chunk leaves out empty ones
             assert torch.equal(part, chunk)
-    assert World(size - 1, size).part(torch.tensor(3.0)) == 3
+    assert World(size - 1, size).local_rows(torch.tensor(3.0)) == 3
 
 
 def test_alone_nothing_is_copied_or_changed(tiny):
     items, tensor = [{"b": 2}, {"b": 1}], torch.randn(3)
-    assert ALONE.gather(items, by="b") is items and ALONE.tell(items) is items
-    assert ALONE.whole(tensor) is tensor is ALONE.part(tensor) is local(tensor)
-    assert ALONE.summed(tensor) is tensor and gathered(tiny[0], ALONE) is tiny[0]
-    assert ALONE.device("auto") == "auto" and ALONE.may_speak() and ALONE.dead() is None
+    assert ALONE.gather(items, by="b") is items and ALONE.broadcast(items) is items
+    assert ALONE.all_gather(tensor) is tensor is ALONE.local_rows(tensor) is local(tensor)
+    assert ALONE.reduce_gradient(tensor) is tensor and gathered(tiny[0], ALONE) is tiny[0]
+    assert ALONE.device("auto") == "auto" and ALONE.may_speak()
 
 
 # ---------------------------------------------------------------------------------------------

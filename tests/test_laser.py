@@ -62,15 +62,26 @@ def test_self_reward_loss_and_gradient_by_hand():
 
 @pytest.mark.parametrize(
     "kind, expected",
-    [("bce", 2 * math.log(4) - 0.5 * math.log(0.75)), ("sft", 2 * math.log(4))])
+    [("bce", 2 * math.log(4) - 0.5 * math.log(0.75)), ("sft", 2.5 * math.log(4))])
 def test_ablation_losses_by_hand(kind, expected):
     logp = tensor([math.log(0.25)] * 2 + [NAN], requires_grad=True)
     r_v, weights = tensor([1.0, 0, 1]), tensor([2.0, 0.5, 0])
     loss = laser.self_reward_loss(logp, r_v, weights, -23.0, 0.1, kind)
     near(loss.detach(), expected)
     loss.backward()
-    # -r_v w, and for bce on wrong ones w pi / (1 - pi)
-    near(logp.grad, [-2.0, 0.5 * 0.25 / 0.75 if kind == "bce" else 0.0, 0.0])
+    # bce: -w on right ones, w pi / (1 - pi) on wrong ones.  sft: -w on both, for the log-prob is
+    # then that of the token that each is to imitate
+    near(logp.grad, [-2.0, 0.5 * 0.25 / 0.75 if kind == "bce" else -0.5, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["bce", "sft"])
+def test_what_bce_and_sft_teach_is_a_probability(kind):
+    """A readout that they have taught perfectly: pi(z_c) is 0.99 after right solutions and 0.01
+    after wrong ones.  On the scale of mse both would be far above 0.5."""
+    logp = tensor([math.log(0.99), math.log(0.01)])
+    near(laser.self_reward(logp, -23.0, 0.1, kind), [0.99, 0.01])
+    assert laser.self_reward(math.log(0.5), -23.0, 0.1, kind) == pytest.approx(0.5)
+    assert (laser.self_reward(logp, -23.0, 0.1) > 0.5).all()
 
 
 def test_bce_stays_finite_at_both_ends():
@@ -154,10 +165,20 @@ def test_threshold_looks_at_clipped_values():
     assert torch.equal(got, laser.group_advantages(R_V))
 
 
+def test_tau_one_is_r_s_alone():
+    """The paper's ablation, r_s as the only reward: r_v has no say, also in groups whose r_s hardly
+    varies, where a mixture falls back on r_v."""
+    flat = tensor([[0.5, 0.56, 0.5, 0.56, 0.5]])  # std .033: below the threshold of .1
+    finished = torch.ones(1, 5, dtype=torch.bool)
+    got = laser.mixed_advantages(R_V, flat, finished, tau=1.0)
+    assert torch.equal(got, laser.group_advantages(flat))
+    assert torch.equal(got, laser.mixed_advantages(1 - R_V, flat, finished, tau=1.0))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-3, 3), st.booleans(), st.booleans()), min_size=2, max_size=9),
-    st.floats(0.01, 1))
+    st.floats(0.01, 0.99))
 def test_truncated_row_never_gains_from_self_reward(group, tau):
     """In the paper's released code a truncated row's r_s is read at its first token and can gain
     from it: here its mixed advantage never exceeds its share of A_v."""
@@ -183,8 +204,9 @@ def test_policy_loss_by_hand():
     ratio = tensor([1.0, 1.5, 0.5, 4.0, 0.5])
     advantages = tensor([2.0, 1.0, -1.0, -1.0, 1.0])
     # -2 (ratio 1), -1.2 (clipped above), .8 (clipped below), 3 (dual clip; 4 without it), -.5
-    loss, clipped, kl = laser.policy_loss(ratio.log(), torch.zeros(5), advantages)
+    loss = laser.policy_loss(ratio.log(), torch.zeros(5), advantages)
     near(loss, -2 - 1.2 + 0.8 + 3 - 0.5)
+    clipped, kl = laser.off_policy(ratio.log(), torch.zeros(5), advantages)
     assert clipped.item() == 2
     near(kl, 0 + (0.5 - math.log(1.5)) + (3 - math.log(4)) + 2 * (-0.5 + math.log(2)))
 
@@ -192,21 +214,21 @@ def test_policy_loss_by_hand():
 def test_policy_gradient_at_ratio_one_is_minus_the_advantage():
     logprobs = tensor([-1.0, -2, -3, -4, -5], requires_grad=True)
     advantages = tensor([2.0, 1, 0, -1, -0.5])
-    loss, clipped, kl = laser.policy_loss(logprobs, logprobs.detach(), advantages)
-    loss.backward()
+    laser.policy_loss(logprobs, logprobs.detach(), advantages).backward()
+    clipped, kl = laser.off_policy(logprobs, logprobs.detach(), advantages)
     assert torch.equal(logprobs.grad, -advantages)
     assert clipped.item() == 0 and kl.item() == 0.0
 
 
 def test_where_the_clip_is_active_no_gradient_flows():
     logprobs = tensor([1.5, 0.5, 4.0]).log().requires_grad_()
-    laser.policy_loss(logprobs, torch.zeros(3), tensor([1.0, -1, -1]))[0].backward()
+    laser.policy_loss(logprobs, torch.zeros(3), tensor([1.0, -1, -1])).backward()
     assert logprobs.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_uneven_clip_range():
     ratio, zeros = tensor([1.5, 0.5]), torch.zeros(2)
-    loss, _, _ = laser.policy_loss(ratio.log(), zeros, tensor([1.0, -1.0]), 0.4, 0.3)
+    loss = laser.policy_loss(ratio.log(), zeros, tensor([1.0, -1.0]), 0.4, 0.3)
     near(loss, -1.3 + 0.6)
 
 
@@ -216,14 +238,15 @@ def test_kl_estimates_old_from_new():
     old = tensor([0.1, 0.4, 0.2, 0.25, 0.05])
     new = tensor([0.3, 0.1, 0.3, 0.1, 0.2])
     zero = torch.zeros(1)
-    k3 = [laser.policy_loss(n[None].log(), o[None].log(), zero)[2] for n, o in zip(new, old)]
+    k3 = [laser.off_policy(n[None].log(), o[None].log(), zero)[1] for n, o in zip(new, old)]
     near((old * torch.stack(k3)).sum(), (old * (old / new).log()).sum().item())
 
 
 def test_a_wild_ratio_stays_finite():
     logprobs = tensor([500.0, -500.0], requires_grad=True)
-    loss, _, kl = laser.policy_loss(logprobs, torch.zeros(2), tensor([-1.0, 1.0]))
+    loss = laser.policy_loss(logprobs, torch.zeros(2), tensor([-1.0, 1.0]))
     loss.backward()
+    kl = laser.off_policy(logprobs.detach(), torch.zeros(2), tensor([-1.0, 1.0]))[1]
     assert loss.isfinite() and kl.isfinite() and logprobs.grad.isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""The decoder against transformers', over the grid of what a config may say; and its cache."""
+"""The decoder against transformers', over the grid of what a config may say; and its cached decoding."""
 
 from __future__ import annotations
 
@@ -137,66 +137,23 @@ def test_cached_decoding_of_unequal_prompts_equals_the_full_forward(kind):
     generator = torch.Generator().manual_seed(5)
     lengths, steps = [3, 60, 9, 70], 12
     rows = [torch.randint(0, 272, (n + steps,), generator=generator) for n in lengths]
-    cache = KVCache(model.config, longest=200)
+    c = model.config
+    cache = KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, longest=200)
     prompts = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     for i, (row, n) in enumerate(zip(rows, lengths)):
         prompts[i, :n] = row[:n]
     with torch.no_grad():
-        cache.admit(ids := [0, 1, 2, 3], ids, lengths)
-        model(prompts, cache)
+        model(prompts, cache.admit([0, 1, 2, 3], [0, 1, 2, 3], lengths))
         for step in range(steps):
-            assert cache.grow()
-            order = cache.ids  # by shelf, not by number
+            assert cache.reserve()
+            order = cache.running  # by length, not by number
             newest = torch.stack([rows[i][lengths[i] + step] for i in order])[:, None]
-            hidden = model(newest, cache)[:, 0]
+            hidden = model(newest, cache.decode())[:, 0]
             for i, state in zip(order, hidden):
                 alone = model(rows[i][None, : lengths[i] + step + 1])[0, -1]
                 torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-5)
-    # one row began beyond the first shelf, one moved up to it, two never left the first
-    assert [sorted(shelf.ids) for shelf in cache.shelves] == [[0, 2], [1, 3], []]
-
-
-def test_a_cache_follows_the_lengths_there_are():
-    """Memory by hand: shelves of 64, 128 and 192 slots, eight rows at a time."""
-    config = ModelConfig(**TINY)
-    slot = 2 * 2 * 2 * 8 * 4  # L, keys and values, K, D, bytes
-    cache = KVCache(config, longest=150)
-    assert [shelf.slots for shelf in cache.shelves] == [64, 128, 192]
-    assert cache.slot_bytes == slot and cache.bytes == 0
-    model = CausalLM(config)
-    with torch.no_grad():
-        cache.admit(list(range(20)), [0] * 19 + [1], [63, 127])
-        model(torch.zeros(2, 127, dtype=torch.long), cache)
-        assert cache.bytes == slot * (24 * 64 + 8 * 128)  # one long row makes no other longer
-        for _ in range(2):
-            cache.grow()
-            model(torch.zeros(20, 1, dtype=torch.long), cache)
-    assert [len(shelf.ids) for shelf in cache.shelves] == [0, 19, 1]
-    cache.drop([19, *range(1, 17)])
-    assert sorted(cache.ids) == [0, 17, 18]
-    assert cache.bytes == slot * 8 * 128  # given back
-    cache.drop([0, 17, 18])
-    assert cache.bytes == 0
-
-
-def test_a_cache_keeps_within_its_budget():
-    config = ModelConfig(**TINY)
-    budget = KVCache(config, 64).slot_bytes * 64 * 5
-    cache, model = KVCache(config, 128, budget=budget), CausalLM(config)
-    assert cache.bytes_for(10) == budget / 5 and cache.bytes_for(64) == 2 * budget / 5
-    cache.admit([0, 1, 2, 3], [0, 0, 1, 1], [63, 5])
-    assert cache.room == budget / 5
-    with torch.no_grad():
-        model(torch.zeros(2, 63, dtype=torch.long), cache)
-        cache.grow()
-        model(torch.zeros(4, 1, dtype=torch.long), cache)
-    # two rows move up while their old places are still taken: 4 + 2 * 2 shares of 5
-    assert not cache.grow() and cache.bytes <= budget
-    cache.drop([3])
-    assert not cache.grow()
-    cache.drop([1])
-    assert cache.grow() and cache.bytes <= budget
-    assert [shelf.ids for shelf in cache.shelves] == [[2], [0]]
+    # one began beyond the shortest rows, one moved on to longer ones, two never left them
+    assert set(cache.running[:2]) == {0, 2}
 
 
 def test_what_lies_in_the_padding_changes_nothing(tiny):

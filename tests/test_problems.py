@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
-from nanolaser.problems import DATASETS, load_problems, train_and_test
+from nanolaser.problems import (
+    DATASETS, Problem, ProblemStream, load_problems, train_and_test,
+)  # fmt: skip
 
 
 def rows_of(tmp_path, *rows, name="rows.jsonl", **options):
@@ -291,3 +294,65 @@ def test_reading_problems_does_not_import_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# the problems of each step
+
+
+def numbered(count: int) -> list[Problem]:
+    return [Problem(id=str(i), problem=f"{i}+1?", answer=str(i + 1)) for i in range(count)]
+
+
+def ids(stream: ProblemStream, steps) -> list[str]:
+    return [p.id for step in steps for p in stream.at(step)]
+
+
+def test_every_epoch_has_every_problem_once_in_an_order_of_its_own():
+    stream = ProblemStream(numbered(50), problems_per_step=7, seed=0)
+    drawn = ids(stream, range(1, 51))  # 350 problems: 7 epochs, which end within steps
+    epochs = [drawn[i : i + 50] for i in range(0, 350, 50)]
+    assert all(sorted(e, key=int) == [str(i) for i in range(50)] for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 7
+
+
+def test_the_epochs_of_two_seeds_are_unrelated():
+    """Not shifted against each other: seed 1's epoch e was seed 0's epoch e + 1."""
+    epoch = lambda seed, e: tuple(  # noqa: E731
+        ids(ProblemStream(numbered(40), 40, seed), [1 + e])
+    )
+    assert len({epoch(seed, e) for seed in range(4) for e in range(4)}) == 16
+
+
+@pytest.mark.parametrize("operations", [None, (2, 3)])
+def test_a_step_has_its_problems_whatever_was_asked_before(operations):
+    problems = [] if operations else numbered(11)
+    steps = [9, 1, 30, 2, 9, 29, 3]
+    one = ProblemStream(problems, 4, 5, operations)
+    asked = [one.at(step) for step in steps]
+    assert asked == [ProblemStream(problems, 4, 5, operations).at(step) for step in steps]
+
+
+def test_the_order_is_made_once_an_epoch():
+    """A hundred thousand problems are shuffled once, not once for each problem of a step."""
+    stream = ProblemStream(numbered(100_000), 128, 0)
+    start = time.process_time()
+    for step in range(1, 400):
+        stream.at(step)
+    # one shuffle is 0.1 s; 128 a step would be minutes
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("count", [1, 16, 300])
+def test_c_ref_is_measured_on_as_many_problems_as_asked_for(count):
+    arithmetic = ProblemStream([], 16, 3, (2, 3, 4, 5)).for_c_ref(count)
+    assert len(texts(arithmetic)) == len(arithmetic) == count
+    few = ProblemStream(numbered(20) + numbered(20), 16, 3).for_c_ref(count)
+    assert len(texts(few)) == len(few) == min(count, 20)
+    # the first problems of the first epoch, so that a file sorted by difficulty does no harm
+    assert [p.id for p in few] != [str(i) for i in range(count)] or count == 1
+
+
+def test_nothing_to_learn_from():
+    with pytest.raises(ValueError, match="no problem"):
+        ProblemStream([], 16, 0)

@@ -1,6 +1,7 @@
 """train.py as a user runs it: by subprocess, on the embedded model, with good and bad input."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from nanolaser import grpo
-from nanolaser.problems import Problem
-from train import PRESETS, Options, ProblemStream, doubts, find_c_ref
+from nanolaser import log
+from nanolaser.cli import apply_preset, paper_defaults
+from nanolaser.grpo import CRef
+from train import Options, new_options
 
 ROOT = Path(__file__).parents[1]
 # Small, but through all three phases: reasoning (step 1), self-reward (2), integrated (3, 4).
@@ -51,7 +53,10 @@ def test_the_files_of_a_run(run):
     assert [m["phase"] for m in metrics] == ["reasoning", "self-reward", "integrated", "integrated"]
     # the readout's loss is off in the first phase, and the sampler agrees with the trainer
     assert metrics[0]["self_reward_loss"] == 0 and metrics[1]["self_reward_loss"] > 0
+    # on the tokens, and on z_c, which the advantage has from the one and the loss from the other
     assert max(m["sampler_gap"] for m in metrics) < 1e-3
+    assert 0 < max(m["zc_gap"] for m in metrics) < 1e-3
+    assert not any(m["checker_errors"] for m in metrics)
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) >= {"before", "after", "seconds", "tokens", "c_ref", "c_ref_std"}
     assert summary["before"]["problems"] == 4 and summary["before"]["n"] == 2
@@ -103,63 +108,113 @@ def test_a_file_as_data_needs_nothing_else(tmp_path):
 @pytest.mark.parametrize("std, beta_v, warned", [
     (1.9, 0.1, False), (2.1, 0.1, True), (1.1, 0.2, True), (3.9, 0.05, False),
 ])  # fmt: skip
-def test_a_c_ref_too_unsteady_for_beta_v_is_said_with_better_tokens(
-    tiny, monkeypatch, capsys, std, beta_v, warned
-):
-    model, tokenizer = tiny
+def test_a_c_ref_too_unsteady_for_beta_v_is_said_with_better_tokens(std, beta_v, warned):
     # the second is less steady, and from where the third is r_s = 1 cannot be reached
     others = [("<a>", -20.0, 0.5), ("<b>", -21.0, std + 1), ("<c>", -4.0, 0.1)]
-    monkeypatch.setattr(grpo, "estimate_c_ref", lambda *_, **__: (-23.0, std, 300, others))
-    find_c_ref(model, tokenizer, [], Options(beta_v=beta_v))
-    assert (tokenizer.c_ref, tokenizer.c_ref_std) == (-23.0, std)
-    said = capsys.readouterr().out
-    assert f"c_ref = -23.00 nats, spread {std:.2f} (<|vision_start|>; 300 sol" in said
-    assert ("warning" in said) == warned
-    assert said.endswith("steadier tokens for --z-c: <a> (-20.0 +- 0.50)\n") == warned
+    said = " ".join(log.doubts_of_c_ref(CRef(-23.0, std, 300, others), Options(beta_v=beta_v)))
+    assert ("<a>" in said) == ("--z-c" in said) == warned
+    assert "<b>" not in said and "<c>" not in said
 
 
-@pytest.mark.parametrize("count, different", [(7, 7), (500, 300)])
-def test_the_problems_of_an_epoch_and_those_of_c_ref(count, different):
-    class Characters:
-        encode_prompt = staticmethod(list)
-
-    problems = [Problem(str(i), f"{i}+0=?", str(i)) for i in range(count)]
-    stream = ProblemStream(Options(problems_per_step=5, data="f.jsonl"), Characters, problems, 64)
-    assert len({p.id for p in stream.at(0)}) == different == len(stream.at(0))
-    # steps 1 and 2 draw from one shuffled epoch: nobody comes twice before everybody has come
-    assert len({p.id for step in (1, 2) for p in stream.at(step)}) == min(10, count)
-    assert stream.at(1) != problems[:5] and stream.at(2) == stream.at(2)
+def test_a_c_ref_that_leaves_no_room_is_said():
+    c = CRef(-8.0, 0.1, 300, [])
+    assert "at least 0.13" in log.doubts_of_c_ref(c, Options(beta_v=0.1))[0]
+    assert log.doubts_of_c_ref(c, Options(beta_v=0.13)) == []
 
 
-def test_a_c_ref_that_leaves_no_room_is_said(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(grpo, "estimate_c_ref", lambda *_, **__: (-8.0, 0.1, 300, []))
-    find_c_ref(*tiny, [], Options(beta_v=0.1))
-    assert "--beta-v has to be at least 0.13" in capsys.readouterr().out
-    find_c_ref(*tiny, [], Options(beta_v=0.13))
-    assert "warning" not in capsys.readouterr().out
+@pytest.mark.parametrize("count, std, warned", [(29, 1.5, True), (30, 1.5, False), (1, None, True)])
+def test_a_c_ref_from_few_solutions_is_said(count, std, warned):
+    assert bool(log.doubts_of_c_ref(CRef(-20.0, std, count, []), Options())) == warned
 
 
-@pytest.mark.parametrize("count, warned", [(29, True), (30, False)])
-def test_a_c_ref_from_few_solutions_is_said(tiny, monkeypatch, capsys, count, warned):
-    monkeypatch.setattr(grpo, "estimate_c_ref", lambda *_, **__: (-20.0, 1.5, count, []))
-    find_c_ref(*tiny, [], Options(max_new_tokens=96))
-    said = capsys.readouterr().out
-    assert ("be off by 0.6 nats (--max-new-tokens 96 cut off the others)" in said) == warned
-    assert ("warning" in said) == warned
+def paper(**given):
+    """The options of a model that is not the embedded one."""
+    return apply_preset(Options(model="m", **given), given, paper_defaults(Options))
 
 
 def test_options_that_are_odd_are_said():
-    paper = Options(model="m", **PRESETS["paper"])
-    assert doubts(paper, 8192) == []
-    (long,) = doubts(paper, 4096)  # Qwen2.5-Math has so many
-    assert "--max-new-tokens 8192 is more than the 4096 tokens" in long
-    short = {**PRESETS["paper"], "steps": 200}
-    (never,) = doubts(Options(model="m", **short), 8192)
-    assert "--reasoning-warmup 200 leaves none of 200 steps" in never
+    assert log.doubts(paper(), 8192) == []
+    (long,) = log.doubts(paper(), 4096)  # Qwen2.5-Math has so many
+    assert "8192" in long and "4096" in long
+    (never,) = log.doubts(paper(steps=200), 8192)
+    assert "never trained" in never
     # one step more is one step of it, and GRPO wants none
-    assert doubts(Options(model="m", **{**short, "steps": 201}), 8192) == []
-    assert doubts(Options(model="m", **{**short, "alpha": 0.0}), 8192) == []
-    assert doubts(Options(**PRESETS["tiny"]), 512) == []
+    assert log.doubts(paper(steps=201), 8192) == []
+    assert log.doubts(paper(steps=200, alpha=0.0), 8192) == []
+    assert log.doubts(Options(), 512) == []
+
+
+def test_alpha_zero_gives_r_s_no_share_in_the_advantage(capsys):
+    o = new_options(Options(alpha=0.0), {"alpha"})
+    assert o.tau == 0 and "--tau 0" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="never trained"):
+        new_options(Options(alpha=0.0, tau=0.3), {"alpha", "tau"})
+    assert new_options(Options(), set()).tau == 0.1
+
+
+def test_the_scripts_of_the_paper_are_the_defaults_of_their_models():
+    """PAPER's scripts: warm-ups 200 and 200, of Open-Reasoner-Zero 0 and 200; two epochs of
+    DeepMath; the evaluation uses all of MATH-500."""
+    qwen, orz, octo = (
+        new_options(Options(model=m), {"model"}) for m in ("qwen2.5-7b", "orz-7b", "octothinker-3b")
+    )
+    warmups = [(o.reasoning_warmup, o.self_reward_warmup) for o in (qwen, orz, octo)]
+    assert warmups == [(200, 200), (0, 200), (200, 200)]
+    assert octo.z_c == "<|reserved_special_token_0|>"  # 128002
+    assert qwen.steps * qwen.problems_per_step > 1.9 * 103_022
+    assert (qwen.eval_data, qwen.eval_problems, qwen.eval_n) == ("math500", 500, 2)
+    # what the user says comes before what the model wants
+    assert new_options(Options(model="orz-7b", reasoning_warmup=7), {"model", "reasoning_warmup"}
+                       ).reasoning_warmup == 7  # fmt: skip
+
+
+def laser_json(run):
+    return json.loads((run / "checkpoints" / "step-000004" / "laser.json").read_text())
+
+
+def test_training_on_keeps_the_models_own_c_ref(run, tmp_path):
+    """Measured on a model whose readout speaks already, c_ref would be another, and r_s with it."""
+    out, _ = run
+    checkpoint = out / "checkpoints" / "step-000004"
+    own = json.loads((checkpoint / "laser.json").read_text())
+    assert own["c_ref"] is not None
+    done = train("--model", checkpoint, "--data", "arithmetic", *SHORT, "--out", tmp_path / "on")
+    assert done.returncode == 0, done.stderr
+    assert laser_json(tmp_path / "on")["c_ref"] == own["c_ref"] and "estimate" in done.stdout
+    anew = train("--model", checkpoint, "--data", "arithmetic", *SHORT, "--out", tmp_path / "anew",
+                 "--c-ref", "estimate")  # fmt: skip
+    assert anew.returncode == 0, anew.stderr
+    assert laser_json(tmp_path / "anew")["c_ref"] != own["c_ref"]
+
+
+@pytest.mark.parametrize("loss", ["bce", "sft"])
+def test_after_bce_and_sft_the_score_is_a_probability(tmp_path, loss):
+    """In training, in the evaluation, and in the checkpoint, for whoever reads it later."""
+    done = train(*SHORT, "--self-reward-loss", loss, "--out", tmp_path / loss)
+    assert done.returncode == 0, done.stderr
+    for row in rows(tmp_path / loss / "samples.jsonl"):
+        if row["r_s"] is not None:
+            assert row["r_s"] == pytest.approx(math.exp(row["logp_zc"]), abs=1e-12)
+    assert laser_json(tmp_path / loss)["self_reward_loss"] == loss
+
+
+def test_sft_and_bce_are_different_runs(tmp_path):
+    for loss in ("bce", "sft"):
+        assert train(*SHORT, "--self-reward-loss", loss, "--out", tmp_path / loss).returncode == 0
+    bce, sft = ([m["self_reward_loss"] for m in rows(tmp_path / x / "metrics.jsonl")]
+                for x in ("bce", "sft"))  # fmt: skip
+    # after a wrong solution bce leaves pi(z_c) = e^-31 as it is, sft wants another token's to be 1
+    assert sft[1] > 1.5 * bce[1] > 0
+
+
+def test_a_trial_is_the_whole_run_in_miniature(tmp_path):
+    """All three phases, both evaluations, a checkpoint: in seconds."""
+    done = train("--trial", "--out", tmp_path / "t")
+    assert done.returncode == 0, done.stderr
+    phases = [m["phase"] for m in rows(tmp_path / "t" / "metrics.jsonl")]
+    assert phases == ["reasoning", "self-reward", "integrated"]
+    assert json.loads((tmp_path / "t" / "summary.json").read_text())["after"]["problems"] == 4
+    assert (tmp_path / "t" / "checkpoints" / "latest").read_text().strip() == "step-000003"
 
 
 def test_a_plan_of_a_large_model_needs_no_download(hub):

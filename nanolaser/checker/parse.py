@@ -25,6 +25,7 @@ The tree is made of tuples whose first entry names the kind, so equal trees are 
     ("sum" | "prod", letter, low, high, body)  ("pct", x)  ("deg", x)  ("unit", x, name)
     ("list", items)  ("or", items)  ("set", items)  ("tuple", open, close, items)  ("domain", name)
     ("setop", op, a, b)  ("matrix", rows)  ("rel", ops, sides)  ("ratio", parts)  ("text", words)
+    ("time", numbers)  ("said", x, words)   a number with words after it that are no unit
 
 What is ambiguous is refused rather than guessed: `\sqrt12`, `\frac123`, `x2`, `1/2x`, `2\frac43`,
 `\sin x/2`, an ellipsis. Three conventions are chosen: `a/bc` is a/(bc), `2^10` is 1024, and `2e-3`
@@ -41,6 +42,7 @@ from fractions import Fraction
 MAX_CHARS = 3000    # a longer text is compared as text only: no benchmark answer has 400
 MAX_TOKENS = 1500
 MAX_DEPTH = 32      # nested groups; each costs about eleven Python frames of the 1000 there are
+MAX_HEIGHT = 160    # of a tree, in nested tuples: what walks it takes at most two frames for each
 MAX_DIGITS = 1000   # of one number; far below CPython's own limit of 4300
 MAX_EXPONENT = 999  # of scientific notation
 
@@ -72,12 +74,12 @@ NAMES = {"pi": ("const", "pi"), "inf": ("const", "inf"), "infty": ("const", "inf
          "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"),
          "degree": ("op", "deg"), "degrees": ("op", "deg"), "deg": ("op", "deg"),
          "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("cmd", "root"),
-         "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("cmd", "absolute"),
-         "floor": ("cmd", "floor"), "ceil": ("cmd", "ceil")}
+         "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("plain", "abs"),
+         "floor": ("plain", "floor"), "ceil": ("plain", "ceil")}
 # The values are the tokens that the parser sees, so \times, \cdot and * are one token "*", and the
 # grammar needs one rule for the three of them.
 COMMANDS = {
-    "cdot": ("op", "*"), "times": ("op", "*"), "ast": ("op", "*"), "cdotp": ("op", "*"),
+    "cdot": ("op", "*"), "times": ("op", "×"), "ast": ("op", "*"), "cdotp": ("op", "*"),
     "div": ("op", "/"), "slash": ("op", "/"), "pm": ("op", "pm"), "mp": ("op", "mp"),
     "le": ("op", "<="), "leq": ("op", "<="), "leqslant": ("op", "<="), "leqq": ("op", "<="),
     "ge": ("op", ">="), "geq": ("op", ">="), "geqslant": ("op", ">="), "geqq": ("op", ">="),
@@ -95,11 +97,13 @@ COMMANDS = {
     "frac": ("cmd", "frac"), "dfrac": ("cmd", "frac"), "tfrac": ("cmd", "frac"),
     "cfrac": ("cmd", "frac"), "sqrt": ("cmd", "sqrt"), "binom": ("cmd", "binom"),
     "dbinom": ("cmd", "binom"), "tbinom": ("cmd", "binom"), "sum": ("cmd", "sum"),
-    "prod": ("cmd", "prod"), "angle": ("cmd", "angle"), "triangle": ("cmd", "angle"),
-    "overline": ("cmd", "mark"), "bar": ("cmd", "mark"), "vec": ("cmd", "mark"),
-    "hat": ("cmd", "mark"), "tilde": ("cmd", "mark"), "dot": ("cmd", "mark"),
-    "overrightarrow": ("cmd", "mark"), "overleftrightarrow": ("cmd", "mark"),
-    "widehat": ("cmd", "mark"), "emptyset": ("set", ""), "varnothing": ("set", ""),
+    "prod": ("cmd", "prod"), "angle": ("cmd", "angle"), "triangle": ("cmd", "triangle"),
+    # A mark makes another name of a letter, and each mark its own: \hat x is not \bar x.
+    "overline": ("mark", "bar"), "bar": ("mark", "bar"), "hat": ("mark", "hat"),
+    "widehat": ("mark", "hat"), "tilde": ("mark", "tilde"), "widetilde": ("mark", "tilde"),
+    "dot": ("mark", "dot"), "ddot": ("mark", "ddot"), "vec": ("mark", "vec"),
+    "overrightarrow": ("mark", "vec"), "overleftrightarrow": ("mark", "line"),
+    "emptyset": ("set", ""), "varnothing": ("set", ""),
     "infty": ("const", "inf"), "pi": ("const", "pi"), "imath": ("const", "i"),
     "land": ("sep", "and"), "lor": ("sep", "or"),
 }
@@ -117,40 +121,70 @@ SILENT = set("tiny small large Large LARGE huge Huge left right middle big Big b
 MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "psmallmatrix"}
 
 # "5 meters" and "5 m" must give one tree. A unit is only read after a number: m alone is a letter.
-# Counted things (apples, ways) are listed because golds often omit them: 12 apples is 12.
-# Unit spellings; the value is the one name that is compared. An unknown \text{...} is its own name.
+# Unit spellings; the first of a line is the one name that is compared.
 UNITS = {}
 for _line in ("m meter meters metre metres", "cm centimeter centimeters centimetre centimetres",
-              "mm millimeter millimeters", "km kilometer kilometers kilometre kilometres",
-              "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles", "g gram grams",
-              "kg kilogram kilograms", "mg milligram milligrams", "lb lbs pound pounds",
-              "oz ounce ounces", "ton tons tonne tonnes", "s sec secs second seconds",
-              "min mins minute minutes", "h hr hrs hour hours", "day days", "week weeks",
-              "month months", "yr yrs year years", "l liter liters litre litres",
-              "ml milliliter milliliters", "gal gallon gallons", "cup cups", "mph", "kph",
-              "dollar dollars usd", "cent cents", "euro euros", "unit units", "square sq squared",
-              "cubic cu cubed", "per", "rad radian radians", "point points", "people person",
-              "way ways", "n newton newtons", "j joule joules", "w watt watts", "v volt volts",
-              "hz hertz", "c celsius", "f fahrenheit", "k kelvin", "a amp amps", "times",
-              "solution solutions", "student students", "apple apples", "book books", "boy boys",
-              "girl girls", "child children", "ball balls", "marble marbles", "coin coins",
-              "ticket tickets", "page pages", "question questions", "game games", "car cars",
-              "cookie cookies", "egg eggs", "step steps", "tile tiles", "triangle triangles",
-              "side sides", "path paths", "flower flowers", "tree trees", "dog dogs", "cat cats",
-              "bag bags", "box boxes", "pen pens", "pencil pencils", "pair pairs", "sq. sq"):
+              "mm millimeter millimeters millimetre millimetres", "in inch inches", "ft foot feet",
+              "km kilometer kilometers kilometre kilometres", "yd yard yards", "mi mile miles",
+              "g gram grams", "kg kilogram kilograms", "mg milligram milligrams",
+              "lb lbs pound pounds", "oz ounce ounces", "ton tons tonne tonnes",
+              "s sec secs second seconds", "ms millisecond milliseconds", "day days",
+              "min mins minute minutes", "h hr hrs hour hours", "week weeks", "month months",
+              "yr yrs year years", "century centuries", "l liter liters litre litres",
+              "ml milliliter milliliters millilitre millilitres", "gal gallon gallons",
+              "pint pints", "quart quarts", "acre acres", "dollar dollars usd buck bucks",
+              "cent cents", "euro euros", "penny pennies pence", "rad radian radians",
+              "degree degrees", "people person persons", "n newton newtons", "j joule joules",
+              "w watt watts", "v volt volts", "hz hertz", "c celsius", "f fahrenheit", "k kelvin",
+              "a amp amps", "child children", "man men", "woman women", "die dice", "mph", "kph",
+              "times"):
     for _word in _line.split():
-        # The first word of a line is the name: metres -> m, inches -> in.
         UNITS[_word] = _line.split()[0]
-# "5 hundred" is 500, "3 quarters" is 0.75, "5 if x > 0" is a case: read as numbers with a
-# unit, these would be equal to 5 and 3.
-# Words that, after a number, make a sentence or another number of it: never a unit.
-NOT_UNITS = set("if when for where not no and or because with is are was only since so but the "
-                "otherwise then nor to from than either neither hundred thousand million billion "
-                "trillion dozen half halves third thirds quarter quarters less more greater fewer "
-                "least most about almost roughly approximately infinity plus minus over divided "
-                "mod modulo tenth tenths hundredth hundredths thousandth thousandths fifth "
-                "fifths sixth sixths eighth eighths score gross base factorial negative positive "
-                "true false remainder".split())
+# Counted things, which golds often leave out: 12 apples is 12. Singular; see `unit_name`.
+COUNTED = set("""unit way point solution student apple book boy girl ball marble coin ticket page
+    question game car cookie egg step tile triangle square side path flower tree dog cat bag box pen
+    pencil pair cup sticker card chair table house room bottle piece slice orange banana candy cake
+    pizza worker player team member letter word digit number factor divisor edge vertex vertices
+    face diagonal rectangle circle cube block row column seat bus train plane truck wheel bike bird
+    fish chicken cow horse sheep pig rabbit fruit vegetable glass plate spoon stamp toy doll shirt
+    dress shoe nickel dime problem test class teacher friend kid adult guest meal bead brick plant
+    seed leaf rose nut pie trip lap vote item set group pattern outcome arrangement combination
+    permutation subset integer element handshake function triple region line segment message photo
+    song toss flip roll old""".split())
+_POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "squared": "^2", "cubic": "^3", "cu": "^3",
+           "cubed": "^3"}
+
+
+def unit_name(word: str) -> str | None:
+    """The one name of a unit or a counted thing, in singular or plural; None for other words."""
+    singulars = (word, word[:-1] if word[-1:] == "s" else "", word[:-2] if word[-2:] == "es" else "",
+                 word[:-3] + "y" if word[-3:] == "ies" else "")
+    return UNITS.get(word) or next((one for one in singulars if one in COUNTED), None)
+
+
+def unit_of(words: list) -> str | None:
+    """Words after a number as one unit; None unless every word of them belongs to a unit.
+
+    Whatever is not in the tables can change the number, so it is no unit: "5 hundred", "2 thirds",
+    "3 or more", "7 mod 9".
+    """
+    parts, before = [], ""
+    for word in words:
+        #   square meters, meters squared, m^2  ->  "m ^2"     miles per hour, mi/h  ->  "mi / h"
+        if word in _POWERS and word[-2:] != "ed":
+            before = _POWERS[word]
+            continue
+        name = "/" if word in ("/", "per") else word if word[0] == "^" else (
+            _POWERS.get(word) or unit_name(word))
+        if name is None or name[0] in "/^" and (not parts or parts[-1] == "/" or before):
+            return None
+        parts.append(name)
+        if before:
+            parts.append(before)
+            before = ""
+    return " ".join(parts) if parts and parts[-1] != "/" and not before else None
+
+
 # Two letters would be a product (see `is_word`): "no" must not equal "on".
 SMALL_WORDS = set("no on or in is if of to up it by at so".split())
 CURRENCY = {"$": "dollar", "euro": "euro", "sterling": "sterling"}
@@ -161,17 +195,15 @@ NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7
 # Unicode signs become the LaTeX that stands for them, so that there is one grammar for both. A
 # space after each command: "\pi r" from πr must not read as the command \pir.
 _UNICODE = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "±": r"\pm ", "∓": r"\mp ",
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
+    "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "∓": r"\mp ",
     "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "√": " sqrt ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ",
-    "²": "^{2}", "³": "^{3}", "¹": "^{1}", "⁰": "^{0}", "⁴": "^{4}", "⁵": "^{5}", "⁶": "^{6}",
-    "⁷": "^{7}", "⁸": "^{8}", "⁹": "^{9}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "ℝ": r"\mathbb{R}",
+"ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
-    "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\varphi ", "ω": r"\omega ", "σ": r"\sigma ",
+    "λ": r"\lambda ", "μ": r"\mu ", "µ": r"\mu ", "φ": r"\varphi ", "ϕ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ",
     "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
     "€": r"\euro ", "£": r"\pounds ",
     # Invisible: zero-width characters vanish, odd spaces become plain ones.
@@ -240,12 +272,39 @@ def trim(text: str) -> str:
     return text
 
 
+_DASH = re.compile(r"(?<![\d)}\]%°$\s])\s{0,9}[–—]|[–—](?=\s{0,9}[A-Za-z])")
+
+
+def spell_out(text: str) -> str:
+    r"""Unicode as LaTeX, without losing what a sign's place or size says.
+
+    2ⁿ⁺¹ is 2^{n+1} (NFKC would make it 2n+1), 101₂ is 101_{2}, 2⅝ is 2\frac{5}{8} (NFKC: 25/8).
+    Unicode's own table of decompositions says what is raised, lowered or a fraction.
+    """
+    # A dash between numbers, 3–5, is a range and stays unknown; x – 3 and –5 are minus signs.
+    text = _DASH.sub(lambda match: match.group().replace("—", "–").replace("–", "-"), text)
+    spelled, open_script = [], ""
+    for char in text:
+        tag, *codes = unicodedata.decomposition(char).split() or [""]
+        script = "" if ord(char) in _UNICODE else {"<super>": "^", "<sub>": "_"}.get(tag, "")
+        if script != open_script:
+            spelled.append("}" * bool(open_script) + (script + "{") * bool(script))
+            open_script = script
+        # Faces (bold, full width) are dropped as LaTeX's are. What else could stick to the digits
+        # beside it, such as ① in 1①, stays an unknown sign.
+        if ord(char) not in _UNICODE and (script or tag in (
+                "<font>", "<wide>", "<narrow>", "<noBreak>", "<fraction>")):
+            char = "".join(chr(int(code, 16)) for code in codes)
+            if tag == "<fraction>":
+                char = "\\frac{%s}{%s}" % tuple(char.partition("\u2044")[::2])
+        spelled.append(char)
+    return ("".join(spelled) + "}" * bool(open_script)).translate(_UNICODE)
+
+
 def clean(text: str) -> str:
     """One spelling for unicode symbols, no boxes, no $...$, no final full stop."""
     if not text.isascii():
-        # Our own table first: NFKC would turn ½ into 1⁄2 and ² into a plain
-        # 2, so that x² became x2.
-        text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
+        text = spell_out(text)
     text = trim(text.strip())
     if text.startswith("**") and text.endswith("**"):
         text = text.strip("* ")  # bold in Markdown
@@ -336,6 +395,7 @@ def tokenize(text: str, level: int = 0) -> list[tuple]:
     return tokens
 
 
+_BOLD = re.compile(r"\s?\{([A-Z ]{1,6}|\s?[a-z]\s?)\}")
 _ASCII_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LISTING = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
 
@@ -345,6 +405,10 @@ def _command(name: str, text: str, position: int, gap: bool, tokens: list, level
     # No token: \left( is "(", \displaystyle x is "x".
     if name in SILENT:
         return position
+    if bold := _BOLD.match(text, position) if name in ("mathbf", "boldsymbol", "bm") else None:
+        #   \mathbf{A}, \mathbf{AB}: vectors and matrices, whose products have an order
+        tokens.extend(("bold", letter, gap) for letter in bold.group(1) if letter != " ")
+        return bold.end()
     if name in COMMANDS:
         tokens.append((*COMMANDS[name], gap))
     elif name in GREEK:
@@ -390,7 +454,7 @@ def _text(name: str, content: str, gap: bool, tokens: list, level: int) -> None:
     after_number = tokens and (tokens[-1][0] in ("num", "text") or tokens[-1][1] in ("}", ")"))
     #   5\text{ cm^2}  ->  num 5, text cm, op ^, num 2: the exponent is read by `unit` in the parser
     # Not e and i: 2\mathrm{e} is twice Euler's number.
-    if after_number and head.lower() in UNITS and head not in ("e", "i") and (
+    if after_number and unit_name(head.lower()) and head not in ("e", "i") and (
             letters < len(content) and content[letters] == "^" or letters == len(content)):
         tokens.append(("text", head, gap))  # \text{ m}, \text{ cm^2}
         tokens.extend(tokenize(content[letters:], level + 1))
@@ -454,7 +518,7 @@ def is_word(run: str) -> bool:
     if len(run) == 1 or lower in NAMES or lower in FUNCTIONS or run in GREEK:
         return False
     # Before the rule for pairs: cm, kg, no, on are words although they have two letters.
-    if lower in UNITS or lower in SMALL_WORDS:
+    if unit_name(lower) or lower in _POWERS or lower in SMALL_WORDS:
         return True
     if len(run) == 2:
         return False
@@ -497,17 +561,21 @@ def words_of(text: str) -> str | None:
 
 # The kinds that are answers but not numbers. Everything else can be added, multiplied and raised.
 STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", "ratio", "text",
-              "base"}
+              "base", "time", "said"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
 # What can begin a factor, by kind of token, and which operators can.
-_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "set", "domain", "begin",
-           "node"}
+_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "plain", "mark", "bold",
+           "set", "domain", "begin", "node"}
 _OPENERS = {"(", "[", "{", "\\{", "lfloor", "lceil", "<("}
 END = ("end of text", "", False)
 
 
-def parse(text: str) -> tuple:
-    """The tree of an answer's text; raises ParseError with the reason when it has none."""
+def parse(text: str, reading: dict | None = None) -> tuple:
+    """The tree of an answer's text; raises ParseError with the reason when it has none.
+
+    `reading` is {name: is it a function?}. It is filled here and handed on from the gold to the
+    answer, so that P(3) is a product on both sides or on none.
+    """
     # Checked before the cleaning, whose passes would cost time on a text of a megabyte.
     if len(text) > MAX_CHARS:
         raise ParseError(f"longer than {MAX_CHARS} characters")
@@ -517,7 +585,22 @@ def parse(text: str) -> tuple:
     # Words before tokens: "odd" is a word and not o times d times d.
     if words := words_of(text):
         return ("text", words)
-    return _Parser(tokenize(text)).answer()
+    return _Parser(tokenize(text), {} if reading is None else reading).answer()
+
+
+def check_height(tree: tuple) -> None:
+    """Raise ParseError unless every function that walks the tree is safe to recurse.
+
+    Groups are counted while they are read (MAX_DEPTH), but trees also grow without a bracket:
+    5!!!...!, x^2^2, A \\cup B \\cup C. So every tree is measured once, here, before it is walked.
+    """
+    # A loop, level by level: this must not recurse itself.
+    level, height = [tree], 0
+    while level:
+        height += 1
+        if height > MAX_HEIGHT:
+            raise ParseError(f"a tree of more than {MAX_HEIGHT} levels")
+        level = [part for node in level for part in node if isinstance(part, tuple)]
 
 
 def is_structure(node: tuple) -> bool:
@@ -531,11 +614,12 @@ def is_structure(node: tuple) -> bool:
 class _Parser:
     """A cursor over the tokens; every method reads its part of the grammar and returns a tree."""
 
-    def __init__(self, tokens: list[tuple]):
+    def __init__(self, tokens: list[tuple], reading: dict):
         # Four sentinels, because no rule looks further ahead than that.
-        self.tokens, self.at = tokens + [END] * 4, 0
+        self.tokens, self.at, self.reading = tokens + [END] * 4, 0, reading
         self.depth, self.bars = 0, 0  # open groups; open absolute values
         self.signed = False  # whether a plus-minus sign was met
+        self.indices = set()  # letters that a sum counts with: its i is not the imaginary unit
 
     # -- cursor -------------------------------------------------------------------------------
     def peek(self, ahead: int = 0) -> tuple:
@@ -566,19 +650,24 @@ class _Parser:
     # -- lists and relations ------------------------------------------------------------------
     def answer(self) -> tuple:
         """The whole text: items, and nothing after them."""
-        node = self.items(expand=True)
+        node = self.items()
         # Everything must be consumed. To ignore a rest would make "5 because x is positive" equal
         # to 5, and pay for any hedge that begins with the right value.
         if self.peek() is not END:
             raise ParseError(f"cannot read on at {self.peek()[1]!r}")
+        # No node is more than four levels higher than its parts, and takes a token at least.
+        if len(self.tokens) > MAX_HEIGHT // 4:
+            check_height(node)
+        #   2 \pm \sqrt3  ->  the list 2 + \sqrt3, 2 - \sqrt3
+        # `signed` spares the walk over the tree for answers without such a sign, which are most.
+        if self.signed:
+            items = node[1] if node[0] in ("list", "or") else (node,)
+            found = tuple([choice for item in items for choice in expand_signs(item)])
+            node = found[0] if len(found) == 1 else ("or" if node[0] == "or" else "list", found)
         return node
 
-    def items(self, expand: bool = False) -> tuple:
-        """One item, or the list of several; 'or' is remembered because x<1 or x>3 is a union.
-
-        With expand, an item with a plus-minus sign becomes its two values: at the top and in a
-        set, but not inside brackets, where arithmetic still goes on.
-        """
+    def items(self) -> tuple:
+        """One item, or the list of several; 'or' is remembered because x<1 or x>3 is a union."""
         found, word = [self.item()], ""
         # Commas and words may come together, and "and" between two items says no more than a comma.
         while self.is_op(",", ";") or self.peek()[0] == "sep":
@@ -586,10 +675,6 @@ class _Parser:
                 word = self.peek()[1] if self.peek()[0] == "sep" else word
                 self.at += 1
             found.append(self.item())
-        #   2 \pm \sqrt3  ->  the list 2 + \sqrt3, 2 - \sqrt3
-        # `signed` spares the walk over the tree for answers without such a sign, which are most.
-        if expand and self.signed:
-            found = [choice for node in found for choice in expand_signs(node)]
         if len(found) == 1:
             return found[0]
         return ("or" if word == "or" else "list", tuple(found))
@@ -624,13 +709,14 @@ class _Parser:
         # Now it is sure, and the cursor moves past the bracket.
         name = self.peek()[1]
         self.at = end + 1
+        self.reading.setdefault(name, True)
         return ("call", name, tuple(args))
 
     def side(self) -> tuple:
         """A sum with its unit; set operations and ratios bind looser than +."""
         #   \$5  ->  ("unit", 5, "dollar")
         currency = CURRENCY[self.expect(*CURRENCY)] if self.is_op(*CURRENCY) else ""
-        node = self.sum()
+        node = self.time() or self.sum()
         while self.is_op("cup", "cap", "setminus") or self.union_letter(node):
             op = self.peek()[1].replace("U", "cup")
             self.at += 1
@@ -649,24 +735,46 @@ class _Parser:
             node = ("ratio", tuple(parts))
         if not currency and self.is_op(*CURRENCY):  # 5\$
             currency = CURRENCY[self.expect(*CURRENCY)]
-        unit = currency or self.unit()
-        if unit and not is_structure(node):
-            node = ("unit", node, unit)
-        elif unit:
-            raise ParseError("a unit after something that is not a number")
-        return node
+        words = [] if currency else self.words()
+        if (currency or words) and (is_structure(node) or node[0] in ("pct", "deg")):
+            raise ParseError("words after something that is not a number")
+        unit = currency or unit_of(words)
+        if unit:
+            return ("unit", node, unit)
+        return ("said", node, " ".join(words)) if words else node
+
+    def time(self) -> tuple | None:
+        """2:05, 10:30 or 1:02:03 as a clock shows it; 2:5 and 3:100 are ratios."""
+        #   2:05  ->  ("time", (2, 5)): as a ratio it would equal 4:10, another time
+        found, end = [], self.at
+        while self.tokens[end][0] == "num" and (width := len(self.tokens[end][1])) in (1, 2):
+            if found and (width < 2 or self.tokens[end][1] > "59"):
+                return None
+            found.append(self.tokens[end][1])
+            end += 1
+            if self.tokens[end][:2] != ("op", ":"):
+                break
+            end += 1
+        if not 2 <= len(found) <= 3 or "." in "".join(found) or int(found[0]) > 24:
+            return None
+        # 3:06 PM, 1:20x: not the time alone, and no ratio either.
+        after = self.tokens[end]
+        if after is not END and after[0] not in ("sep", "text", "word") and (
+                after[1] not in (",", ";", ")", "}", "=")):
+            raise ParseError("something after a time")
+        self.at = end
+        return ("time", tuple(map(int, found)))
 
     def union_letter(self, node: tuple) -> bool:
         """(0,1) U (2,3): a plain U between two sets."""
         # As a letter U stays usable: only between two sets it is a union.
         return self.peek()[:2] == ("sym", "U") and _is_set(node)
 
-    def unit(self) -> str:
-        """The unit words after a number, spelled one way: 'cm^2', 'square unit', 'm/s'."""
+    def words(self) -> list:
+        """The words after a number, in small letters, with their powers and slashes."""
         parts = []
         while True:
-            #   5\text{ m/s}    ->  "m/s" (one word)     5 cm^2, 5 cm^{2}  ->  "cm ^2"
-            #   5 square units  ->  "square unit"
+            #   5\text{ m/s}  ->  m, /, s        5 cm^2, 5 cm^{2}  ->  cm, ^2
             kind, value, _ = self.peek()
             if kind == "op" and value == "/" and parts:
                 parts.append("/")
@@ -677,17 +785,11 @@ class _Parser:
                     self.peek(2)[0] == "num" and self.peek(3)[1] == "}"):
                 parts.append("^" + self.peek(2)[1])
                 self.at += 3
-            elif kind == "text" or (kind == "word" and value.lower() in UNITS):
-                # More than three words are a sentence. Each word of NOT_UNITS changes the number,
-                # so the answer is not that number: "5 hundred", "2 thirds", "3 or more".
-                words = value.lower().strip(" .").split()
-                if len(words) > 3 or NOT_UNITS.intersection(words) or (
-                        not parts and words[0] in ("squared", "cubed")):
-                    raise ParseError(f"words after the answer: {value!r}")
-                # Spelled in one way, for units are compared as text: "meters" and "m" are both "m".
-                parts += [UNITS.get(word, word) for word in words]
+            elif kind == "text" or kind == "word" and unit_of([value.lower()]) or (
+                    kind == "word" and value.lower() in (*_POWERS, "per")):
+                parts += value.lower().strip(" .").replace("/", " / ").split()
             else:
-                return " ".join(parts)
+                return parts
             self.at += 1
 
     # -- arithmetic ---------------------------------------------------------------------------
@@ -746,15 +848,22 @@ class _Parser:
         """A product; with before_function, the argument of an unbracketed function (sin 2x)."""
         # The tree of a product is flat, ("mul", (a, b, c)), and division is a factor ("inv", x), so
         # that one rule evaluates a/b, \frac{a}{b} and a b^{-1}.
+        vector = self.peek()[0] == "bold"
         factors = [self.factor()]
+        vector = vector or is_vector(factors[0])
         divided = None  # the factors after the last '/', while they are still juxtaposed
         while True:
             # In the argument of an unbracketed function "*" and "/" end it:
             #   \sin x \cdot y  ->  (\sin x) y
-            if not before_function and self.is_op("*", "/"):
-                divided = [] if self.expect("*", "/") == "/" else None
-                node = self.factor()
-                if divided is None:
+            if not before_function and self.is_op("*", "×", "/"):
+                op, bold = self.expect("*", "×", "/"), self.peek()[0] == "bold"
+                divided = [] if op == "/" else None
+                node, before = self.factor(), vector
+                vector = bold or is_vector(node)
+                if op == "×" and before and vector:
+                    #   \vec a \times \vec b: an unknown function of both, in this order
+                    factors[-1] = ("call", "×", (factors[-1], node))
+                elif divided is None:
                     factors.append(node)
                 else:
                     #   a/b  ->  factors [a, ("inv", b)], divided [b]
@@ -766,8 +875,13 @@ class _Parser:
                     break
                 if self.peek()[0] in ("num", "based", "repeating") and not self.number_may_follow():
                     raise ParseError("a number right after a factor is ambiguous")
+                before, vector = vector, self.peek()[0] == "bold"
                 node = self.factor()
-                if divided:
+                vector = vector or is_vector(node)
+                if before and vector:
+                    row = factors[-1][2] if factors[-1][:2] == ("call", "row") else (factors[-1],)
+                    factors[-1] = ("call", "row", (*row, node))
+                elif divided:
                     # 1/2x is half of x to some and 1/(2x) to others; a/bc has the
                     # one usual reading a/(bc)
                     if divided[0][0] == "num":
@@ -779,7 +893,13 @@ class _Parser:
             else:
                 break
         # `product` checks that all factors are numbers, or one of them a matrix.
-        return product(factors)
+        return product(factors, any(map(is_capital, factors)) and self.both_orders())
+
+    def both_orders(self) -> bool:
+        """AB - BA is no zero: who writes both orders of two capitals means matrices."""
+        pairs = {(a[1], b[1]) for a, b in zip(self.tokens, self.tokens[1:])
+                 if a[0] == b[0] == "sym"}
+        return any(a != b and (b, a) in pairs and (a + b).isupper() for a, b in pairs)
 
     def factor(self) -> tuple:
         r"""A postfix with its signs: the -3 of 2 \cdot -3."""
@@ -792,28 +912,21 @@ class _Parser:
         return ("pm", 1 if both == "pm" else -1, node) if both else node
 
     def postfix(self) -> tuple:
-        """A primary with what binds tighter than any sign: powers, n!, 5%, 30 degrees, f'."""
+        """A primary with what binds tighter than any sign: powers, n!, 5%, 30 degrees."""
         node = self.primary()
         #   (101)_2  ->  ("base", "101", 2); a decimal or a negative number has no digits in a base
         if self.is_op("_") and node[0] == "num" and node[2] is None and node[1] >= 0:
             self.at += 1  # (101)_2
             node = ("base", str(node[1]), number_base(self.raw()))
-        # A loop, for they come in rows: 3!^2, f'', 50\%.
-        while self.is_op("^", "!", "%", "deg", "'"):
+        # A loop, for they come in rows: 3!^2, x^2!.
+        while self.is_op("^", "!", "%", "deg"):
             if is_structure(node):
                 raise ParseError("arithmetic on something that is not a number")
             # 5!! is the double factorial 5*3*1, not (5!)!.
             if self.take("!"):
                 node = ("fact2", node) if self.take("!") else ("fact", node)
-            elif self.take("%"):
-                node = ("pct", node)
-            elif self.take("deg"):
-                node = ("deg", node)
-            elif self.take("'"):
-                # Only f' and x': a prime after a number would be feet or minutes.
-                if node[0] != "sym":
-                    raise ParseError("a prime after something that is not a letter")
-                node = ("sym", node[1] + "'")
+            elif self.is_op("%", "deg"):
+                node = once({"%": "pct", "deg": "deg"}[self.expect("%", "deg")], node)
             else:
                 node = self.power(node)
         return node
@@ -824,10 +937,10 @@ class _Parser:
         #   30^\circ and 30^{\circ}: a raised circle means degrees and is no power
         if self.peek()[1] == "circ":
             self.at += 1
-            return ("deg", node)
+            return once("deg", node)
         if self.peek()[1] == "{" and self.peek(1)[1] == "circ" and self.peek(2)[1] == "}":
             self.at += 3
-            return ("deg", node)
+            return once("deg", node)
         self.deeper()  # a^b^c^... recurses here
         # The sign of the exponent is met here: 2^-3.
         sign, both = self.signs()
@@ -855,7 +968,7 @@ class _Parser:
             self.tokens[self.at] = ("num", value[1:], False)  # \frac43: 4, then 3 is left
             return number(value[0])
         #   \frac xy, \sqrt2, x^2: one token is the whole argument
-        if kind == "sym" or kind == "num" or kind == "const":
+        if kind == "sym" or kind == "num":
             self.at += 1
             return number(value) if kind == "num" else (kind, value)
         return self.primary()
@@ -884,10 +997,10 @@ class _Parser:
         self.at += 1
         if kind == "num":
             return self.number(value)
-        if kind == "sym":
+        if kind in ("sym", "bold"):
             return self.symbol(value)
         if kind == "const":
-            return (kind, value)
+            return ("sym" if value in self.indices else kind, value)
         # A tree that `number` read ahead and put back as a token.
         if kind == "node":
             return value
@@ -908,6 +1021,10 @@ class _Parser:
             return self.matrix(value)
         if kind == "fn":
             return self.function(value)
+        if kind == "plain":
+            return self.plain(value)
+        if kind == "mark":
+            return ("sym", f"{value} {self.raw()}")
         if kind == "cmd":
             # The values of COMMANDS and NAMES with kind "cmd" name the cmd_ methods below; no text
             # of an answer can name another one.
@@ -945,19 +1062,43 @@ class _Parser:
         return node
 
     def symbol(self, name: str) -> tuple:
-        """A letter with its index; f(x) and g(x), h(x) are unknown functions, k(k+1) a product."""
-        #   x_1, x_{max}, a_{n}_k: the index is part of the name
-        while self.is_op("_"):
-            self.at += 1
-            name += "_" + self.raw()
-        # By convention f, g and h are functions; any other letter before a bracket multiplies.
-        if name in ("f", "g", "h") and self.is_op("("):
+        """A letter with its index and primes; before a bracket a function or a factor."""
+        #   x_1, x_{max}, a_{n}_k, f'': index and primes are part of the name
+        while self.is_op("_", "'"):
+            name += self.expect("_", "'")
+            name += self.raw() if name[-1] == "_" else ""
+        #   f^{-1}(2) and f^2(x): another function; f^2 without a bracket is a square
+        if name[0] in "fgh" and self.is_op("^") and (
+                self.peek(1)[0] in ("num", "sym") or self.peek(1)[1] == "{"):
+            mark, self.at = self.at, self.at + 1
+            power = self.raw()
+            name, self.at = (f"{name}^{power}", self.at) if self.is_op("(") else (name, mark)
+        if self.is_op("(") and self.reading.setdefault(name, self.shows_function(name)):
             inside = self.bracket()
             args = inside[3] if inside[0] == "tuple" else (inside,)
             if any(is_structure(arg) for arg in args):
                 raise ParseError("a function of something that is not a number")
             return ("call", name, args)
         return ("sym", name)
+
+    def shows_function(self, name: str) -> bool:
+        """Is the name before this bracket a function here? Once decided, it holds for both sides.
+
+        f, g, h and whatever has a prime are. A capital, a Greek or an indexed name is one of a
+        lone argument or of several: P(3), \\phi(n), p_1(x, y), but P(1+r) and \\alpha(\\beta+1) are
+        products. Small letters multiply: n(n+1), k(2).
+        """
+        if name[0] in "fgh" and name not in GREEK or "'" in name:
+            return True
+        if not (name[0].isupper() or "_" in name or name in GREEK):
+            return False
+        inside, end = [], self.at + 1
+        while self.tokens[end] is not END and self.tokens[end][1] != ")":
+            inside.append(self.tokens[end])
+            end += 1
+        lone = inside[1:] if inside and inside[0][1] == "-" else inside
+        return any(token[1] == "," for token in inside) or (
+            len(lone) == 1 and lone[0][0] in ("num", "sym", "const"))
 
     def raw(self) -> str:
         """The spelling of an index or of a marked name: one token or one braced group."""
@@ -999,8 +1140,7 @@ class _Parser:
             #   \{\}  ->  the empty set, the same tree as \emptyset
             if self.take("\\}"):
                 return ("set", ())
-            #   \{\pm 3\}  ->  the set of 3 and -3
-            inside = self.inner(expand=True)
+            inside = self.inner()
             self.expect("\\}")
             return ("set", inside[1] if inside[0] in ("list", "or") else (inside,))
         if self.is_op("$") and self.peek(1)[0] == "num":  # -\$5: the sign came first
@@ -1021,11 +1161,11 @@ class _Parser:
             raise ParseError("brackets do not match")
         return inside
 
-    def inner(self, expand: bool = False) -> tuple:
+    def inner(self) -> tuple:
         """The items in a bracket; bars opened outside cannot close inside it."""
         # Saved and restored, so that |(|x|)| closes its bars in the right order.
         bars, self.bars = self.bars, 0
-        inside = self.items(expand)
+        inside = self.items()
         self.bars = bars
         return inside
 
@@ -1143,21 +1283,13 @@ class _Parser:
         """cbrt(x), as plain text has it."""
         return ("root", ("num", 3, None), scalar(self.argument()))
 
-    def cmd_absolute(self) -> tuple:
-        """abs(x), as plain text has it."""
-        return ("abs", scalar(self.argument()))
+    def plain(self, kind: str) -> tuple:
+        """abs(x), floor(x) and ceil(x), as plain text has them."""
+        return (kind, scalar(self.argument()))
 
-    def cmd_floor(self) -> tuple:
-        """floor(x), as plain text has it."""
-        return ("floor", scalar(self.argument()))
-
-    def cmd_ceil(self) -> tuple:
-        """ceil(x), as plain text has it."""
-        return ("ceil", scalar(self.argument()))
-
-    def cmd_angle(self) -> tuple:
+    def cmd_angle(self, kind: str = "angle") -> tuple:
         """An angle or triangle is one name: angle ABC is not a product of A, B and C."""
-        name = ""
+        name, braced = "", self.take("{")
         # Collects the letters of ABC and their indices; infinity is a constant
         # and no letter of a triangle.
         while self.peek()[0] in ("sym", "word", "const") and self.peek()[1] != "inf":
@@ -1165,14 +1297,16 @@ class _Parser:
             self.at += 1
             while self.take("_"):
                 name += "_" + self.raw()
+        if braced:
+            self.expect("}")
         if not name:
             raise ParseError("an angle without a name")
         # With a space in it the name can meet no letter of the text: angle A and A stay different.
-        return ("sym", "angle " + name)
+        return ("sym", f"{kind} {name}")
 
-    def cmd_mark(self) -> tuple:
-        """A letter with a bar, an arrow or a hat is another name; a bar over AB is one name too."""
-        return ("sym", "mark " + self.raw())
+    def cmd_triangle(self) -> tuple:
+        r"""\triangle ABC."""
+        return self.cmd_angle("triangle")
 
     def cmd_sum(self, kind: str = "sum") -> tuple:
         r"""\sum_{k=a}^{b} term."""
@@ -1191,10 +1325,10 @@ class _Parser:
         # The upper limit may be a long number, \sum_{k=1}^{100}: TeX wants
         # braces there, people forget.
         high = scalar(self.argument(whole_number=True))
+        outer, self.indices = self.indices, self.indices | {name}
         # One term, as usual: \sum k + 1 is (\sum k) + 1.
         body = scalar(self.term())
-        if name in "ei":  # the index i is not the imaginary unit
-            body = _replaced(body, ("const", name), ("sym", name))
+        self.indices = outer
         return (kind, name, low, high, body)
 
     def cmd_prod(self) -> tuple:
@@ -1250,6 +1384,13 @@ def repeating(text: str) -> tuple:
             + Fraction(int(digits), (10 ** len(digits) - 1) * scale), None)
 
 
+def once(kind: str, node: tuple) -> tuple:
+    """A percent or degree sign on a number that has none: nobody knows what 5%% would be."""
+    if node[0] in ("pct", "deg"):
+        raise ParseError("a second percent or degree sign")
+    return (kind, node)
+
+
 def scalar(node: tuple) -> tuple:
     """The node itself, if arithmetic can be done on it; raises ParseError otherwise."""
     if is_structure(node):
@@ -1257,16 +1398,35 @@ def scalar(node: tuple) -> tuple:
     return node
 
 
-def product(factors: list) -> tuple:
+def is_vector(node: tuple) -> bool:
+    """An arrow over a name, or a cross product; bold letters are known by their token."""
+    return node[0] == "sym" and node[1].startswith("vec ") or node[:2] == ("call", "×")
+
+
+def is_capital(node: tuple) -> bool:
+    """A capital letter, perhaps with an index or a power: it could be a matrix."""
+    base = node[1] if node[0] == "pow" else node
+    return base[0] == "sym" and base[1][0].isupper() and base[1] not in GREEK
+
+
+def product(factors: list, ordered: bool = False) -> tuple:
     """A product node; a number times a matrix is multiplied out, other structures are refused."""
     if len(factors) == 1:
         return factors[0]
+    # A^{-1}B and A^TB are products of matrices, which have an order; AB alone is a segment or a
+    # product of numbers, unless the text shows both orders.
+    #   2 A^{-1} B  ->  2 times an unknown function of A^{-1} and B
+    if ordered or any(is_capital(f) and f[0] == "pow" and f[2][0:2] in (
+            ("neg", ("num", 1, None)), ("sym", "T")) for f in factors):
+        capitals = tuple(f for f in factors if is_capital(f))
+        if len(capitals) > 1:
+            factors = [f for f in factors if not is_capital(f)] + [("call", "row", capitals)]
     matrices = [f for f in factors if f[0] == "matrix"]
     #   2 (matrix)  ->  each entry times 2. A product of two has rules of its own and is not needed.
     others = [scalar(f) for f in factors if f[0] != "matrix"]
     if not matrices:
-        return ("mul", tuple(others))
-    if len(matrices) > 1:
+        return ("mul", tuple(others)) if len(others) > 1 else others[0]
+    if len(matrices) > 1 or any(map(is_capital, others)):
         raise ParseError("a product of matrices")
     return ("matrix", tuple(tuple(("mul", (*others, cell)) for cell in row)
                             for row in matrices[0][1]))
@@ -1278,40 +1438,31 @@ def _is_set(node: tuple) -> bool:
     return node[0] in ("set", "setop", "domain") or (node[0] == "tuple" and len(node[3]) == 2)
 
 
-def expand_signs(node: tuple) -> list:
+def expand_signs(node: tuple, level: int = 0) -> list:
     r"""[node], or the two nodes that a \pm in it stands for (all signs of one item together)."""
     #   1 \pm 2 \mp 3  ->  1 + 2 - 3 and 1 - 2 + 3: two nodes, not four
-    if node[0] == "set" or not _has_sign(node):
-        return [node]  # the items of a set were expanded when they were read
-    return [_choose_sign(node, 1), _choose_sign(node, -1)]
+    # Sets in sets double the tree at every level, hence the limit.
+    if level > 2:
+        raise ParseError("a plus-minus sign in nested sets")
+    return [_choose_sign(node, sign, level) for sign in ((1, -1) if _has_sign(node) else (1,))]
 
 
 def _has_sign(node) -> bool:
-    """Is there a plus-minus anywhere in the tree?"""
-    if not isinstance(node, tuple):
+    """Is there a plus-minus in the tree, outside of sets, which have items of their own?"""
+    if not isinstance(node, tuple) or node[:1] == ("set",):
         return False
-    if node and node[0] == "pm":
-        return True
-    for part in node:
-        if _has_sign(part):
-            return True
-    return False
+    return node[:1] == ("pm",) or any([_has_sign(part) for part in node])
 
 
-def _choose_sign(node, sign: int):
+def _choose_sign(node, sign: int, level: int):
     """The tree with every plus-minus resolved: the upper signs for sign = 1, else the lower."""
     if not isinstance(node, tuple):
         return node
+    # \{\pm 3, 0\}  ->  the set of 3, -3 and 0
+    if node[:1] == ("set",):
+        return ("set", tuple([x for item in node[1] for x in expand_signs(item, level + 1)]))
     # ("pm", 1, x) gives +x first; ("pm", -1, x), a minus-plus, gives -x first.
-    if node and node[0] == "pm":
-        inside = _choose_sign(node[2], sign)
+    if node[:1] == ("pm",):
+        inside = _choose_sign(node[2], sign, level)
         return inside if node[1] * sign > 0 else ("neg", inside)
-    return tuple([_choose_sign(part, sign) for part in node])
-
-
-def _replaced(node, old: tuple, new: tuple):
-    """The tree with every `old` in it replaced by `new`."""
-    # Equal subtrees are equal tuples, so a comparison finds every place.
-    if node == old or not isinstance(node, tuple):
-        return new if node == old else node
-    return tuple([_replaced(part, old, new) for part in node])
+    return tuple([_choose_sign(part, sign, level) for part in node])

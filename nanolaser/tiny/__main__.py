@@ -42,7 +42,9 @@ from ..checkpoint import save_pretrained
 from ..cli import main_guard, option, parse_args
 from ..files import write_atomic
 from ..model import CausalLM, ModelConfig
-from ..problems import (
+from ..sampler import pad
+from ..tokenizer import Tokenizer
+from .arithmetic import (
     LARGEST,
     OPERATORS,
     arithmetic_expression,
@@ -50,8 +52,6 @@ from ..problems import (
     arithmetic_value,
     is_held_out,
 )
-from ..sampler import pad
-from ..tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent
 SPECIAL = ["<|user|>", "<|end|>", "<|unk|>"] + [f"<|reserved_{i}|>" for i in range(8)]

@@ -1,0 +1,610 @@
+r"""Two trees compared: lists, sets, tuples, matrices, ratios, relations, regions of the line, values.
+
+Reading order: `Comparison.same` picks the rule for the two kinds of tree, one method a rule; then
+small questions about trees; then the sets of real numbers.
+"""
+
+import decimal
+from functools import cmp_to_key
+
+from .evaluate import (FIRST_PRECISION, MAX_PRECISION, Ball, CannotDecide, Evaluator, NoValue,
+                       Work, agree, equal_at, is_zero, letters_of, points_for, rounds_to)
+from .parse import is_structure
+
+# ---------------------------------------------------------------------------------------------
+# Structures
+
+class Comparison:
+    """One comparison of two trees; holds the work that is left to it, and nothing else."""
+
+    # A fresh budget for each comparison: what a pair costs cannot depend on the pairs before it.
+    def __init__(self):
+        self.work = Work()
+        # How deep inside structures we are: some rules hold for a whole answer only.
+        self.inside = 0
+
+    def same(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Equal or not, and the rule that decided; raises CannotDecide."""
+        self.work.spend(2)
+        if answer == gold:
+            return True, "the same structure"
+        # A node's first entry is its kind. The order of the tests below is the order
+        # of binding, loosest first: a list may hold relations, a relation may hold
+        # sets, a set may hold numbers.
+        #   kinds ("rel", "num")     x=5  against 5       -> relations
+        #   kinds ("list", "set")    1, 2 against \{1,2\} -> lists
+        kinds = (answer[0], gold[0])
+        if "list" in kinds or "or" in kinds:
+            return self.lists(answer, gold)
+        if "rel" in kinds:
+            return self.relations(answer, gold)
+        # Equal words and times are equal trees, met above.
+        if "text" in kinds or "time" in kinds:
+            return False, "words or a time against something else"
+        if "said" in kinds:
+            return (answer[0] == gold[0] and answer[2] == gold[2]
+                    and self.equal(answer[1], gold[1])), "a number with the same words after it"
+        if "setop" in kinds or "domain" in kinds:
+            return self.unions(answer, gold)
+        if "set" in kinds:
+            return self.sets(answer, gold)
+        if "tuple" in kinds:
+            return self.tuples(answer, gold)
+        if "matrix" in kinds:
+            return self.matrices(answer, gold)
+        if "base" in kinds:
+            # Equal bases and digits are equal trees, met above. 42 for 52_8 would let a model skip
+            # the conversion that the question asks for, in either direction.
+            return False, "a number in a base is compared with its digits"
+        if "ratio" in kinds:
+            return self.ratios(answer, gold)
+        return self.scalars(answer, gold)
+
+    def equal(self, answer: tuple, gold: tuple) -> bool:
+        """The verdict on two parts of structures."""
+        self.inside += 1
+        verdict = self.same(answer, gold)[0]
+        self.inside -= 1
+        return verdict
+
+    def matched(self, answers: tuple, golds: tuple) -> bool:
+        """Can the two lists be paired off? Greedy is right, because equality is transitive."""
+        # Against hedging: 3, 5, 7 for gold 3, 5 lists the right values and one more, and is wrong.
+        if len(answers) != len(golds):
+            return False
+        left = list(answers)
+        for gold in golds:
+            # Usually the order is the same, so the first one left over is the partner.
+            found = next((k for k, answer in enumerate(left) if self.equal(answer, gold)), None)
+            if found is None:
+                return False
+            # Each answer is used once: 5, 5 must not pass for 5, 3 by pairing the same 5 twice.
+            del left[found]
+        return True
+
+    def covered(self, answers: tuple, golds: tuple) -> bool:
+        """As sets: every element of either side has an equal one on the other side."""
+        # Both directions. One alone would accept \{1\} for \{1,2\}, or a superset that hedges.
+        return (all(any(self.equal(a, g) for a in answers) for g in golds)
+                and all(any(self.equal(a, g) for g in golds) for a in answers))
+
+    def in_order(self, answers: tuple, golds: tuple) -> bool:
+        """As sequences: the same length, and equal at every place."""
+        return len(answers) == len(golds) and all(map(self.equal, answers, golds))
+
+    def lists(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """A bare list against a list, a set or a tuple."""
+        #   list  3, 5 -> (3, 5)      set  \{3,5\} -> (3, 5)      tuple  (3,5) -> (3, 5)
+        answers, golds = _items(answer), _items(gold)
+        if "set" in (answer[0], gold[0]):
+            return self.covered(answers, golds), "the same set of elements"
+        # Only gold may be the inequalities. For gold (-oo,1) U (3,oo) the answer x<1 or x>3 can be
+        # the question itself, copied; see the policy table.
+        if "or" in (answer[0], gold[0]) and gold[0] in ("or", "list") and answer[0] in (
+                "tuple", "setop") and all(item[0] == "rel" for item in golds):
+            return same_region(answer, gold, self.work), "an interval that solves the inequalities"
+        # Names on one side are enough; names on both sides are two lists,
+        # compared as relations below.
+        names = _assigned_names(gold) or _assigned_names(answer)
+        if names and "tuple" in (answer[0], gold[0]):
+            # x=2, y=3 is the point (2, 3), its coordinates in the order of the letters.
+            return (self.in_order(_by_name(answer), _by_name(gold)),
+                    "coordinates against assignments in the order of their letters")
+        if "tuple" in (answer[0], gold[0]):
+            point = gold if gold[0] == "tuple" else answer
+            #   (1, 3] against 1, 3: half open, so an interval, which is no list of its ends
+            if point[1:3] != ("(", ")"):
+                return False, "an interval against a list"
+            # Whoever writes the brackets of a point has fixed the order. The trusted side
+            # decides whether order counts: a gold list takes a tuple in any order, a gold
+            # tuple a list in its own order.
+            if gold[0] == "tuple":
+                return self.in_order(answers, golds), "the elements of a tuple in order"
+            return self.matched(answers, golds), "the same elements in any order"
+        if answer[0] not in ("list", "or") or gold[0] not in ("list", "or"):
+            return False, "one answer against several"
+        #   gold x=2, y=3: the answer 2, 3 is right; 3, 2 would swap the unknowns
+        if _assigned_names(gold) and not any(item[0] == "rel" for item in answers):
+            return self.in_order(answers, golds), "values in the order of the named golds"
+        return self.matched(answers, golds), "the same elements in any order"
+
+    def sets(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Sets against sets; with a tuple or a single value the policy table decides."""
+        if answer[0] == gold[0] == "set":
+            return self.covered(answer[1], gold[1]), "the same set of elements"
+        # A set in a set is one of its elements, and no notation for something else.
+        if self.inside:
+            return False, "a set against something else in a structure"
+        # (1,3) for \{1,3\} is careless notation, (3,1) is rather a point: only the
+        # gold's order passes. The reverse, \{1,3\} for a point, is refused below,
+        # since a set has lost the order.
+        if answer[0] == "tuple" and (answer[1], answer[2]) == ("(", ")") and gold[0] == "set":
+            return self.in_order(answer[3], gold[1]), "a tuple for a set, in the gold's order"
+        solution, other = (answer, gold) if answer[0] == "set" else (gold, answer)
+        # The order of the two arguments is kept in the call, since `same`
+        # trusts its second argument.
+        if len(solution[1]) == 1 and not is_structure(other):
+            return self.equal(*((solution[1][0], other) if solution is answer
+                                else (other, solution[1][0]))), "a set of one element"
+        return False, "a set against something else"
+
+    def tuples(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Tuples, points and intervals: the same brackets, the same elements in order."""
+        if answer[0] != gold[0]:
+            return False, "a tuple or interval against something else"
+        if len(answer[3]) != len(gold[3]):
+            return False, "tuples of different lengths"
+        plain = all(side[1:3] in (("(", ")"), ("[", "]")) for side in (answer, gold))
+        # With three elements or more no interval is meant, and [1,2,3] is (1,2,3).
+        if answer[1:3] != gold[1:3] and not (plain and len(gold[3]) > 2):
+            return False, "different brackets"
+        return self.in_order(answer[3], gold[3]), "elements in order"
+
+    def matrices(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """The same shape and equal entries; a row is not a column."""
+        #   bmatrix and pmatrix give the same tree: brackets of a matrix carry no meaning
+        if answer[0] != gold[0]:
+            return False, "a matrix against something else"
+        if len(answer[1]) != len(gold[1]) or len(answer[1][0]) != len(gold[1][0]):
+            return False, "matrices of different shapes"
+        # The parser has checked that rows have one length, so a first row speaks for all.
+        return all(map(self.in_order, answer[1], gold[1])), "matrix entries"
+
+    def ratios(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """3:4 is 6:8 and 3/4; what a clock could show is a time, which the parser knows."""
+        # A plain value is a ratio to one: 3:4 against 3/4 becomes (3, 4) against (3/4, 1).
+        parts = [side[1] if side[0] == "ratio" else (side, ("num", 1, None))
+                 for side in (answer, gold)]
+        if any(is_structure(side) and side[0] != "ratio" for side in (answer, gold)) or (
+                len(parts[0]) != len(parts[1])):
+            return False, "ratios of different kinds"
+        # Cross-multiplied, because a quotient could divide by zero. With a:b:c against p:q:r:
+        #   a p = p a,  b p = q a,  c p = r a
+        one, other = parts
+        cross = [(("mul", (a, other[0])), ("mul", (b, one[0]))) for a, b in zip(one, other)]
+        zero = ("num", 0, None)
+        return (all(self.equal(a, b) for a, b in cross)
+                # Zero parts make every product zero: a ratio of zeros would be
+                # proportional to anything.
+                and not any(self.equal(x, zero) for x in one + other)), "proportional ratios"
+
+    def unions(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Unions, intersections and differences, worked out as sets of reals."""
+        try:
+            return same_region(answer, gold, self.work), "the same set of real numbers"
+        except CannotDecide as error:
+            # Not a failure yet: the ends may be letters, as in (-oo, a) U (b, oo).
+            if answer[0] != "setop" or gold[0] != "setop" or answer[1] != gold[1]:
+                return False, f"cannot decide: {error}"
+        # Ends with letters in them: compare part by part; only a difference has an order.
+        # (0,a) U (b,1) equals (b,1) U (0,a) but is not evaluated: that needs to know whether a < b.
+        if answer[1] == "setminus":
+            return self.in_order(answer[2:], gold[2:]), "the same parts of a difference"
+        return (self.matched(_parts(answer, answer[1]), _parts(gold, gold[1])),
+                "the same parts in any order")
+
+    # -- equations and inequalities -----------------------------------------------------------
+    def relations(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Equations, assignments, inequalities, and a value against any of them."""
+        if answer[0] == gold[0] == "rel":
+            return self.two_relations(answer, gold)
+        relation, other = (answer, gold) if answer[0] == "rel" else (gold, answer)
+        # x<5 is no 5; only the interval that solves a gold inequality may stand against it.
+        if any(op not in ("=", "in", "~") for op in relation[1]):
+            # The order of the roles matters: -2<=x<=7 as an answer can be a copy of the question.
+            if relation is gold and other[0] in ("tuple", "setop", "set", "domain"):
+                return same_region(other, gold, self.work), "an interval that solves the inequality"
+            return False, "an inequality against something else"
+        # gold x = 5+6 = 11 shows its working; 11 alone would not show which member was asked for.
+        if relation is gold and len(gold[1]) > 1:
+            return False, "a chain as gold wants a chain"
+        if not _is_name(relation[2][0]):
+            turned = _assignment(relation)  # 5 = x
+            if not turned:
+                return False, "an equation against something else"
+            relation = ("rel", ("=",), turned)
+        # A chain must be true: x = 5+7 = 11 is not 11, otherwise any wrong derivation
+        # that ends in a guess at the gold would pass. Members with letters are left
+        # out, they can be definitions.
+        constants = [side for side in relation[2] if not is_structure(side) and not letters_of(side)]
+        if not all(self.equal(side, constants[0]) for side in constants[1:]):
+            return False, "a chain of unequal members"
+        # The last member is the result: x = 5+6 = 11 answers 11.
+        equal, rule = self.same(*((relation[2][-1], other) if answer[0] == "rel"
+                                  else (other, relation[2][-1])))
+        return equal, f"right-hand side; {rule}"
+
+    def two_relations(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """A relation against a relation; chains are compared link by link, in any order."""
+        one, other = _assignment(answer), _assignment(gold)
+        if one and answer[1] == ("in",) != gold[1] and one[0] in gold[2]:
+            return self.same(one[1], gold)  # x in [2, oo) is as good as [2, oo)
+        # f(x) = (x+1)^2 against f(x) = x^2+2x+1: the right sides decide, with
+        # the rules for expressions.
+        if one and other and one[0] == other[0]:
+            equal, rule = self.same(one[1], other[1])
+            return equal, f"the same name; {rule}"
+        # Past this point sides are subtracted, which is only possible with numbers.
+        if any(is_structure(side) for side in answer[2] + gold[2]):
+            return False, "relations between structures that differ"
+        answers, golds = _links(answer), _links(gold)
+        if other and not letters_of(other[1]) and len(answers) == 1 and answers[0][0] == "=":
+            # The gold is solved: 2x = 10 only restates the question, x - 5 = 0 is let pass.
+            # The difference has no factor but the sign here: 0 = x-4 passes for x = 4,
+            # 2x-8 = 0 does not. Factors would let any equation with the right root pass,
+            # the question's own among them.
+            opposite = ("neg", answers[0][1])
+            return (self.equal(answers[0][1], golds[0][1]) or self.equal(opposite, golds[0][1]),
+                    "an equation that is solved, up to its sign")
+        if len(answers) != len(golds):
+            return False, "chains of different lengths"
+        # 1 < x <= 4 and 4 >= x > 1 have the same two links, met in another order.
+        left = list(answers)
+        for op, difference in golds:
+            found = next((k for k, link in enumerate(left)
+                          if link[0] == op and self.link(op, link[1], difference)), None)
+            if found is None:
+                return False, "equations up to a factor, inequalities as they stand"
+            del left[found]
+        return True, "equations up to a factor, inequalities as they stand"
+
+    def link(self, op: str, answer: tuple, gold: tuple) -> bool:
+        """left - right of both sides: the same for < and <=, proportional for = and !=."""
+        # A factor of an inequality is refused (2x>6 for x>3), since division by it is the question.
+        if op in ("<", "<="):
+            return self.equal(answer, gold)
+        points, _ = points_for(answer, gold, self.work)
+        pairs, compared = [], 0
+        for point in points:
+            # A point where one side has no value is skipped, such as x = 0 of 1/x.
+            try:
+                pairs.append([Evaluator(point, FIRST_PRECISION + 30, self.work).value(side)
+                              for side in (answer, gold)])
+            except CannotDecide:
+                continue
+        # Proportional means: l(p) r(b) = r(p) l(b) at every point p, with one fixed base
+        # point b where both are nonzero. Without such a point an identity (x = x) would
+        # be proportional to everything.
+        base = next((p for p in pairs if not is_zero(p[0]) and not is_zero(p[1])), None)
+        if base is None or not letters_of(answer) or not letters_of(gold):
+            return False
+        # Thirty digits more than usual, for the two products lose some; the
+        # values come with bounds.
+        evaluator = Evaluator({}, FIRST_PRECISION + 30, self.work)
+        for pair in pairs:
+            with decimal.localcontext(evaluator.context):
+                left = evaluator.mul(pair[0], base[1])
+                right = evaluator.mul(pair[1], base[0])
+                if not agree(left, right):
+                    return False
+            compared += 1
+        # Three, as in `at_points`; one point alone is the base itself and proves nothing.
+        return compared >= 3
+
+    # -- numbers and expressions --------------------------------------------------------------
+    def scalars(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Percentages, units and choice letters aside, two expressions are equal as functions."""
+        if is_structure(answer) or is_structure(gold):
+            return False, "different kinds of answer"
+        # Before evaluation, as letters: choice B and b are two different variables otherwise.
+        if answer[0] == gold[0] in ("sym", "const") and not self.inside and (
+                _is_choice(answer, gold)):
+            return True, "a choice letter in either case"
+        answer, answer_unit = _peel(answer, "unit")
+        gold, gold_unit = _peel(gold, "unit")
+        # Units are compared, never converted: to turn 1 m into 100 cm can be the very question.
+        #   15 cm, 15    -> equal, an answer may name or omit the unit
+        #   15 cm, 15 m  -> unequal
+        if answer_unit and gold_unit and answer_unit != gold_unit:
+            return False, f"units differ: {answer_unit} and {gold_unit}"
+        plain_answer, answer_pct = _peel(answer, "pct")
+        plain_gold, gold_pct = _peel(gold, "pct")
+        # A share is no length: 5% is not 5 cm. Fifty percent of something has lost its sign.
+        if (answer_pct or answer_unit) and (gold_pct or gold_unit) and (
+                bool(answer_pct) != bool(gold_pct)):
+            return False, "a percentage against a unit"
+        # Both or neither in percent: the signs cancel.
+        if bool(answer_pct) == bool(gold_pct):
+            return self.values(plain_answer, plain_gold)
+        # First 50% as 50 (the gold may leave out the sign), then as 1/2 (the gold may be a
+        # fraction). Only the outermost sign is read in both ways, so 50% + 1 has one value.
+        if self.values(plain_answer, plain_gold)[0]:
+            return True, "a percentage against its number"
+        return self.values(answer, gold)
+
+    def values(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Two expressions without units: infinity, constants, or functions of letters."""
+        # Infinity is a name here and no number: oo + 1 and oo - oo have no value to be compared.
+        infinite = _infinity(answer), _infinity(gold)
+        if any(infinite):
+            return infinite[0] == infinite[1], "infinity with its sign"
+        if letters_of(answer) or letters_of(gold):
+            return self.at_points(answer, gold)
+        # No letters: one evaluation settles it, whereas functions need several points.
+        equal, exact = equal_at({}, answer, gold, self.work)
+        if not equal and rounds_to(answer, gold, self.work):
+            return True, "a decimal that agrees to six places"
+        return equal, "exact rational arithmetic" if exact else "values to many digits"
+
+    def at_points(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Two expressions in letters: equal at every point where the gold has a value."""
+        agreed, reason = 0, None
+        points, whole = points_for(answer, gold, self.work)
+        # Analytic expressions that agree at four random points of four-digit fractions
+        # are identical, but for an accident that nobody can aim at; agreement at 1, 2 and
+        # 3 would be easy to construct.
+        for point in points:
+            try:
+                if not equal_at(point, answer, gold, self.work)[0]:
+                    # One point is a proof of inequality, so most wrong answers
+                    # cost a single evaluation.
+                    return False, "expressions that differ at a point"
+            except CannotDecide as error:
+                # Out of work is final. So is an answer without a value where the gold has one: it
+                # is another function. Only counting has its edges: n!/(n-3)! has no value at 1.
+                if self.work.left < 0 or isinstance(error, NoValue) and not whole:
+                    raise
+                reason = error  # not defined at this point
+                continue
+            agreed += 1
+        # An answer without a value nearly everywhere, 1/(x-x) say, must not win by default.
+        if agreed < 3:
+            raise CannotDecide(f"too few points where both sides have a value: {reason}")
+        return True, f"expressions that agree at {agreed} points"
+
+
+def _items(node: tuple) -> tuple:
+    """The elements of a list, set or tuple; anything else is a list of itself."""
+    if node[0] in ("list", "or", "set"):
+        return node[1]
+    return node[3] if node[0] == "tuple" else (node,)
+
+
+def without_domain(answer: tuple, gold: tuple) -> tuple[tuple, tuple]:
+    """Drop 'k in Z' from a list where only one side says so: x = k pi, k in Z is x = k pi."""
+    sides = []
+    for side, other in ((answer, gold), (gold, answer)):
+        items = _items(side) if side[0] == "list" else ()
+        #   x = k pi, k in Z   ->   ("list", (("rel", ("=",), (x, k pi)), ("rel", ("in",), (k, Z))))
+        kept = tuple(item for item in items if not _is_domain(item))
+        # If both sides state a domain, they must agree: Z against N is a different solution set.
+        if kept and len(kept) < len(items) and not any(map(_is_domain, _items(other))):
+            side = kept[0] if len(kept) == 1 else ("list", kept)
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _is_domain(item: tuple) -> bool:
+    return item[0] == "rel" and item[1] == ("in",) and item[2][0][0] == "sym" and (
+        item[2][1] in (("domain", "Z"), ("domain", "N")))
+
+
+def _parts(node: tuple, op: str) -> tuple:
+    """The operands of nested unions (or intersections), flat."""
+    if node[0] != "setop" or node[1] != op:
+        return (node,)
+    return _parts(node[2], op) + _parts(node[3], op)
+
+
+def _is_name(node: tuple) -> bool:
+    """Can this be what an assignment names: x, m_max, f(x), f(2)?"""
+    # f(2) = 7 assigns too, but f(x+1) = 7 is an equation about f, hence only letters and numbers.
+    return node[0] in ("sym", "call") and not (node[0] == "call" and any(
+        arg[0] not in ("sym", "num") for arg in node[2]))
+
+
+def _assignment(node: tuple) -> tuple | None:
+    """(name, value) of x = 5, f(x) = x^2, 5 = x or x in [0,1]; None for any other relation."""
+    # "~" is \approx: x \approx 3.14 names a value just as = does.
+    if node[1] not in (("=",), ("in",), ("~",)):
+        return None
+    left, right = node[2]
+    if _is_name(left):
+        return left, right
+    return (right, left) if _is_name(right) and node[1] == ("=",) else None
+
+
+def _assigned_names(node: tuple) -> list | None:
+    """The names in a list of assignments to different letters, such as x=2, y=3."""
+    if node[0] not in ("list", "or"):
+        return None
+    found = [_assignment(item) if item[0] == "rel" else None for item in node[1]]
+    names = [pair[0] for pair in found if pair]
+    # The set removes doubles: x=2, x=3 are two solutions for one letter, not two coordinates.
+    return names if len(names) == len(node[1]) == len(set(names)) else None
+
+
+def _by_name(node: tuple) -> tuple:
+    """The values of a list of assignments, sorted by name; the items of anything else."""
+    if not _assigned_names(node):
+        return _items(node)
+    pairs = [_assignment(item) for item in node[1]]
+    # By name and not as written, so that y=3, x=2 is the point (2, 3).
+    return tuple(value for _, value in sorted(pairs, key=lambda pair: str(pair[0])))
+
+
+def _links(node: tuple) -> list:
+    """A relation as (op, left - right) pairs, turned so that op is one of < <= = != in."""
+    links = []
+    for op, left, right in zip(node[1], node[2], node[2][1:]):
+        if op in (">", ">="):
+            #   x > 3  ->  ("<", 3 - x)        3 < x  ->  ("<", 3 - x)
+            op, left, right = {">": "<", ">=": "<="}[op], right, left
+        links.append(("=" if op == "~" else op, ("add", (left, ("neg", right)))))
+    return links
+
+
+def _is_choice(answer: tuple, gold: tuple) -> bool:
+    """Single letters a to j, in either case."""
+    # Only a to j are choices; K and k, or R and r, are different quantities of one problem.
+    return len(answer[1]) == len(gold[1]) == 1 and answer[1].lower() == gold[1].lower() <= "j"
+
+
+def _peel(node: tuple, kind: str) -> tuple:
+    """The node without its outermost unit or percent sign, and what was peeled ('' if nothing)."""
+    # A minus binds looser than %:  -5% is ("neg", ("pct", 5)).
+    if node[0] == "neg":
+        inside, peeled = _peel(node[1], kind)
+        return (("neg", inside), peeled) if peeled else (node, "")
+    if node[0] == "deg" and kind == "unit":
+        return node[1], "degree"
+    # Angles add up and have multiples: 180° - 50° is 130°, 2 \cdot 45° is 90°; 90° + 1 is nothing.
+    if node[0] in ("add", "mul") and kind == "unit":
+        parts = [_peel(part, kind) for part in node[1]]
+        units = [unit for _, unit in parts if unit]
+        if units and len(set(units)) == 1 and len(units) == (
+                len(parts) if node[0] == "add" else 1):
+            return (node[0], tuple(part for part, _ in parts)), units[0]
+    if node[0] != kind:
+        return node, ""
+    return node[1], node[2] if kind == "unit" else "%"
+
+
+def _infinity(node: tuple) -> int:
+    """+1 or -1 for the two infinities, 0 for everything else."""
+    if node == ("const", "inf"):
+        return 1
+    return -_infinity(node[1]) if node[0] == "neg" else 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Sets of real numbers. The ends that occur cut the line into places: n ends are n points with n + 1
+# gaps before, between and after them. Two sets are equal if they hold the same of these places.
+#   [0,2] and [0,1] \cup (1,2]: ends 0, 1, 2; places  gap 0 gap 1 gap 2 gap
+
+_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+
+
+def same_region(answer: tuple, gold: tuple, work: Work) -> bool:
+    """Are two unions, intervals, finite sets or solved inequalities the same set of reals?"""
+    ends = {*_ends(answer), *_ends(gold)}
+    values, context = _values([end for end in ends if not _infinity(end)], work)
+
+    def order(one, other) -> int:
+        work.spend(2)
+        one, other = values[one], values[other]
+        if not isinstance(one, Ball):
+            return (one > other) - (one < other)
+        with decimal.localcontext(context):
+            return 0 if agree(one, other) else 1 if one.re > other.re else -1
+
+    # The points have odd numbers, the gaps even ones; equal ends share their number.
+    places, last = {}, None
+    for end in sorted(values, key=cmp_to_key(order)):
+        places[end] = 1 if last is None else places[last] + 2 * (order(last, end) != 0)
+        last = end
+    gap = max(places.values(), default=-1) + 1
+    places.update((end, gap + 1 if _infinity(end) > 0 else -1) for end in ends if _infinity(end))
+    work.spend((gap + 1) * len(ends) // 5)
+    return all(_holds(answer, place, places) == _holds(gold, place, places)
+               for place in range(gap + 1))
+
+
+def _values(ends: list, work: Work) -> tuple[dict, decimal.Context]:
+    """The ends' values, all exact or all balls, with digits enough for what is written in them."""
+    precision = FIRST_PRECISION
+    while precision <= MAX_PRECISION:
+        evaluator = Evaluator({}, precision, work)
+        # An end with a letter has no place on the line: (a, b) is then compared part by part.
+        if any(is_structure(end) or letters_of(end) for end in ends):
+            raise CannotDecide("an interval whose ends are not numbers")
+        values = {end: evaluator.value(end) for end in ends}
+        with decimal.localcontext(evaluator.context):
+            if any(isinstance(value, Ball) for value in values.values()):
+                values = {end: evaluator.ball(value) for end, value in values.items()}
+        if any(isinstance(value, Ball) and not value.is_real() for value in values.values()):
+            raise CannotDecide("an interval whose ends are not real")
+        if evaluator.need <= precision:
+            return values, evaluator.context
+        precision = evaluator.need + 20
+    raise CannotDecide(f"more than {MAX_PRECISION} digits would be needed")
+
+
+def _ends(node: tuple) -> tuple:
+    """The ends of all intervals of a region; raises CannotDecide if it is no region."""
+    if node == ("domain", "R"):
+        return ()
+    if node[0] == "set":
+        return node[1]
+    if node[0] == "tuple" and len(node[3]) == 2 and node[1] in "([" and node[2] in ")]":
+        return node[3]
+    if node[0] == "setop":
+        return _ends(node[2]) + _ends(node[3])
+    # "x>1, x<3" may mean both or either: a comma does not say, "or" does.
+    if node[0] == "or":
+        return sum(map(_ends, node[1]), ())
+    if node[0] == "rel":
+        if node[1] == ("in",):
+            return _ends(node[2][1])
+        return tuple([end for _, end, _ in _solved(node)] + [
+            ("neg", end) for _, end, size in _solved(node) if size])
+    raise CannotDecide("not a set of real numbers")
+
+
+def _solved(node: tuple) -> list:
+    """The links of a solved inequality, x < c or |x| < c, as (op, c, is it |x|?)."""
+    links = []
+    for op, left, right in zip(node[1], node[2], node[2][1:]):
+        #   3 < x becomes x > 3, so that the letter is on the left
+        if letters_of(right):
+            left, right, op = right, left, _TURNED.get(op)
+        name = left[1] if left[0] == "abs" else left
+        # One letter, alone on its side: 2x < 6 as gold is not solved, and solving is not done here.
+        if not _is_name(name) or letters_of(right) or op not in _TURNED:
+            raise CannotDecide("an inequality that is not solved")
+        links.append((op, right, left[0] == "abs"))
+    return links
+
+
+def _holds(node: tuple, place: int, places: dict) -> bool:
+    """Does a place of the line belong to the region?"""
+    if node[0] == "domain":
+        return True
+    if node[0] == "set":
+        return any(places[end] == place for end in node[1])
+    if node[0] == "tuple":
+        low, high = (places[end] for end in node[3])
+        if low > high:
+            raise CannotDecide("an interval whose ends are in the wrong order")
+        return low < place < high or place == low and node[1] == "[" or (
+            place == high and node[2] == "]")
+    if node[0] == "setop":
+        one, other = _holds(node[2], place, places), _holds(node[3], place, places)
+        return {"cup": one or other, "cap": one and other, "setminus": one and not other}[node[1]]
+    if node[0] == "or":
+        return any([_holds(item, place, places) for item in node[1]])
+    if node[1] == ("in",):
+        return _holds(node[2][1], place, places)
+
+    def link(op: str, end: tuple, size: bool) -> bool:
+        there = places[end]
+        if size:
+            #   |x| > c  ->  x > c or x < -c         |x| < c  ->  x < c and x > -c
+            mirrored = link(_TURNED[op], ("neg", end), False)
+            here = link(op, end, False)
+            return here or mirrored if op in (">", ">=", "=") else here and mirrored
+        return {"<": place < there, "<=": place <= there, ">": place > there,
+                ">=": place >= there, "=": place == there, "!=": place != there}[op]
+
+    # A chain holds where all its links hold: 1 < x <= 4.
+    return all([link(*each) for each in _solved(node)])

@@ -1,0 +1,155 @@
+"""
+What a training run says: the numbers of a step, a line about it, and a word when nothing is learned.
+
+    statistics   rollouts of a step -> the keys of metrics.jsonl that speak of them
+    step_line    metrics of a step -> one aligned line
+    eval_line    an evaluation -> one line
+    Watch        notices when there is nothing to learn from, and says the likely cause
+    doubts       what is odd about a run's options, before it starts
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import metrics
+from .rollout import Rollout
+
+FEW_ENDED = 30  # solutions below which c_ref is said to be uncertain
+
+
+def statistics(rollouts: list[Rollout], group_size: int) -> dict:
+    """What the rollouts of one step say, under the names of metrics.jsonl; None where undefined."""
+    mean = lambda x: sum(x) / len(x) if x else None  # noqa: E731
+    right = [r.r_s for r in rollouts if r.r_s is not None and r.r_v > 0.5]
+    wrong = [r.r_s for r in rollouts if r.r_s is not None and r.r_v <= 0.5]
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    spread = torch.tensor([[r.r_v for r in group] for group in groups]).std(1)  # (P,)
+    errors = [r.checker_error for r in rollouts if r.checker_error]
+    return {
+        "reward": mean([r.r_v for r in rollouts]),
+        "reward_std": spread.mean().item(),
+        "r_s_correct": mean(right),
+        "r_s_wrong": mean(wrong),
+        "verification_f1": metrics.verification_f1(
+            [r.r_v > 0.5 for r in rollouts], [r.r_s for r in rollouts]
+        ).f1,
+        "response_tokens": mean([len(r.response_tokens) for r in rollouts]),
+        "finished_share": mean([float(r.finished) for r in rollouts]),
+        "boxed_share": mean([float(r.answer is not None) for r in rollouts]),
+        # no advantage in any of their solutions: all right, or all wrong
+        "zero_std_groups": int((spread == 0).sum()),
+        "checker_errors": len(errors),
+    }
+
+
+def step_line(m: dict, total: int) -> str:
+    """One step on one aligned line."""
+    show = lambda x, form="5.2f": "    -" if x is None else f"{x:{form}}"  # noqa: E731
+    seconds = m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
+    return (
+        f"{m['step']:5d}/{total} {m['phase']:<11} reward {m['reward']:.2f}  "
+        f"r_s right {show(m['r_s_correct'])} wrong {show(m['r_s_wrong'])}  "
+        f"F1 {show(m['verification_f1'])}  "
+        f"loss {show(m['policy_loss'], '+.3f')} {show(m['self_reward_loss'], '.3f')}  "
+        f"grad {show(m['grad_norm'])}  "
+        f"tokens {m['response_tokens']:5.1f}  {seconds:.2f} s"
+    )
+
+
+def eval_line(step: int, e: dict) -> str:
+    """One evaluation on one line, in per cent."""
+    v, k = e["verification"], str(e["n"])
+    show = lambda x: "  -  " if x is None else f"{100 * x:5.1f}"  # noqa: E731
+    return (
+        f"eval {step:5d}  accuracy {show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}"
+        f"  F1 {show(v['f1'])}  AUROC {show(v['auroc'])} (within {show(v['auroc_within'])})  "
+        f"vote@{k} {show(e['majority_vote'][k])}  weighted {show(e['weighted_vote'][k])}"
+    )
+
+
+class Watch:
+    """Notices when there is nothing to learn from, and says the likely cause."""
+
+    PATIENCE = 20  # steps
+
+    def __init__(self):
+        self.degenerate = self.unboxed = self.truncated = 0
+
+    def look(self, m: dict, problems: int) -> list[str]:
+        """Warnings after this step's metrics: none, or one for each thing that has gone on for
+        another PATIENCE steps."""
+        count = lambda n, bad: n + 1 if bad else 0  # noqa: E731
+        self.degenerate = count(self.degenerate, m["zero_std_groups"] == problems)
+        self.unboxed = count(self.unboxed, m["boxed_share"] == 0)
+        self.truncated = count(self.truncated, m["finished_share"] == 0)
+        due = lambda n: n and n % self.PATIENCE == 0  # noqa: E731
+        said = []
+        if due(self.truncated):
+            said.append(
+                f"every solution of {self.truncated} steps was cut off: raise --max-new-tokens"
+            )
+        elif due(self.unboxed):
+            said.append(
+                f"no solution of {self.unboxed} steps had a \\boxed{{}} answer: does this model "
+                "know the format?  Look at samples.jsonl"
+            )
+        elif due(self.degenerate):
+            if m["reward"] in (0.0, 1.0):
+                which = "right: harder" if m["reward"] else "wrong: easier"
+                cause = f"now all {which} --data, or a larger --group-size"
+            else:
+                cause = "no problem is of medium difficulty: other --data, a larger --group-size"
+            cut = 1 - m["finished_share"]
+            if cut > 0.5:
+                cause = f"{cut:.0%} were cut off: raise --max-new-tokens"
+            said.append(
+                f"for {self.degenerate} steps every group was all right or all wrong, so there is "
+                f"nothing to compare; {cause}"
+            )
+        return said
+
+
+def doubts(o, positions: int) -> list[str]:
+    """What is odd about a run's options, yet no reason to refuse them; `positions` is how long the
+    texts were that the model was trained on, in tokens."""
+    said = []
+    if o.max_new_tokens > positions:
+        said.append(
+            f"--max-new-tokens {o.max_new_tokens} is more than the {positions} tokens of text that "
+            f"{o.model} was trained on: beyond them it writes nonsense"
+        )
+    # The paper's warm-ups are for 800 steps: in a short trial nothing else might ever happen.
+    if o.alpha and o.steps <= o.reasoning_warmup:
+        said.append(
+            f"r_s is never trained: --reasoning-warmup {o.reasoning_warmup} leaves none of "
+            f"{o.steps} steps for it"
+        )
+    return said
+
+
+def doubts_of_c_ref(c, o) -> list[str]:
+    """What is odd about an estimate of c_ref (grpo.CRef) for a run of these options."""
+    said = []
+    # Cut off in a trial with short solutions, most of the 300 say nothing.
+    if c.count < FEW_ENDED:
+        off = "by any amount" if c.std is None else f"by {2 * c.std / c.count**0.5:.1f} nats"
+        said.append(
+            f"{c.count} solutions are few; c_ref may well be off {off} (--max-new-tokens "
+            f"{o.max_new_tokens} cut off the others)"
+        )
+    # r_s = 1 stands for log pi(z_c) = c_ref + 1 / beta_v, and that is below 0.
+    room = -1 / o.beta_v
+    if c.mean > room:
+        least = math.ceil(-100 / c.mean) / 100
+        said.append(f"r_s cannot reach 1 from there; --beta-v has to be at least {least}")
+    # The spread is noise in r_s before anything is learned: beta_v * std of a scale of 0 to 1.
+    if c.std is not None and c.std > 0.2 / o.beta_v:
+        better = [f"{t} ({m:.1f} +- {s:.2f})" for t, m, s in c.others if s < c.std and m < room]
+        said.append(
+            f"that is a wide spread for --beta-v {o.beta_v}; steadier tokens for --z-c: "
+            f"{', '.join(better[:3]) or 'none'}"
+        )
+    return said

@@ -1,0 +1,278 @@
+"""
+A training run around its loop: what happens before the first step, at a checkpoint, after the last.
+
+    choose      which run: a new one, or one to be resumed; alike on all ranks
+    prepare     model, tokenizer, data, optimizer; a new run's folder last, when nothing can fail
+    begin       c_ref and the first evaluation        take_up   or: what a checkpoint says
+    save        a checkpoint                          finish    last evaluation, summary, picture
+
+The loop itself, and the step it repeats, are in train.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from . import grpo, log, metrics, plots
+from .checker import is_equivalent, parses
+from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
+from .cli import check_options, is_terminal, warn
+from .files import RunFolder, peak_memory_bytes
+from .model import CausalLM
+from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
+from .rollout import judged_rows
+from .sampler import check_prompts
+from .scale.distributed import World, local
+from .scale.optimizer import Optimizer
+from .scale.plan import settle
+from .tokenizer import Tokenizer
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: a step in progress is finished and ends in a checkpoint; while there is
+    none, before the first and after the last, nothing can be lost and the end is at once."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.signal, self.in_step, self.how_to_resume = 0, False, ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.heard)
+
+    def heard(self, number, _frame):
+        """The first one is a request; the second one means it."""
+        # Of many ranks nobody may leave a step, where the others wait for it.  And a second one
+        # says nothing new there: torchrun passes on what a terminal has sent to all already.  (It
+        # also sends one when a rank has died; the next exchange with that one then says so.)
+        alone = self.world.size == 1
+        if not self.in_step or (self.signal and alone):
+            if self.world.may_speak():  # not print: it may be a print that was interrupted
+                os.write(2, f"\nstopped{self.how_to_resume}\n".encode())
+            raise SystemExit(128 + number)
+        if alone:
+            said = "stopping after this step, with a checkpoint; once more stops now, without"
+            os.write(2, f"\n{said}\n".encode())
+        self.signal = number
+
+    def agreed(self) -> int:
+        """The signal that any rank has heard, 0 if none: all ranks stop after the same step."""
+        return max(self.world.gather([int(self.signal)]))
+
+
+@dataclass
+class Run:
+    """Everything that a run consists of, as one of its processes sees it."""
+
+    o: Any  # train.py's Options
+    model: CausalLM
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    stream: ProblemStream  # the problems of each step
+    test: list[Problem]  # those to evaluate on
+    folder: RunFolder
+    stop: Stop  # has somebody pressed Ctrl-C?
+    world: World  # the processes of this run; ALONE is usual
+    began: float  # of time.perf_counter(), less what a resumed run had cost before
+
+
+# ---------------------------------------------------------------------------------------------
+# before the first step
+
+
+def choose(o, given, world: World) -> tuple[Any, RunFolder | None, Path | None]:
+    """(the run's options, its folder if it is to be resumed, the checkpoint to go on from), from the
+    options of the command line, of which `given` were typed.  ValueError where they contradict."""
+    folder = checkpoint = None
+    if world.is_first and o.resume is not None:
+        folder, o = reopen(o, given)
+        checkpoint = folder.latest()
+    elif world.is_first and not o.plan:
+        o = settle(o)  # what cannot fit is refused before gigabytes are downloaded
+    # The first rank's word holds for all: what fits into memory, which checkpoint is newest.
+    told = world.broadcast([dataclasses.asdict(o), str(checkpoint) if checkpoint else None])
+    return type(o)(**told[0]), folder, told[1] and Path(told[1])
+
+
+def reopen(o, given) -> tuple[RunFolder, Any]:
+    """The folder of a run to be resumed, and its own options: a resumed run is the same run, so a
+    contradiction is refused."""
+    folder, saved = RunFolder.reopen(o.resume)
+    saved = check_options(type(o), saved, f"{folder.path}/config.json")
+    differ = [
+        f"--{name.replace('_', '-')} {getattr(o, name)} differs from the run's "
+        f"{getattr(saved, name)}"
+        for name in sorted(given - {"resume", "device", "plan"})
+        if getattr(o, name) != getattr(saved, name)
+    ]
+    if differ:
+        raise ValueError(f"{'; '.join(differ)}; leave it out to resume, or start a new run")
+    return folder, dataclasses.replace(saved, device=o.device, plan=o.plan)
+
+
+def prepare(
+    o, folder: RunFolder | None, checkpoint: Path | None, world: World
+) -> Run:
+    """The model, its tokenizer, the data: everything that can be wrong fails in here, before a
+    folder is made for a new run."""
+    stop = Stop(world)
+    with world.first():  # a machine downloads once
+        source = checkpoint or find_checkpoint(o.model)
+        train, test = train_and_test(o.data, o.eval_data, o.eval_problems, parses)
+    model, tokenizer = load_pretrained(
+        source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world
+    )
+    model.gradient_checkpointing = o.gradient_checkpointing
+    most = min(o.max_prompt_tokens, model.config.max_position_embeddings)
+    short = [p for p in train if len(tokenizer.encode_prompt(p.problem)) <= most]
+    if train and not short:
+        raise ValueError(f"{o.data}: no problem has at most {most} tokens")
+    if len(short) < len(train):
+        print(f"{len(train) - len(short)} of {len(train)} problems have over {most} tokens: "
+              "left out")  # fmt: skip
+    stream = ProblemStream(short, o.problems_per_step, o.seed, ARITHMETIC.get(o.data))
+    if world.is_first:  # it warns
+        check_prompts(model, tokenizer, [p.problem for p in test])
+    optimizer = Optimizer(model, o.lr, o.weight_decay, o.offload_optimizer, world)
+    if folder is None and world.is_first:
+        folder = RunFolder.create(o.out, short_name(o), dataclasses.asdict(o))
+    path = world.broadcast(str(folder.path) if folder else None)
+    folder = folder or RunFolder.of_first_rank(path)
+    stop.how_to_resume = f"; go on with: python train.py --resume {folder.path}"
+
+    parameters = sum(p.numel() for p in model.parameters())
+    ranks = f" over {world.size} ranks" if world.size > 1 else ""
+    print(f"{o.model}: {parameters:,} parameters on {model.device} in {model.dtype}{ranks}; "
+          f"run {folder.path}")  # fmt: skip
+    count = f"{len(short):,}" if short else "new"
+    others = "others of it" if o.eval_data == o.data else f"of {o.eval_data}"
+    print(f"learns from {count} problems of {o.data}, evaluated on {len(test)} {others}")
+    for doubt in log.doubts(o, model.config.max_position_embeddings):
+        warn(doubt)
+    began = time.perf_counter()
+    return Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world, began)
+
+
+def short_name(o) -> str:
+    """What a run's folder is called."""
+    return f"{o.model.rstrip('/').split('/')[-1]}-{o.algorithm}"
+
+
+def begin(run: Run) -> int:
+    """c_ref and the first evaluation: what the untouched model says.  Returns the first step."""
+    o, tokenizer = run.o, run.tokenizer
+    own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
+    measured = o.c_ref == "estimate" or (o.c_ref == "auto" and not own)
+    print(f"before the first step: {len(run.test)} problems x {o.eval_n} solutions to evaluate on"
+          f"{f', after {o.c_ref_pairs} for c_ref' if measured else ''}")  # fmt: skip
+    if measured:
+        find_c_ref(run)
+    elif o.c_ref == "auto":
+        # A model that LaSeR has trained is no longer the reference: measured on it, c_ref would be
+        # that of a readout which speaks already, and every r_s so far would change its meaning.
+        print(f"c_ref = {tokenizer.c_ref:.2f} nats, the one that {o.model} was trained with; "
+              "--c-ref estimate measures it anew")  # fmt: skip
+    else:
+        tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
+    tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
+    before = {"step": 0, **evaluate(run, run.test, "before")}
+    run.folder.cut_back(-1)
+    run.folder.append("evals.jsonl", [before])
+    print(log.eval_line(0, before))
+    return 1
+
+
+def find_c_ref(run: Run) -> None:
+    """Estimate c_ref on the untouched model, and say how steady it is."""
+    o, tokenizer = run.o, run.tokenizer
+    problems = run.stream.for_c_ref(o.c_ref_pairs)
+    with tqdm(desc="c_ref", unit="solution", leave=False, disable=not is_terminal()) as bar:
+        how = {"seed": o.seed, "on_finish": lambda _: bar.update(), **o.sampling()}
+        c = grpo.estimate_c_ref(
+            run.model, tokenizer, problems, o.c_ref_pairs, run.world, **how
+        )
+    tokenizer.c_ref, tokenizer.c_ref_std = c.mean, c.std
+    spread = "" if c.std is None else f", spread {c.std:.2f}"
+    print(f"c_ref = {c.mean:.2f} nats{spread} ({tokenizer.z_c}; {c.count} solutions ended)")
+    for doubt in log.doubts_of_c_ref(c, o):
+        warn(doubt)
+
+
+def take_up(run: Run, checkpoint: Path) -> int:
+    """Make the run what it was when the checkpoint was written.  Returns the next step."""
+    tensors, meta = load_state(checkpoint / "state", run.world)
+    run.optimizer.load_state(tensors)
+    run.folder.cut_back(meta["step"])
+    for m in run.folder.read("metrics.jsonl"):  # the summary speaks of the whole run
+        run.began -= m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
+    print(f"resuming after step {meta['step']}")
+    return 1 + meta["step"]
+
+
+# ---------------------------------------------------------------------------------------------
+# in between
+
+
+def evaluate(run: Run, problems: list[Problem], label: str) -> dict:
+    """Accuracy, self-verification and votes on held-out problems, as in results.json."""
+    o, total = run.o, len(run.world.shard(problems)) * run.o.eval_n
+    with tqdm(total=total, desc=label, leave=False, disable=not is_terminal()) as bar:
+        how = {"seed": o.seed, "on_finish": lambda _: bar.update(), **o.sampling()}
+        mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, run.world, **how)
+    rows = run.world.gather(judged_rows(mine, problems, run.tokenizer), by="prompt_id")
+    return metrics.summarise(rows, is_equivalent)
+
+
+def save(run: Run, step: int) -> None:
+    """Write the checkpoint of a step, whole, and only then point `latest` at it."""
+    sound = all(local(p).isfinite().all().item() for p in run.model.parameters())
+    if not all(run.world.gather([sound])):
+        # weights that hold NaN never recover: what --resume goes on from must be from before
+        warn(f"weights are not finite after step {step}: no checkpoint of it")
+        return
+    state = (run.optimizer.state(), {"step": step})
+    save_pretrained(
+        run.model, run.tokenizer, run.folder.checkpoint(step), state, world=run.world
+    )
+    run.folder.point_latest(step)
+
+
+# ---------------------------------------------------------------------------------------------
+# after the last step
+
+
+def finish(run: Run) -> int:
+    """The last evaluation, the summary of the whole run, the picture.  Returns exit code 0."""
+    o, folder = run.o, run.folder
+    after = {"step": o.steps, **evaluate(run, run.test, "after")}
+    if not any(e["step"] == o.steps for e in folder.read("evals.jsonl")):  # a kill after this line
+        folder.append("evals.jsonl", [after])
+    before = next((e for e in folder.read("evals.jsonl") if e["step"] == 0), None)
+    if before is not None:  # only a log that somebody removed does not have it
+        print(log.eval_line(0, before))
+    print(log.eval_line(o.steps, after))
+    mean_tokens = [m["response_tokens"] for m in folder.read("metrics.jsonl")]
+    folder.write_json("summary.json", {
+        "before": before,
+        "after": after,
+        "seconds": time.perf_counter() - run.began,
+        "tokens": sum(round(x * o.problems_per_step * o.group_size) for x in mean_tokens),
+        "c_ref": run.tokenizer.c_ref,
+        "c_ref_std": run.tokenizer.c_ref_std,
+        "peak_memory_bytes": peak_memory_bytes(run.model.device),
+    })  # fmt: skip
+    if run.world.is_first and plots.available():
+        logs = (folder.read("metrics.jsonl"), folder.read("evals.jsonl"))
+        plots.curves(folder.path / "curves.png", *logs)
+    minutes = (time.perf_counter() - run.began) / 60
+    print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
+    print(f"  python sample.py --model {shlex.quote(str(folder.path))} --vote "
+          f"{shlex.quote(min((p.problem for p in run.test), key=len))}")  # fmt: skip
+    return 0
