@@ -376,15 +376,16 @@ class Progress:
 
     SECONDS = 10.0
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True):
         self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.drawn, self.began, self.over = 0, time.monotonic(), threading.Event()
+        self.shown, self.drawn = shown and speaks(), 0
+        self.began, self.over = time.monotonic(), threading.Event()
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, smoothing=0,
-                        disable=not is_terminal())
+                        disable=not (shown and is_terminal()))
         self.thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> Progress:
-        if speaks():
+        if self.shown:
             self.thread.start()
         return self
 
@@ -396,17 +397,16 @@ class Progress:
 
     def hooks(self) -> dict[str, Callable]:
         """What the sampler is to call: generate(..., **progress.hooks())."""
-        on_step = lambda rollouts: self.tokens(len(rollouts))  # noqa: E731  a token each
-        return {"on_step": on_step, "on_finish": lambda _: self.update()}
+        return {"on_step": self.step, "on_finish": lambda _: self.update()}
 
     def update(self, count: int = 1) -> None:
         """So many more are done."""
         self.done += count
         self.bar.update(count)
 
-    def tokens(self, count: int) -> None:
-        """So many more tokens were drawn."""
-        self.drawn += count
+    def step(self, rollouts: Sequence) -> None:
+        """Each of these drew one more token (or was read at its end)."""
+        self.drawn += len(rollouts)
 
     def _show(self) -> None:
         while not self.over.wait(self.SECONDS if self.bar.disable else 1.0):

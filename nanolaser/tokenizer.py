@@ -39,8 +39,8 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 # full of: markers such as <|im_start|> would be noise to a model that has never seen them.
 DEFAULT_TEMPLATE = "Question: {{ messages[-1]['content'] }}\n\nAnswer:"
 
-# The prompt that Open-Reasoner-Zero was trained with (its repository, playground/zero_setting_base.py),
-# word for word, since to ask it in other words is to ask another model.
+# The prompt that Open-Reasoner-Zero was trained with (playground/zero_setting_base.py of its
+# repository), word for word: a model asked in other words is another model.
 R1_TEMPLATE = (
     "{{ bos_token }}A conversation between User and Assistant. The User asks a question, and the "
     "Assistant solves it. The Assistant first thinks about the reasoning process in the mind and "

@@ -320,7 +320,7 @@ def test_warnings_are_one_line_of_the_first_process(capsys, monkeypatch):
 def test_progress_without_a_terminal_is_plain_lines_now_and_then(capsys, monkeypatch):
     monkeypatch.setattr(Progress, "SECONDS", 0.02)
     with Progress("c_ref", 300, "solution") as progress:
-        progress.tokens(5)
+        progress.step([None] * 5)
         time.sleep(0.2)  # nobody ends a solution: there is a sign of life all the same
         progress.update(2)
         time.sleep(0.2)
