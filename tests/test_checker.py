@@ -41,7 +41,8 @@ def table_rows(name: str) -> list[tuple]:
     return rows
 
 
-TABLES = [row for name in ("checker_table", "checker_families") for row in table_rows(name)]
+TABLES = [row for name in ("checker_table", "checker_families", "checker_forms")
+          for row in table_rows(name)]
 
 
 def test_the_tables_are_large_and_half_of_them_must_not_match():
@@ -68,6 +69,14 @@ def test_table(answer, gold, equal):
     (r"\boxed  {5}", "5"),
     (r"\boxed{5} and then \boxed{6", "5"),             # one that never closes is passed over
     (r"}} \boxed{5} {{", "5"),
+    (r"so $\boxed{3}$ and $\boxed{5}$.", "3, 5"),       # one answer in several boxes
+    (r"\boxed{3}, \boxed{5}, and \boxed{7}", "3, 5, 7"),
+    (r"\boxed{4} or \boxed{5}", "4, 5"),               # a hedge is not its last part
+    (r"It is $\boxed{5}$. So $\boxed{5}$", "5"),
+    (r"\boxed{5} \boxed{5}", "5"),
+    (r"$\boxed{2\frac12},$ or $\boxed{\frac52}$ inches", r"\frac52"),  # one answer, spelled twice
+    ("\\boxed{4}\n\n\\boxed{5}", "5"),
+    (r"\boxed{4} is wrong, \boxed{5}", "5"),
     (r"\boxed{}", ""),
     ("x" * 50_000 + r"\boxed{7}" + "y" * 50_000, "7"),
     ("no box here", None),
@@ -81,7 +90,10 @@ def test_extract_answer(text, answer):
 
 def test_strict_extraction_wants_exactly_one_box_with_braces():
     assert extract_answer(r"so \boxed{5}", strict=True) == "5"
-    for text in (r"\boxed{5} \boxed{5}", r"\fbox{5}", r"\boxed 5", r"\boxed{\boxed{5}}", "5"):
+    # Counted as the paper's gate counts: "\\boxed{", and not a "\\boxed" without a brace.
+    assert extract_answer(r"Put it in \boxed. So \boxed{5}", strict=True) == "5"
+    assert extract_answer(r"\boxed{5}, not \boxedfoo{3}", strict=True) == "5"
+    for text in (r"\boxed{5} \boxed{5}", r"\boxed{3}, \boxed{5}", r"\boxed {5}", r"\fbox{5}", r"\boxed 5", r"\boxed{\boxed{5}}", "5"):
         assert extract_answer(text, strict=True) is None
 
 

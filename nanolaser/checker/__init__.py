@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 from .compare import Comparison, without_domain
 from .evaluate import CannotDecide
-from .parse import MAX_CHARS, ParseError, clean, parse, unbox
+from .parse import MAX_CHARS, ParseError, clean, closing_brace, parse, unbox
 
 # ---------------------------------------------------------------------------------------------
 # The answer out of a text
@@ -63,6 +63,8 @@ _BOX_OR_BRACE = re.compile(r"""(?P<box>\\(?:boxed|fbox)(?![A-Za-z])\s{0,8})(?P<o
 # What \boxed 5 or \boxed -3 holds: up to the next space or brace; a bounded run, hence linear.
 _BARE = re.compile(r"-?[^\s{}$\\]{1,100}")
 BOX_WINDOW = 2 * MAX_CHARS  # a longer box holds no answer; the window keeps the search short
+# What may stand between boxes that are one answer: \boxed{3}, \boxed{5}; $\boxed{3}$ and $\boxed{5}$.
+_JOINT = re.compile(r"(?:[ \t$,;]|\\[,;:! ]|\\text\s?\{\s*(?:and|or)\s*\}|and|or){0,40}\n?")
 # A text of a thousand unclosed boxes must cost no more than this many windows.
 MAX_BOX_TRIES = 8
 
@@ -71,8 +73,8 @@ def extract_answer(text: str | None, strict: bool = False) -> str | None:
     r"""Return what the last \boxed{...} of a text holds, or None where there is no box.
 
     Braces are matched; \fbox{5}, \boxed 5 and nested boxes are understood; a box that never closes
-    is passed over. With strict, the rule of the paper's training reward: exactly one "\boxed{" in
-    the text, otherwise None.
+    is passed over. Boxes with nothing but commas or "and" between them are one list, "3, 5". With
+    strict, the rule of the paper's training reward: exactly one "\boxed{", otherwise None.
     """
     # Two boxes are how a policy hedges ("\boxed{4} or \boxed{5}"): with strict that earns nothing.
     # Counted as the paper's gate counts, with the brace.
@@ -97,8 +99,26 @@ def extract_answer(text: str | None, strict: bool = False) -> str | None:
         end = last if alone else end
         content = _last_box(text[end:last + BOX_WINDOW], strict, alone)
         if content is not None:
-            return content
+            return _with_boxes_before(text, end, content) if alone and not strict else content
     return None
+
+
+def _with_boxes_before(text: str, start: int, content: str) -> str:
+    r"""The answer of a last box and of those that lead up to it: "3, 5" of \boxed{3}, \boxed{5}."""
+    # A hedge, "\boxed{4} or \boxed{5}", becomes the list that it is.
+    contents = [content]
+    for _ in range(MAX_BOX_TRIES):
+        window = text[max(0, start - BOX_WINDOW):start]
+        before = max(window.rfind("\\boxed{"), window.rfind("\\fbox{"))
+        opening = window.find("{", before) if before >= 0 else -1
+        closing = closing_brace(window, opening) if before >= 0 else -1
+        if closing < 0 or not _JOINT.fullmatch(window, closing + 1):
+            break
+        other, start = window[opening + 1:closing].strip(), start - len(window) + before
+        # The same answer twice, or in two spellings ("or"), is one.
+        if not any(is_equivalent(other, known) for known in contents):
+            contents.insert(0, other)
+    return ", ".join(contents)
 
 
 def _last_box(window: str, strict: bool, first_only: bool) -> str | None:
@@ -222,6 +242,8 @@ def _decide_by_trees(answer: str, gold: str) -> tuple[bool, str]:
     try:
         reading: dict = {}
         gold_tree = parse(gold, reading)
+        if gold_tree[0] == "sym" and gold_tree[1] in "ABCDEFGHIJ" and (option := _option(answer)):
+            return option == gold_tree[1], "the letter of an option"
         answer_tree = parse(answer, reading)
     except ParseError as error:
         # Two texts that normalise to nothing (only spaces and $) are not equal either.
@@ -250,6 +272,24 @@ def _normalised(text: str) -> str:
     # 1 000 is not 1000. Braces stay, they can matter.
     text = _SPACE.sub(" ", _NOISE.sub("", _TEXT_FACE.sub(r"\1", clean(text))))
     return _IDLE_SPACE.sub("", text).replace("\\dfrac", "\\frac")
+
+
+# "option B", "(B) Paris", "B) 12", "B. 12": the letter, with a word before it or a mark after it.
+_OPTION = re.compile(r"(?P<word>(?:option|choice|answer) ?)?(?P<open>\()?(?P<letter>[A-J])(?![A-Za-z])"
+                     r"(?P<mark>\)|[.:](?= ))? ?(?P<rest>.*)", re.I | re.S)
+# A second option in what follows: "B) or C)", "B) Paris. C) Rome", "option B or C", "A) B".
+_ANOTHER = re.compile(r"(?<![A-Za-z\\])[A-J][).:](?![A-Za-z])|(?:^|,|\b(?:and|or|nor|not)\b) ?"
+                      r"(?:option |choice )?\(?[A-J]\b(?!-)|^ ?(?:,|and\b|or\b)")
+
+
+def _option(answer: str) -> str | None:
+    """The letter of the one option that an answer names, with or without the option's text."""
+    text = _SPACE.sub(" ", _NOISE.sub("", _TEXT_FACE.sub(r"\1", clean(answer)))).strip()
+    match = _OPTION.fullmatch(text)
+    if not match or not (match["mark"] or match["word"] and not match["rest"]) or (
+            match["open"] and match["mark"] != ")") or _ANOTHER.search(match["rest"]):
+        return None
+    return match["letter"].upper()
 
 
 def _form(text: str) -> str:

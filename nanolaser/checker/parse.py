@@ -71,7 +71,7 @@ FUNCTION_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec
                     "tg": "tan", "ctg": "cot"}
 # Words that are symbols when written without a backslash, in plain text or inside \text{}.
 NAMES = {"pi": ("const", "pi"), "inf": ("const", "inf"), "infty": ("const", "inf"),
-         "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"),
+         "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"), "percentage": ("op", "%"), "pct": ("op", "%"),
          "degree": ("op", "deg"), "degrees": ("op", "deg"), "deg": ("op", "deg"),
          "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("cmd", "root"),
          "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("plain", "abs"),
@@ -93,7 +93,7 @@ COMMANDS = {
     "lparen": ("op", "("), "rparen": ("op", ")"), "%": ("op", "%"), "$": ("op", "$"),
     "euro": ("op", "euro"), "pounds": ("op", "sterling"),
     "circ": ("op", "circ"), "degree": ("op", "deg"), "prime": ("op", "'"), "\\": ("op", "\\\\"),
-    "cr": ("op", "\\\\"), "choose": ("op", "choose"), "colon": ("op", ":"),
+    "cr": ("op", "\\\\"), "choose": ("op", "choose"), "over": ("op", "over"), "colon": ("op", ":"),
     "frac": ("cmd", "frac"), "dfrac": ("cmd", "frac"), "tfrac": ("cmd", "frac"),
     "cfrac": ("cmd", "frac"), "sqrt": ("cmd", "sqrt"), "binom": ("cmd", "binom"),
     "dbinom": ("cmd", "binom"), "tbinom": ("cmd", "binom"), "sum": ("cmd", "sum"),
@@ -651,6 +651,7 @@ class _Parser:
     def answer(self) -> tuple:
         """The whole text: items, and nothing after them."""
         node = self.items()
+        node = self.over(node) if self.is_op("over") else node
         # Everything must be consumed. To ignore a rest would make "5 because x is positive" equal
         # to 5, and pay for any hedge that begins with the right value.
         if self.peek() is not END:
@@ -1076,7 +1077,7 @@ class _Parser:
         if self.is_op("(") and self.reading.setdefault(name, self.shows_function(name)):
             inside = self.bracket()
             args = inside[3] if inside[0] == "tuple" else (inside,)
-            if any(is_structure(arg) for arg in args):
+            if any(is_structure(arg) and arg[0] != "rel" for arg in args):  # P(X = 2)
                 raise ParseError("a function of something that is not a number")
             return ("call", name, args)
         return ("sym", name)
@@ -1097,7 +1098,7 @@ class _Parser:
             inside.append(self.tokens[end])
             end += 1
         lone = inside[1:] if inside and inside[0][1] == "-" else inside
-        return any(token[1] == "," for token in inside) or (
+        return any(token[1] in (",", "=") for token in inside) or (
             len(lone) == 1 and lone[0][0] in ("num", "sym", "const"))
 
     def raw(self) -> str:
@@ -1127,6 +1128,8 @@ class _Parser:
             #   {9 \choose 2}  ->  ("binom", 9, 2)
             if self.take("choose"):
                 inside = ("binom", scalar(inside), scalar(self.inner()))
+            elif self.is_op("over"):
+                inside = self.over(inside)
             self.expect("}")
             return inside
         if self.is_op("|"):
@@ -1160,6 +1163,11 @@ class _Parser:
         if (opening, closing) not in (("(", ")"), ("[", "]")):
             raise ParseError("brackets do not match")
         return inside
+
+    def over(self, top: tuple) -> tuple:
+        r"""{a \over b}, as plain TeX writes a fraction: all of the group on either side."""
+        self.expect("over")
+        return ("mul", (scalar(top), ("inv", scalar(self.inner()))))
 
     def inner(self) -> tuple:
         """The items in a bracket; bars opened outside cannot close inside it."""
