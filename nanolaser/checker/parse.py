@@ -36,6 +36,7 @@ Every loop is linear in the text, and recursion stops at MAX_DEPTH brackets.
 import re
 import unicodedata
 from fractions import Fraction
+from functools import cached_property
 
 # The bounds keep parsing linear and shallow for any text a model can write. Past one of them there
 # is a ParseError, so the answer can still be right as equal text, never by arithmetic.
@@ -894,8 +895,9 @@ class _Parser:
             else:
                 break
         # `product` checks that all factors are numbers, or one of them a matrix.
-        return product(factors, any(map(is_capital, factors)) and self.both_orders())
+        return product(factors, any(map(is_capital, factors)) and self.both_orders)
 
+    @cached_property
     def both_orders(self) -> bool:
         """AB - BA is no zero: who writes both orders of two capitals means matrices."""
         pairs = {(a[1], b[1]) for a, b in zip(self.tokens, self.tokens[1:])
@@ -1074,7 +1076,9 @@ class _Parser:
             mark, self.at = self.at, self.at + 1
             power = self.raw()
             name, self.at = (f"{name}^{power}", self.at) if self.is_op("(") else (name, mark)
-        if self.is_op("(") and self.reading.setdefault(name, self.shows_function(name)):
+        if self.is_op("(") and name not in self.reading:
+            self.reading[name] = self.shows_function(name)
+        if self.is_op("(") and self.reading[name]:
             inside = self.bracket()
             args = inside[3] if inside[0] == "tuple" else (inside,)
             if any(is_structure(arg) and arg[0] != "rel" for arg in args):  # P(X = 2)
