@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from .parse import parse
 
 # Every bound below is a wall against slow inputs (a model under RL finds them by accident), and far
 # above what a benchmark answer needs. To meet one is an unequal verdict, never an exception: one
@@ -449,10 +450,9 @@ class Evaluator:
         if isinstance(value, Ball):
             return value
         digits = (value.numerator.bit_length() + value.denominator.bit_length()) * 0.302
-        # At a random point long fractions are made by the point, not written by anyone.
-        # 20 digits beyond its own length tell the fraction from every other that could
-        # be written so. The cap keeps a power at a random point, of thousands of
-        # digits, from asking for thousands.
+        # At a random point long fractions are made by the point, not written by anyone. 20 digits
+        # beyond its own length tell the fraction from every other that could be written so. The cap
+        # keeps a power at a random point, of thousands of digits, from asking for thousands.
         self.need = max(self.need, min(int(digits) + 20, 300) if self.point else int(digits) + 20)
         # Quadratic, as a long division is.
         self.work.spend(2 + int(digits * digits) // 20000)
@@ -840,7 +840,7 @@ class Evaluator:
         bits = n.numerator.bit_length() + n.denominator.bit_length()
         if k < 0 or k * bits > MAX_BITS:
             raise CannotDecide("a binomial outside its limits")
-        self.work.spend(2 + k * k * bits // 10000)
+        self.work.spend(2 + 3 * k + k * k * bits // 10000)
         #   n (n-1) ... (n-k+1) / k!
         if n.denominator == 1 and n >= 0:
             return math.comb(int(n), int(k))
@@ -955,20 +955,22 @@ class Evaluator:
         return self.do_sum(name, low, high, body, multiply=True)
 
     def do_fn(self, name, args):
-        """Functions of one argument and, by `several`, of many."""
+        """sin and cos by their series, gcd, lcm, max, min of many; the others by a formula."""
         if name in ("gcd", "lcm", "max", "min"):
             return self.several(name, [self.evaluate(arg) for arg in args])
-        if name in _CIRCULAR:
-            # Saved and restored, for a sine can stand in a sine: the inner one
-            # ends, the outer goes on.
-            outer, self.in_trig = self.in_trig, True
-            value = self.evaluate(args[0])
-            self.in_trig = outer
-            return self.circular(name, value)
+        # Saved and restored, for a sine can stand in a sine: the inner one ends, the outer goes on.
+        outer = self.point, self.in_trig
+        self.in_trig = name in CIRCULAR
         value = self.evaluate(args[0])
-        if name in ("sinh", "cosh", "tanh", "coth"):
-            return self.hyperbolic(name, value)
-        return self.inverse_circular(name, value)
+        if name in ("sin", "cos"):
+            # sin 0 is exactly 0: as a ball around zero it could not be divided, counted or raised.
+            exact = _is_exact_zero(value)
+            value = int(name == "cos") if exact else self.cosine_sine(value)[name == "sin"]
+        else:
+            self.point, self.in_trig = {"x": value}, False
+            value = self.evaluate(_formula(name))
+        self.point, self.in_trig = outer
+        return value
 
     def several(self, name: str, values: list):
         """gcd, lcm, max, min of rational numbers."""
@@ -981,56 +983,24 @@ class Evaluator:
             raise CannotDecide(f"{name} of numbers that are not whole")
         return (math.gcd if name == "gcd" else math.lcm)(*map(int, values))
 
-    def circular(self, name: str, value):
-        """The trigonometric functions as quotients of cos and sin."""
-        # sin 0 is exactly 0: as a ball around zero it could not be divided, counted or raised to.
-        if _is_exact_zero(value) and name in ("sin", "tan"):
-            return 0
-        cosine, sine = self.cosine_sine(value)
-        if name in ("sin", "cos"):
-            return sine if name == "sin" else cosine
-        if name == "cis":
-            return self.add(cosine, self.mul(Ball(_ZERO, _ONE, _ZERO), sine))
-        if name in ("sec", "csc"):
-            return self.inverse(cosine if name == "sec" else sine)
-        #   tan = sin/cos, cot = cos/sin; where the divisor could be zero there is no value
-        over, under = (sine, cosine) if name == "tan" else (cosine, sine)
-        return self.mul(over, self.inverse(under))
 
-    def hyperbolic(self, name: str, value):
-        """As quotients of e^x + e^-x and e^x - e^-x."""
-        # One exponential serves all four: e^-x is its inverse.
-        grown = self.exp(value)
-        back = self.inverse(grown)
-        plus, minus = self.add(grown, back), self.add(grown, self.neg(back))
-        half = Fraction(1, 2)
-        if name in ("sinh", "cosh"):
-            return self.mul(half, minus if name == "sinh" else plus)
-        return self.mul(*((minus, self.inverse(plus)) if name == "tanh"
-                          else (plus, self.inverse(minus))))
-
-    def inverse_circular(self, name: str, value):
-        """By complex logarithms; arcsin, arctan of a real argument come out real within error."""
-        if name in ("arcsec", "arccsc", "arccot"):
-            #   arcsec x = arccos 1/x,   arccsc x = arcsin 1/x,   arccot x = arctan 1/x
-            name, value = {"arcsec": "arccos", "arccsc": "arcsin", "arccot": "arctan"}[name], (
-                self.inverse(value))
-        unit = Ball(_ZERO, _ONE, _ZERO)
-        turned = self.mul(unit, self.ball(value))
-        #   arctan z = i/2 (log(1 - iz) - log(1 + iz))
-        if name == "arctan":
-            low, high = self.log(self.add(1, self.neg(turned))), self.log(self.add(1, turned))
-            return self.mul(Ball(_ZERO, Decimal("0.5"), _ZERO), self.add(low, self.neg(high)))
-        #   arcsin z = -i log(iz + sqrt(1 - z^2)),   arccos z = pi/2 - arcsin z
-        # The same formulas hold for real and complex z, and beyond 1, where arcsin is complex.
-        root = self.power(self.add(1, self.neg(self.mul(value, value))), Fraction(1, 2))
-        result = self.neg(self.mul(unit, self.log(self.add(turned, root))))
-        if name == "arcsin":
-            return result
-        return self.add(self.mul(Fraction(1, 2), self.do_const("pi")), self.neg(result))
+CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
+# By complex logarithms, which hold for real and complex x, and beyond 1, where arcsin is complex;
+# arcsin and arctan of a real argument come out real within error.
+_FORMULAS = {
+    "tan": r"\frac{\sin x}{\cos x}", "cot": r"\frac{\cos x}{\sin x}", "sec": r"\frac{1}{\cos x}",
+    "csc": r"\frac{1}{\sin x}", "cis": r"\cos x + i \sin x", "sinh": r"\frac{e^x - e^{-x}}{2}",
+    "cosh": r"\frac{e^x + e^{-x}}{2}", "tanh": r"\frac{e^x - e^{-x}}{e^x + e^{-x}}",
+    "coth": r"\frac{e^x + e^{-x}}{e^x - e^{-x}}", "arcsin": r"-i \ln(ix + \sqrt{1 - x^2})",
+    "arccos": r"\frac{\pi}{2} - \arcsin x", "arctan": r"\frac{i}{2}(\ln(1 - ix) - \ln(1 + ix))",
+    "arcsec": r"\arccos \frac{1}{x}", "arccsc": r"\arcsin \frac{1}{x}",
+    "arccot": r"\arctan \frac{1}{x}"}
 
 
-_CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
+@lru_cache(maxsize=None)
+def _formula(name: str) -> tuple:
+    """The tree of a function's formula in x, read once."""
+    return parse(_FORMULAS[name])
 
 
 def _is_exact_zero(value) -> bool:
