@@ -8,7 +8,7 @@ import decimal
 from functools import cmp_to_key
 
 from .evaluate import (FIRST_PRECISION, MAX_PRECISION, Ball, CannotDecide, Evaluator, NoValue,
-                       Work, agree, equal_at, is_zero, letters_of, points_for, rounds_to)
+                       Work, agree, equal_at, letters_of, points_for, rounds_to)
 from .parse import is_structure
 
 # ---------------------------------------------------------------------------------------------
@@ -354,33 +354,20 @@ class Comparison:
         # A factor of an inequality is refused (2x>6 for x>3), since division by it is the question.
         if op in ("<", "<="):
             return self.equal(answer, gold)
-        points, _ = points_for(answer, gold, self.work)
-        pairs, compared = [], 0
-        for point in points:
-            # A point where one side has no value is skipped, such as x = 0 of 1/x.
-            try:
-                pairs.append([Evaluator(point, FIRST_PRECISION + 30, self.work).value(side)
-                              for side in (answer, gold)])
-            except CannotDecide:
-                continue
         # Proportional means: l(p) r(b) = r(p) l(b) at every point p, with one fixed base
         # point b where both are nonzero. Without such a point an identity (x = x) would
         # be proportional to everything.
-        base = next((p for p in pairs if not is_zero(p[0]) and not is_zero(p[1])), None)
-        if base is None or not letters_of(answer) or not letters_of(gold):
-            return False
-        # Thirty digits more than usual, for the two products lose some; the
-        # values come with bounds.
-        evaluator = Evaluator({}, FIRST_PRECISION + 30, self.work)
-        for pair in pairs:
-            with decimal.localcontext(evaluator.context):
-                left = evaluator.mul(pair[0], base[1])
-                right = evaluator.mul(pair[1], base[0])
-                if not agree(left, right):
-                    return False
-            compared += 1
-        # Three, as in `at_points`; one point alone is the base itself and proves nothing.
-        return compared >= 3
+        zero = ("num", 0, None)
+        for point in points_for(answer, gold, self.work)[0]:
+            try:
+                if equal_at(point, answer, zero, self.work)[0] or (
+                        equal_at(point, gold, zero, self.work)[0]):
+                    continue
+            except CannotDecide:
+                continue  # a point where one side has no value, such as x = 0 of 1/x
+            return bool(letters_of(answer) and letters_of(gold)) and self.equal(
+                ("mul", (answer, _placed(gold, point))), ("mul", (gold, _placed(answer, point))))
+        return False
 
     # -- numbers and expressions --------------------------------------------------------------
     def scalars(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
@@ -517,6 +504,15 @@ def _rows(rows: list, order: tuple) -> tuple:
     """Each solution as one value, or as the tuple of its values in a given order of the names."""
     values = [tuple(row[name] for name in order) for row in rows]
     return tuple(row[0] if len(row) == 1 else ("tuple", "(", ")", row) for row in values)
+
+
+def _placed(node, point: dict):
+    """The tree with numbers in the place of its letters."""
+    if not isinstance(node, tuple):
+        return node
+    if node[:1] == ("sym",) and node[1] in point:
+        return ("num", point[node[1]], None)
+    return tuple([_placed(part, point) for part in node])
 
 
 def _relation_letters(node: tuple) -> set:

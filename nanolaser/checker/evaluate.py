@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from .parse import parse
+from .parse import is_structure, parse
 
 # Every bound below is a wall against slow inputs (a model under RL finds them by accident), and far
 # above what a benchmark answer needs. To meet one is an unequal verdict, never an exception: one
@@ -72,32 +72,32 @@ def letters_of(node) -> set:
     return found
 
 
-def _counted(node) -> tuple[set, set]:
-    """(letters that stand for whole numbers, other letters under a floor or ceiling).
+def nodes(tree):
+    """Every node of a tree, the tree itself first."""
+    stack = [tree]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, tuple):
+            if part and isinstance(part[0], str):
+                yield part
+            stack.extend(part)
 
-    n! and floor(n/2) and (-1)^n are only meant for whole n; floor(x) is meant for all x.
-    """
-    if not isinstance(node, tuple) or not node:
-        return set(), set()
-    # Only sure cases are whole for any name: x! has no other value here, gcd(a,b) neither.
-    if node[0] in _WHOLE or node[0] == "fn" and node[1] in ("gcd", "lcm"):
-        return letters_of(node), set()
-    if node[0] in ("sum", "prod"):
-        return letters_of(node[2]) | letters_of(node[3]), set()
-    letters = set()
-    if node[0] in ("floor", "ceil"):
-        letters = letters_of(node[1])
-    elif node[0] == "pow" and node[1][0] == "neg" and not letters_of(node[1]):
-        # (-1)^n: at n = 1234/5678 it would be complex, and (-1)^(2n) = 1 would be denied.
-        #   pow of neg of something without letters; the exponent's letters become whole
-        letters = letters_of(node[2])
-    whole = {name for name in letters if name[0] in _INTEGER_LETTERS}
-    # floor(x) stays a function of real x: at whole x alone it would be equal to x.
-    stepped = letters - whole if node[0] in ("floor", "ceil") else set()
-    for part in node:
-        more = _counted(part)
-        whole, stepped = whole | more[0], stepped | more[1]
-    return whole, stepped
+
+def _counted(tree: tuple) -> set:
+    """The letters that stand for whole numbers: n! and floor(n/2) and (-1)^n are only meant so."""
+    found = set()
+    for node in nodes(tree):
+        # Only sure cases are whole for any name: x! has no other value here, gcd(a,b) neither.
+        if node[0] in _WHOLE or node[0] == "fn" and node[1] in ("gcd", "lcm"):
+            found |= letters_of(node)
+        elif node[0] in ("sum", "prod"):
+            found |= letters_of(node[2]) | letters_of(node[3])
+        # floor(x) stays a function of real x: at whole x alone it would be equal to x.
+        #   (-1)^n: at n = 1234/5678 it would be complex, and (-1)^(2n) = 1 would be denied
+        elif node[0] in ("floor", "ceil") or (
+                node[0] == "pow" and node[1][0] == "neg" and not letters_of(node[1])):
+            found |= {name for name in letters_of(node[-1]) if name[0] in _INTEGER_LETTERS}
+    return found
 
 
 def _hash(text: str, salt: int) -> int:
@@ -112,44 +112,28 @@ _BRANCHING = {"abs", "floor", "ceil", "root", "log"}
 _SMOOTH = {"sin", "cos", "tan", "cot", "sec", "csc", "cis", "sinh", "cosh", "tanh", "coth"}
 
 
-def _branches(node, smooth: set = _SMOOTH) -> bool:
+def _branches(tree: tuple, smooth: set = _SMOOTH) -> bool:
     """Could the expression follow different rules on different stretches of a letter?"""
-    if not isinstance(node, tuple):
-        return False
     # |x|, floor(x), sqrt(x^2), max(x, 20), arcsin(sin x); x^{1/2} and x^y, but not x^3 and 2^x.
-    if node[:1] == ("pow",) and letters_of(node[1]) and not (
-            node[2][0] == "num" and node[2][1].denominator == 1):
-        return True
-    if node[:1] and node[0] in _BRANCHING or node[:1] == ("fn",) and node[1] not in smooth:
-        return bool(letters_of(node))
-    return any([_branches(part, smooth) for part in node])
+    return any((node[0] in _BRANCHING or node[0] == "fn" and node[1] not in smooth) and (
+        letters_of(node)) or node[0] == "pow" and letters_of(node[1]) and not (
+            node[2][0] == "num" and node[2][1].denominator == 1) for node in nodes(tree))
 
 
-def _constants(node, work: "Work", found: list) -> None:
-    """Append the sizes of the numbers that stand in an expression: where its branches can begin."""
-    if not isinstance(node, tuple) or len(found) >= 6:
-        return
-    if not node or not isinstance(node[0], str):
-        for part in node:
-            _constants(part, work, found)
-    elif letters_of(node):
-        closed = [part for part in node[1] if not letters_of(part)] if node[0] in (
-            "add", "mul") else []
-        #   20 \cdot 30 x  ->  600 as well as what stands deeper; exponents place no branch
-        if len(closed) > 1:
-            _constants((node[0], tuple(closed)), work, found)
-        for part in node[1:2] if node[0] == "pow" else node[1:]:
-            _constants(part, work, found)
-    elif node[0] == "inv":
-        _constants(node[1], work, found)  # x/600 - 1 branches at 600
-    else:
-        try:
-            value = Evaluator({}, FIRST_PRECISION, work).value(node)
-        except CannotDecide:
-            return
-        size = abs(value if not isinstance(value, Ball) else Fraction(value.re))
-        if size and size < 10 ** 12 and size not in found:
-            found.append(size)
+def _constants(trees: tuple, work: "Work") -> list:
+    """The sizes of numbers that stand in the expressions: where their branches can begin."""
+    #   |x/600 - 2^{10}|  ->  600, 1/600, 2^{10}, 2, 10; eight are enough for any answer
+    found: list = []
+    for node in (node for tree in trees for node in nodes(tree)):
+        if len(found) < 8 and not is_structure(node) and not letters_of(node):
+            try:
+                value = Evaluator({}, FIRST_PRECISION, work).value(node)
+            except CannotDecide:
+                continue
+            size = abs(value if not isinstance(value, Ball) else Fraction(value.re))
+            if 0 < size < 10 ** 12 and size not in found:
+                found.append(size)
+    return found
 
 
 def _near(value) -> Fraction:
@@ -179,14 +163,14 @@ def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], se
     by an answer, and only where nothing on either side depends on its sign or its fraction.
     """
     letters = sorted(letters_of(answer) | letters_of(gold))
-    (whole, stepped), (more_whole, more_stepped) = _counted(gold), _counted(answer)
     branching = _branches(gold) or _branches(answer)
+    whole = _counted(gold)
     if not branching and not _branches(gold, set()):
-        whole |= {name for name in more_whole if name[0] in _INTEGER_LETTERS}
-    stepped = (stepped | more_stepped) - whole
+        whole |= {name for name in _counted(answer) if name[0] in _INTEGER_LETTERS}
+    whole.intersection_update(letters)
     # Four points for smooth expressions; more where there are branches; twenty where something is
     # counted: floor(sqrt(n)) and floor(n/2) agree at n = 2, 3, 4 and 5, and part only then.
-    count = 20 if whole or stepped else 8 if branching else 4
+    count = 20 if whole else 8 if branching else 4
     points: list[dict] = []
     for k in range(count):
         point = {}
@@ -204,8 +188,6 @@ def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], se
                 # Several counting letters: small, since n! and binomials grow fast,
                 # and 15 keeps them cheap.
                 point[name] = single if len(whole) == 1 else 1 + bits % 15
-            elif name in stepped and k % 2:
-                point[name] = sign * (bits % 10)  # floor(x) and ceil(x) - 1 differ here only
             else:
                 # About 0.1 to 10, never 0 or 1, where x and x^2 would meet. Where there are
                 # branches, other sizes too, each letter in its turn.
@@ -215,16 +197,16 @@ def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], se
                 point[name] = _near(sign * size)
         points.append(point)
     if whole or branching:
-        constants: list = []
-        for side in (gold, answer):
-            _constants(side, work, constants)
+        # floor(x) and ceil(x) - 1 differ at whole numbers only.
+        points += [{name: round(value) or 1 for name, value in point.items()} for point in points[:8]]
+        constants = _constants((gold, answer), work)
         # Each letter passes through its stretches while the others stand still.
-        for j, name in enumerate(letters[:4]):
+        for name in letters[:4]:
             stretches = _stretches(constants)
             if name in whole:
                 stretches = {int(c) + d for c in (*constants, stretches[-2]) for d in (0, 1)
                              if 15 < c < 10 ** 9}
-            points += [{**points[(k + j) % 4], name: value} for k, value in enumerate(stretches)]
+            points += [{**points[k % 4], name: value} for k, value in enumerate(stretches)]
     return points, whole
 
 

@@ -343,6 +343,8 @@ def clean(text: str) -> str:
 # each repeats one class of characters at a time and begins with what only it begins with.
 #   space      invisible, but remembered: 3 1/4 is a mixed number, 31/4 is not
 #   based      52_8, 52_{10}, 52_{\text{eight}}; 1A_{16} only where letters can be digits
+#   time       2:05, 10:30, 1:02:03 as a clock shows them: as the ratio 2:5, 2:05 would equal 4:10, which
+#              is another time; 2:5 and 3:100 are ratios
 #   thousands  1,234,567 if the whole run of digits and commas has that form: not 27,54,108
 #   num        also 6.02e23
 # Thousands begin with a digit that is not 0, since 0,123 is a European decimal
@@ -352,6 +354,7 @@ _TOKEN = re.compile(r"""
   | (?P<based>\d+\s?_\s?(?:\d{1,2}(?!\d)|\{\s?\d{1,2}\s?\}|\{\s?\\text\s?\{\s?[a-z]+\s?\}\s?\})
        |\d[0-9A-F]*_(?:1[26](?!\d)|\{1[26]\}))
   | (?P<repeating>\d*\.\d*\\(?:overline|bar|dot)\s?\{\d+\})
+  | (?P<time>(?<![\d.:])(?:1?\d|2[0-4]|0\d)(?:\s?:\s?[0-5]\d){1,2}(?!\s?[\d.:]))
   | (?P<thousands>(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d))
   | (?P<num>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)
   | (?P<command>\\(?:[A-Za-z]+|.))
@@ -565,7 +568,7 @@ STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", 
               "base", "time", "said"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
 # What can begin a factor, by kind of token, and which operators can.
-_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "plain", "mark", "bold",
+_STARTS = {"num", "based", "repeating", "time", "sym", "const", "fn", "cmd", "plain", "mark", "bold",
            "set", "domain", "begin", "node"}
 _OPENERS = {"(", "[", "{", "\\{", "lfloor", "lceil", "<("}
 END = ("end of text", "", False)
@@ -718,7 +721,7 @@ class _Parser:
         """A sum with its unit; set operations and ratios bind looser than +."""
         #   \$5  ->  ("unit", 5, "dollar")
         currency = CURRENCY[self.expect(*CURRENCY)] if self.is_op(*CURRENCY) else ""
-        node = self.time() or self.sum()
+        node = self.sum()
         while self.is_op("cup", "cap", "setminus") or self.union_letter(node):
             op = self.peek()[1].replace("U", "cup")
             self.at += 1
@@ -744,28 +747,6 @@ class _Parser:
         if unit:
             return ("unit", node, unit)
         return ("said", node, " ".join(words)) if words else node
-
-    def time(self) -> tuple | None:
-        """2:05, 10:30 or 1:02:03 as a clock shows it; 2:5 and 3:100 are ratios."""
-        #   2:05  ->  ("time", (2, 5)): as a ratio it would equal 4:10, another time
-        found, end = [], self.at
-        while self.tokens[end][0] == "num" and (width := len(self.tokens[end][1])) in (1, 2):
-            if found and (width < 2 or self.tokens[end][1] > "59"):
-                return None
-            found.append(self.tokens[end][1])
-            end += 1
-            if self.tokens[end][:2] != ("op", ":"):
-                break
-            end += 1
-        if not 2 <= len(found) <= 3 or "." in "".join(found) or int(found[0]) > 24:
-            return None
-        # 3:06 PM, 1:20x: not the time alone, and no ratio either.
-        after = self.tokens[end]
-        if after is not END and after[0] not in ("sep", "text", "word") and (
-                after[1] not in (",", ";", ")", "}", "=")):
-            raise ParseError("something after a time")
-        self.at = end
-        return ("time", tuple(map(int, found)))
 
     def union_letter(self, node: tuple) -> bool:
         """(0,1) U (2,3): a plain U between two sets."""
@@ -1016,6 +997,8 @@ class _Parser:
                     number_base(base.replace("\\text", "").strip("{}")))
         if kind == "repeating":
             return repeating(value)
+        if kind == "time":
+            return (kind, tuple(int(part) for part in value.split(":")))
         if kind == "set":
             return ("set", ())
         if kind == "domain":
