@@ -64,7 +64,7 @@ _BOX_OR_BRACE = re.compile(r"""(?P<box>\\(?:boxed|fbox)(?![A-Za-z])\s{0,8})(?P<o
 _BARE = re.compile(r"-?[^\s{}$\\]{1,100}")
 BOX_WINDOW = 2 * MAX_CHARS  # a longer box holds no answer; the window keeps the search short
 # What may stand between boxes that are one answer: \boxed{3}, \boxed{5}; $\boxed{3}$ and $\boxed{5}$.
-_JOINT = re.compile(r"(?:[ \t$,;]|\\[,;:! ]|\\text\s?\{\s*(?:and|or)\s*\}|and|or){0,40}\n?")
+_JOINT = re.compile(r"(?:[ \t$,;]|\\[,;:! ()\[\]]|\\q?quad|\\text\s?\{\s*(?:and|or)\s*\}|and|or){0,40}\n?")
 # A text of a thousand unclosed boxes must cost no more than this many windows.
 MAX_BOX_TRIES = 8
 

@@ -324,6 +324,8 @@ def clean(text: str) -> str:
     # 0.333. \right. is a delimiter that shows nothing.
     if text.endswith(".") and not text.endswith("..") and not text.endswith("\\right."):
         text = text[:-1].rstrip()
+    elif text.endswith((",", ";")) and text[-2:-1] != "\\":
+        text = text[:-1].rstrip()
     if "+/-" in text:
         text = text.replace("+/-", "\\pm ")
     # Only the whole text: in "(A) 5" the letter stands beside a value.
