@@ -1,4 +1,4 @@
-r"""Two trees compared: lists, sets, tuples, matrices, ratios, relations, regions of the line, values.
+r"""Two trees compared: lists, sets, tuples, matrices, ratios, relations, regions, expressions.
 
 Reading order: `Comparison.same` picks the rule for the two kinds of tree, one method a rule; then
 small questions about trees; then the sets of real numbers.
@@ -147,7 +147,7 @@ class Comparison:
             if label is None:
                 return None
             if label[0] == "tuple":
-                if value[0] != "tuple" or value[1:3] != ("(", ")") or len(value[3]) != len(label[3]):
+                if value[:3] != ("tuple", "(", ")") or len(value[3]) != len(label[3]):
                     return None
                 rows.append(dict(zip(label[3], value[3])))
             elif item[0] == "rel" and item[1] == ("in",) and value[0] == "set":

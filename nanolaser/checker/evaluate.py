@@ -150,7 +150,7 @@ def _stretches(constants: list) -> list:
     beyond = 2 * math.prod(max(c, 1 / Fraction(c)) for c in constants)
     marks = [Fraction(0), *sorted(constants)]
     inside = [low + (high - low) * Fraction(377, 1000) for low, high in zip(marks, marks[1:])]
-    inside += [(marks[-1] or 1) * Fraction(1377, 1000), min(beyond, 10 ** 12) * Fraction(1377, 1000)]
+    inside += [Fraction(1377, 1000) * c for c in (marks[-1] or 1, min(beyond, 10 ** 12))]
     return [_near(sign * value) for value in inside for sign in (1, -1)]
 
 
@@ -198,7 +198,8 @@ def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], se
         points.append(point)
     if whole or branching:
         # floor(x) and ceil(x) - 1 differ at whole numbers only.
-        points += [{name: round(value) or 1 for name, value in point.items()} for point in points[:8]]
+        points += [{name: round(value) or 1 for name, value in point.items()}
+                   for point in points[:8]]
         constants = _constants((gold, answer), work)
         # Each letter passes through its stretches while the others stand still.
         for name in letters[:4]:
@@ -885,7 +886,7 @@ class Evaluator:
         return self.mul(self.evaluate(x), self.do_call(name, ()))
 
     def do_deg(self, x):
-        """Degrees are radians in a trigonometric function, and elsewhere a unit: 90° + 1 is not 91."""
+        """pi/180 in a trigonometric function, and elsewhere a unit: 90° + 1 is not 91."""
         if not self.in_trig:
             return self.do_unit(x, "degree")
         return self.mul(self.mul(self.evaluate(x), self.do_const("pi")), Fraction(1, 180))

@@ -29,7 +29,7 @@ The tree is made of tuples whose first entry names the kind, so equal trees are 
 
 What is ambiguous is refused rather than guessed: `\sqrt12`, `\frac123`, `x2`, `1/2x`, `2\frac43`,
 `\sin x/2`, an ellipsis. Three conventions are chosen: `a/bc` is a/(bc), `2^10` is 1024, and `2e-3`
-is 0.002 (checker.py also tries 2e - 3, where e is Euler's number).
+is 0.002 (the checker also tries 2e - 3, where e is Euler's number).
 Every loop is linear in the text, and recursion stops at MAX_DEPTH brackets.
 """
 
@@ -61,7 +61,7 @@ GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta i
             "mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta "
             "Lambda Xi Pi Sigma Phi Psi Omega ell hbar aleph mho partial".split())
 # Without a backslash too: models write sin(x) as often as \sin(x). A new function needs an
-# evaluation rule in checker.py beside its entry here.
+# evaluation rule in evaluate.py beside its entry here.
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh "
                 "coth ln lg log exp cis gcd lcm max min".split())
 #   \sin^{-1} x is arcsin x, and not 1/sin x: the mathematician's reading, also that of graders
@@ -72,10 +72,11 @@ FUNCTION_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec
                     "tg": "tan", "ctg": "cot"}
 # Words that are symbols when written without a backslash, in plain text or inside \text{}.
 NAMES = {"pi": ("const", "pi"), "inf": ("const", "inf"), "infty": ("const", "inf"),
-         "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"), "percentage": ("op", "%"), "pct": ("op", "%"),
+         "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"),
+         "percentage": ("op", "%"), "pct": ("op", "%"),
          "degree": ("op", "deg"), "degrees": ("op", "deg"), "deg": ("op", "deg"),
-         "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("cmd", "root"),
-         "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("plain", "abs"),
+         "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("plain", "2"),
+         "cbrt": ("plain", "3"), "union": ("op", "cup"), "abs": ("plain", "abs"),
          "floor": ("plain", "floor"), "ceil": ("plain", "ceil")}
 # The values are the tokens that the parser sees, so \times, \cdot and * are one token "*", and the
 # grammar needs one rule for the three of them.
@@ -158,8 +159,8 @@ _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "squared": "^2", "cubic": "^
 
 def unit_name(word: str) -> str | None:
     """The one name of a unit or a counted thing, in singular or plural; None for other words."""
-    singulars = (word, word[:-1] if word[-1:] == "s" else "", word[:-2] if word[-2:] == "es" else "",
-                 word[:-3] + "y" if word[-3:] == "ies" else "")
+    singulars = (word, word.removesuffix("s"), word.removesuffix("es"),
+                 word[:-3] + "y" if word.endswith("ies") else word)
     return UNITS.get(word) or next((one for one in singulars if one in COUNTED), None)
 
 
@@ -197,14 +198,16 @@ NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7
 # space after each command: "\pi r" from πr must not read as the command \pir.
 _UNICODE = str.maketrans({
     "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "∓": r"\mp ",
+    "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ",
+    "±": r"\pm ", "∓": r"\mp ",
     "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "√": " sqrt ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ",
 "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
-    "λ": r"\lambda ", "μ": r"\mu ", "µ": r"\mu ", "φ": r"\varphi ", "ϕ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ",
+    "λ": r"\lambda ", "μ": r"\mu ", "µ": r"\mu ", "φ": r"\varphi ", "ϕ": r"\phi ",
+    "ω": r"\omega ", "σ": r"\sigma ",
     "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
     "€": r"\euro ", "£": r"\pounds ",
     # Invisible: zero-width characters vanish, odd spaces become plain ones.
@@ -345,8 +348,8 @@ def clean(text: str) -> str:
 # each repeats one class of characters at a time and begins with what only it begins with.
 #   space      invisible, but remembered: 3 1/4 is a mixed number, 31/4 is not
 #   based      52_8, 52_{10}, 52_{\text{eight}}; 1A_{16} only where letters can be digits
-#   time       2:05, 10:30, 1:02:03 as a clock shows them: as the ratio 2:5, 2:05 would equal 4:10, which
-#              is another time; 2:5 and 3:100 are ratios
+#   time       2:05, 10:30, 1:02:03 as a clock shows them: as the ratio 2:5, 2:05 would equal 4:10,
+#              which is another time; 2:5 and 3:100 are ratios
 #   thousands  1,234,567 if the whole run of digits and commas has that form: not 27,54,108
 #   num        also 6.02e23
 # Thousands begin with a digit that is not 0, since 0,123 is a European decimal
@@ -570,8 +573,8 @@ STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", 
               "base", "time", "said"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
 # What can begin a factor, by kind of token, and which operators can.
-_STARTS = {"num", "based", "repeating", "time", "sym", "const", "fn", "cmd", "plain", "mark", "bold",
-           "set", "domain", "begin", "node"}
+_STARTS = {"num", "based", "repeating", "time", "sym", "const", "fn", "cmd", "plain", "mark",
+           "bold", "set", "domain", "begin", "node"}
 _OPENERS = {"(", "[", "{", "\\{", "lfloor", "lceil", "<("}
 END = ("end of text", "", False)
 
@@ -1197,7 +1200,7 @@ class _Parser:
         # \sin(1, 2) has no value; gcd, lcm, max and min take any number of arguments.
         if len(args) != 1 and name not in ("gcd", "lcm", "max", "min"):
             raise ParseError(f"{name} of several arguments")
-        # `log` without a base is the decimal one; that is policy, see the table in checker.py.
+        # `log` without a base is the decimal one; that is policy, see the table in __init__.py.
         if name == "log":
             node = ("log", base or ("num", 10, None), args[0])
         elif name in ("ln", "lg"):
@@ -1272,17 +1275,10 @@ class _Parser:
             raise ParseError("a root of several digits needs braces")
         return ("root", degree, scalar(self.argument()))
 
-    def cmd_root(self) -> tuple:
-        """sqrt as plain text or as the sign takes the whole number after it."""
-        return ("root", ("num", 2, None), scalar(self.argument(whole_number=True)))
-
-    def cmd_cbrt(self) -> tuple:
-        """cbrt(x), as plain text has it."""
-        return ("root", ("num", 3, None), scalar(self.argument()))
-
     def plain(self, kind: str) -> tuple:
-        """abs(x), floor(x) and ceil(x), as plain text has them."""
-        return (kind, scalar(self.argument()))
+        """sqrt 12, cbrt(x), abs(x), floor(x), ceil(x), as plain text has them."""
+        inside = scalar(self.argument(whole_number=True))
+        return ("root", ("num", int(kind), None), inside) if kind.isdigit() else (kind, inside)
 
     def cmd_angle(self, kind: str = "angle") -> tuple:
         """An angle or triangle is one name: angle ABC is not a product of A, B and C."""
@@ -1354,7 +1350,7 @@ def number(text: str) -> tuple:
         shift += int(exponent)
     if shift:
         value = value * 10 ** shift if shift > 0 else Fraction(value, 10 ** -shift)
-    # `places` remembers that a decimal was written; checker.py rounds only against those.
+    # `places` remembers that a decimal was written; the checker rounds only against those.
     return ("num", value, len(decimals) if point or exponent else None)
 
 
