@@ -627,6 +627,7 @@ class _Parser:
         # Four sentinels, because no rule looks further ahead than that.
         self.tokens, self.at, self.reading = tokens + [END] * 4, 0, reading
         self.depth, self.bars = 0, 0  # open groups; open absolute values
+        self.bold: set = set()  # letters in bold type: vectors or matrices
         self.signed = False  # whether a plus-minus sign was met
         self.indices = set()  # letters that a sum counts with: its i is not the imaginary unit
 
@@ -836,19 +837,16 @@ class _Parser:
         """A product; with before_function, the argument of an unbracketed function (sin 2x)."""
         # The tree of a product is flat, ("mul", (a, b, c)), and division is a factor ("inv", x), so
         # that one rule evaluates a/b, \frac{a}{b} and a b^{-1}.
-        vector = self.peek()[0] == "bold"
         factors = [self.factor()]
-        vector = vector or is_vector(factors[0])
         divided = None  # the factors after the last '/', while they are still juxtaposed
         while True:
             # In the argument of an unbracketed function "*" and "/" end it:
             #   \sin x \cdot y  ->  (\sin x) y
             if not before_function and self.is_op("*", "×", "/"):
-                op, bold = self.expect("*", "×", "/"), self.peek()[0] == "bold"
+                op = self.expect("*", "×", "/")
                 divided = [] if op == "/" else None
-                node, before = self.factor(), vector
-                vector = bold or is_vector(node)
-                if op == "×" and before and vector:
+                node = self.factor()
+                if op == "×" and self.is_vector(factors[-1]) and self.is_vector(node):
                     #   \vec a \times \vec b: an unknown function of both, in this order
                     factors[-1] = ("call", "×", (factors[-1], node))
                 elif divided is None:
@@ -863,10 +861,8 @@ class _Parser:
                     break
                 if self.peek()[0] in ("num", "based", "repeating") and not self.number_may_follow():
                     raise ParseError("a number right after a factor is ambiguous")
-                before, vector = vector, self.peek()[0] == "bold"
                 node = self.factor()
-                vector = vector or is_vector(node)
-                if before and vector:
+                if self.is_vector(factors[-1]) and self.is_vector(node):
                     row = factors[-1][2] if factors[-1][:2] == ("call", "row") else (factors[-1],)
                     factors[-1] = ("call", "row", (*row, node))
                 elif divided:
@@ -882,6 +878,16 @@ class _Parser:
                 break
         # `product` checks that all factors are numbers, or one of them a matrix.
         return product(factors, any(map(is_capital, factors)) and self.both_orders)
+
+    def is_vector(self, node: tuple) -> bool:
+        """A bold letter, an arrow over a name, a cross product, and sums and multiples of them."""
+        if node[0] in ("add", "mul"):
+            found = sum(map(self.is_vector, node[1]))
+            return found > 0 if node[0] == "add" else found == 1  # of two it is a dot product
+        if node[0] in ("neg", "pow"):
+            return self.is_vector(node[1])
+        return node[0] == "sym" and (node[1].startswith("vec ") or node[1] in self.bold) or (
+            node[:2] in (("call", "×"), ("call", "row")))
 
     @cached_property
     def both_orders(self) -> bool:
@@ -987,6 +993,7 @@ class _Parser:
         if kind == "num":
             return self.number(value)
         if kind in ("sym", "bold"):
+            self.bold.update([value] if kind == "bold" else [])
             return self.symbol(value)
         if kind == "const":
             return ("sym" if value in self.indices else kind, value)
@@ -994,7 +1001,10 @@ class _Parser:
         if kind == "node":
             return value
         if kind in ("text", "word"):
-            return ("text", value.lower())  # words in a list; next to arithmetic they are refused
+            # Words in a list; next to arithmetic they are refused. In brackets PQRS and pqrs are
+            # different points, Yes and yes are one word.
+            folded = self.depth < 2 or value.istitle()
+            return ("text", value.lower() if folded else value)
         if kind == "based":
             #   052_8  ->  ("base", "52", 8): zeros in front do not count
             digits, _, base = value.replace(" ", "").partition("_")
@@ -1389,11 +1399,6 @@ def scalar(node: tuple) -> tuple:
     if is_structure(node):
         raise ParseError("arithmetic on something that is not a number")
     return node
-
-
-def is_vector(node: tuple) -> bool:
-    """An arrow over a name, or a cross product; bold letters are known by their token."""
-    return node[0] == "sym" and node[1].startswith("vec ") or node[:2] == ("call", "×")
 
 
 def is_capital(node: tuple) -> bool:
