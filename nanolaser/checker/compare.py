@@ -217,9 +217,9 @@ class Comparison:
     def regions(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """Solved inequalities and memberships as sets of reals; intervals only for such a gold."""
         # The order of the roles matters: gold [-2,7], answer -2<=x<=7: it can be the question,
-        # copied. The letter must be the same where both sides have one.
-        names = _relation_letters(answer), _relation_letters(gold)
-        if not names[1] or names[0] and names[0] != names[1] or len(names[1]) != 1:
+        # copied. The letter must be the same where both sides have one: x>2 is not f(x)>2.
+        about, gold_about = _subjects(answer), _subjects(gold)
+        if len(gold_about) != 1 or about and about != gold_about:
             return False, "an inequality or several answers against something else"
         return same_region(answer, gold, self.work), "the same solutions"
 
@@ -319,11 +319,10 @@ class Comparison:
         """A relation against a relation; chains are compared link by link, in any order."""
         if any(op not in ("=", "~") for op in gold[1]):
             # A letter's inequalities are sets of reals, where they are solved.
-            if letters_of(answer) == letters_of(gold) and len(letters_of(gold)) == 1:
-                try:
-                    return self.regions(answer, gold)
-                except CannotDecide:
-                    pass
+            try:
+                return self.regions(answer, gold)
+            except CannotDecide:
+                pass
         # Past this point sides are subtracted, which is only possible with numbers.
         if any(is_structure(side) for side in answer[2] + gold[2]):
             return False, "relations between structures that differ"
@@ -510,11 +509,13 @@ def _placed(node, point: dict):
     return tuple([_placed(part, point) for part in node])
 
 
-def _relation_letters(node: tuple) -> set:
-    """The letters of an inequality, a membership or several of them; none for an interval."""
+def _subjects(node: tuple) -> set:
+    """What inequalities and memberships are about, x or f(x); nothing for an interval."""
     if node[0] == "or":
-        return set().union(*map(_relation_letters, node[1]))
-    return letters_of(node) if node[0] == "rel" else set()
+        return set().union(*map(_subjects, node[1]))
+    if node[0] != "rel":
+        return set()
+    return {node[2][0]} if node[1] == ("in",) else {name for name, *_ in _solved(node)}
 
 
 def _links(node: tuple) -> list:
@@ -630,13 +631,13 @@ def _ends(node: tuple) -> tuple:
     if node[0] == "rel":
         if node[1] == ("in",):
             return _ends(node[2][1])
-        return tuple([end for _, end, _ in _solved(node)] + [
-            ("neg", end) for _, end, size in _solved(node) if size])
+        links = _solved(node)
+        return tuple([link[2] for link in links] + [("neg", link[2]) for link in links if link[3]])
     raise CannotDecide("not a set of real numbers")
 
 
 def _solved(node: tuple) -> list:
-    """The links of a solved inequality, x < c or |x| < c, as (op, c, is it |x|?)."""
+    """The links of a solved inequality, x < c or |x| < c, as (x, op, c, is it |x|?)."""
     links = []
     for op, left, right in zip(node[1], node[2], node[2][1:]):
         #   3 < x becomes x > 3, so that the letter is on the left
@@ -646,7 +647,7 @@ def _solved(node: tuple) -> list:
         # One letter, alone on its side: 2x < 6 as gold is not solved, and solving is not done here.
         if name[0] not in ("sym", "call") or letters_of(right) or op not in _TURNED:
             raise CannotDecide("an inequality that is not solved")
-        links.append((op, right, left[0] == "abs"))
+        links.append((name, op, right, left[0] == "abs"))
     return links
 
 
@@ -681,4 +682,4 @@ def _holds(node: tuple, place: int, places: dict) -> bool:
                 ">=": place >= there, "=": place == there, "!=": place != there}[op]
 
     # A chain holds where all its links hold: 1 < x <= 4.
-    return all([link(*each) for each in _solved(node)])
+    return all([link(*each) for _, *each in _solved(node)])
