@@ -4,7 +4,8 @@ Benchmarks: how often is a model right, does it know when, and what do votes mak
     python evaluate.py                                          # the embedded model, arithmetic
     python evaluate.py --model runs/tiny-laser --n 8 --max-problems 200
     python evaluate.py --model qwen2.5-7b --data math500,amc23,my/problems.jsonl --n 32
-    python evaluate.py ... --generative                         # and the baseline of r_s
+    python evaluate.py ... --generative                         # the baseline: asked in words
+    python evaluate.py ... --log-ratio qwen2.5-7b               # and DPO's implicit reward
     python evaluate.py --output results/a --scores rm.jsonl     # another verifier, same solutions
     python evaluate.py --compare results/a results/b            # two runs, paired intervals
 
@@ -13,46 +14,50 @@ What is written into --output:
     config.json     what was evaluated; a folder that holds something else is refused
     samples.jsonl   every solution, a problem's as soon as all of them are there
     results.json    {data set: accuracy, votes, verification, ...}
-    *.png           votes, reliability, r_s, length of each data set (where matplotlib is)
+    NAME.png        votes, reliability, r_s, length of each data set (where matplotlib is)
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
-solutions of a problem depend on --seed and its text alone, so a resumed evaluation ends like one
-that ran through.  On a CPU that holds to the last bit, because problems are sampled in waves and a
-wave that was cut off is sampled again as a whole.  A GPU would idle at the end of each wave, so
-there every free row is refilled at once and finished problems are kept one by one; the rounding of
-a sum depends on the rows beside it, and a resumed run may differ in late digits (--wave N: exact).
+solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
+for the last digits, which the rounding of a sum owes to the rows that share a batch).
+
+A model that is a training run's folder knows what it was trained on: those problems are left out.
+
+F1 comes under the two names of the authors' script: f1_all, over all solutions, those without an
+answer being judged wrong, which is also `f1`; and f1_filtered, over those with an answer.
 
 External scores (--scores) are JSON lines with `score` (or `r_s`, as verify.py writes it) and either
 `dataset`, `prompt_id` and `sample`, or one line for each line of samples.jsonl in its order.
-Judged right: score above --threshold.  Votes and calibration take scores clipped to [0, 1].
+Judged right: score above --threshold.  Votes and calibration take scores clipped to [0, 1]; what
+lies outside needs a --score-scale: sigmoid for logits, rank for all else, or none to clip it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
-import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
-from nanolaser.cli import ModelOptions, is_terminal, main_guard, option, parse_args
-from nanolaser.judge import default_new_tokens, judge, open_model
+from nanolaser.checkpoint import find_checkpoint, load_pretrained
+from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
+from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
+from nanolaser.judge import default_new_tokens, judge, log_probability, open_model, tokens_of
+from nanolaser.problems import (
+    ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
+)  # fmt: skip
+from nanolaser.rollout import Rollout, judged_rows, self_reward
+from nanolaser.sampler import check_prompts, generate, score
 from nanolaser.scale.plan import default_kv_cache_gb
-from nanolaser.problems import ARITHMETIC, Problem, load_problems
-from nanolaser.files import RunFolder, write_atomic
-from nanolaser.rollout import Rollout, judged_rows
-from nanolaser.sampler import check_prompts, generate
 
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
-CPU_WAVE = 64  # solutions; see --wave
 
 
 @dataclass
@@ -64,6 +69,8 @@ class Options(ModelOptions):
     n: int = option(8, "solutions per problem", group="what", min=1)
     max_problems: int | None = option(None, "problems per data set", group="what", min=1,
                                       shown="all; of arithmetic 200")
+    include_trained: bool = option(False, "of a training run, also evaluate the problems that it "
+                                          "was trained on", group="what")
     output: str | None = option(None, "the results' folder", group="what", metavar="DIR",
                                 shown="results/MODEL")
     temperature: float = option(1.0, "of sampling", group="sampling", min=0)
@@ -74,14 +81,19 @@ class Options(ModelOptions):
     max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
     kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="sampling", above=0,
                                        shown="half of what is free")
-    wave: int = option(0, "problems sampled together, the unit in which a stopped run goes on",
-                       group="sampling", min=0, shown="64 solutions' worth on a CPU, all on a GPU")
     token_ids: bool = option(False, "keep the solutions' tokens in samples.jsonl", group="sampling")
     generative: bool = option(False, "also ask the model in words whether each solution is right, "
                                      "the baseline that r_s replaces", group="verifiers")
+    log_ratio: str | None = option(None, "also score each solution by log pi - log pi_ref, this "
+                                         "being the reference: what the model was before RL",
+                                   group="verifiers", metavar="MODEL")
     scores: str | None = option(None, "an external verifier's scores of the solutions in --output",
                                 group="verifiers", metavar="FILE")
-    threshold: float = option(0.5, "external scores above it say right", group="verifiers")
+    score_scale: str | None = option(None, "how external scores outside [0, 1] are brought there",
+                                     group="verifiers", choices=("sigmoid", "rank", "none"),
+                                     shown="there may be none outside")
+    threshold: float = option(0.5, "external scores above it, once scaled, say right",
+                              group="verifiers")
     compare: tuple[str, ...] = option((), "two results' folders: differences, 95 % intervals from "
                                           "a paired bootstrap over problems", group="verifiers",
                                       count=2, metavar="A B")
@@ -91,6 +103,11 @@ class Options(ModelOptions):
             raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
         if self.scores is not None and self.output is None:
             raise ValueError("--scores needs --output, the folder of the solutions they belong to")
+
+    def sampling(self, model) -> dict:
+        """What bounds the memory of whatever is sampled."""
+        return {"max_rows": self.max_rows,
+                "kv_cache_gb": self.kv_cache_gb or default_kv_cache_gb(model.device)}
 
 
 def main() -> int:
@@ -104,6 +121,7 @@ def main() -> int:
     # Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
     model, tokenizer = open_model(o)
+    reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
     for problems in sets.values():
         check_prompts(model, tokenizer, [p.problem for p in problems])
     limit = o.max_new_tokens or default_new_tokens(model)
@@ -113,6 +131,8 @@ def main() -> int:
 
     try:
         sample(model, tokenizer, run, sets, limit, o)
+        if tokenizer.c_ref is not None:
+            end_what_was_cut_off(model, tokenizer, run)
         if o.generative:
             judge_all(model, tokenizer, run, limit, o)
     except KeyboardInterrupt:
@@ -122,6 +142,9 @@ def main() -> int:
     if o.generative:
         for name, entry in generative_entries(run).items():
             results[name]["generative_verification"] = entry
+    if reference:
+        for name, entry in log_ratio_entries(model, tokenizer, run, reference, o).items():
+            results[name]["log_ratio"] = entry
     run.write_json("results.json", rounded(results))
     show(run, results, votes)
     return 0
@@ -133,6 +156,7 @@ def main() -> int:
 
 def load_sets(o: Options) -> dict[str, list[Problem]]:
     """{name: problems} of all data sets; ValueError or FileNotFoundError says what is wrong."""
+    run = None if o.include_trained else run_of(o.model)
     sets: dict[str, list[Problem]] = {}
     for source in o.data:
         name = set_name(source)
@@ -142,8 +166,35 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
             raise ValueError(f"--data names {source} twice")
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
         most = o.max_problems or (MADE_UP if source in ARITHMETIC else None)
-        sets[name] = load_problems(source, split="test", max_problems=most, parses=parses)
+        trained = trained_on(run, source) if run else set()
+        sets[name] = load_problems(source, "test", None if trained else most, parses=parses)
+        if trained:
+            # By text, not by name: a problem may be in two files, and a file have two names.
+            left = [p for p in sets[name] if p.problem not in trained]
+            print(f"{name}: the run was trained on {len(sets[name]) - len(left)} of its "
+                  f"{len(sets[name])} problems; evaluated are the other {len(left)} "
+                  "(--include-trained: all)")
+            if not left:
+                raise ValueError(f"{o.model} was trained on all of {source}; --include-trained "
+                                 "evaluates it there all the same")
+            sets[name] = left[:most]
     return sets
+
+
+def trained_on(run: dict, source: str) -> set[str]:
+    """The texts of the problems that a training run (its options) has learned from, as far as the
+    data set may hold them."""
+    data, eval_data, most = run.get("data"), run.get("eval_data"), run.get("eval_problems")
+    if not isinstance(data, str) or has_test_split(data):
+        return set()  # what is evaluated is another split
+    path = Path(data).expanduser()
+    same = source.lower() == data.lower()
+    if not same and path.suffix and not path.is_file() and Path(source).name == path.name:
+        # Trained from another folder, where its path was another: the file's name has to do.
+        eval_data, data, same = source if eval_data == data else eval_data, source, True
+    if not (same or path.is_file()):
+        return set()  # another benchmark; nothing is downloaded to look for shared problems
+    return {p.problem for p in train_and_test(data, eval_data or data, most)[0]}
 
 
 def set_name(source: str) -> str:
@@ -215,122 +266,104 @@ def open_results(o: Options, mine: dict) -> RunFolder:
 def read_identity(path: Path) -> dict | None:
     """What the results in a folder are of; None for a folder that is new; ValueError where it
     holds something that is not an evaluation."""
-    config = path / "config.json"
-    if not config.exists():
+    if not (path / "config.json").exists():
         # never write into somebody's files
         other = next((n for n in ("samples.jsonl", "results.json") if (path / n).exists()), None)
         if other:
             raise ValueError(f"{path} holds a {other} without config.json; give another --output")
         return None
-    try:
-        return dict(json.loads(config.read_bytes())["evaluation"])
-    except (ValueError, KeyError, TypeError):
+    there = read_json(path / "config.json").get("evaluation")
+    if not isinstance(there, dict):
         # a training run, a model, anything that has a config.json
-        raise ValueError(f"{path} is in use for something else; give another --output") from None
+        raise ValueError(f"{path} is in use for something else; give another --output")
+    return there
 
 
 # ---------------------------------------------------------------------------------------------
 # sampling
 
+NUMBER, SOME_NUMBER = (int, float), (int, float, type(None))
+KEYS = {"dataset": str, "prompt_id": int, "sample": int}  # which solution of which problem
+SAMPLE = KEYS | {"problem": str, "response": str, "answer": (str, type(None)), "r_v": NUMBER,
+                 "r_s": SOME_NUMBER, "finished": bool, "response_tokens": int}
+JUDGEMENT = KEYS | {"score": SOME_NUMBER, "tokens": int}
+
 
 def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options) -> None:
-    """Sample what is missing, problem by problem into samples.jsonl; in order when all is there."""
-    size = o.wave or (max(1, CPU_WAVE // o.n) if model.device.type == "cpu" else 0)
-    rows = run.read("samples.jsonl")  # a last line that a kill cut short is no row
-    todo = {name: waves(name, len(problems), rows, o.n, size) for name, problems in sets.items()}
-    # What is about to be sampled is forgotten first: half-written problems, half-done waves.
-    again = {(name, i) for name in todo for wave in todo[name] for i in wave}
-    rows = [row for row in rows if (row["dataset"], row["prompt_id"]) not in again]
-    write_rows(run, "samples.jsonl", rows)
+    """Fill samples.jsonl, problem by problem, skipping those that are there."""
+    rows = run.read("samples.jsonl", SAMPLE)  # a last line that a kill cut short is no row
+    have = Counter((row["dataset"], row["prompt_id"]) for row in rows)
+    # A problem that a kill left half-written is forgotten first, and sampled again.
+    rows = [row for row in rows if have[row["dataset"], row["prompt_id"]] == o.n]
+    write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
     total = sum(map(len, sets.values())) * o.n
     if rows:
         print(f"{len(rows)} of {total} solutions are there already")
-    # The mean pace of the whole run (smoothing 0).  Solutions in flight count as not begun, which
-    # is the right estimate: the tokens already spent on them raise the cost of the finished ones.
-    with tqdm(total=total, initial=len(rows), unit="solution", smoothing=0,
-              disable=not is_terminal()) as bar:
+    with Progress("sampling", total, "solution", done=len(rows)) as progress:
         for name, problems in sets.items():
-            bar.set_description(name)
-            began, tokens = time.perf_counter(), 0
-            for wave in todo[name]:
-                tokens += sample_wave(model, tokenizer, run, name, problems, wave, limit, o, bar)
-            if todo[name]:
-                solutions, seconds = sum(map(len, todo[name])) * o.n, time.perf_counter() - began
-                log_time(run, "sampling", name, solutions, tokens, seconds)
-                bar.write(f"{name}: {solutions} solutions, {tokens} tokens in {seconds:.0f} s")
+            missing = [i for i in range(len(problems)) if have[name, i] != o.n]
+            if missing:
+                sample_set(model, tokenizer, run, name, problems, missing, limit, o, progress)
     # Problems end in the order of their lengths; a finished file is in the order of the data.  With
     # it every sum over its rows is taken in one order, however the run was interrupted.
     order = {name: place for place, name in enumerate(sets)}
-    write_rows(run, "samples.jsonl", sorted(
-        run.read("samples.jsonl"),
-        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"])))
+    write_atomic(run.path / "samples.jsonl", to_jsonl(sorted(
+        run.read("samples.jsonl", SAMPLE),
+        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
 
 
-def waves(name: str, problems: int, rows: list[dict], n: int, size: int) -> list[list[int]]:
-    """The problems of one data set that are still to be sampled, those of a wave together."""
-    have = Counter(row["prompt_id"] for row in rows if row["dataset"] == name)
-    missing = lambda indices: [i for i in indices if have[i] != n]  # noqa: E731
-    if not size:
-        left = missing(range(problems))
-        return [left] if left else []
-    # A wave that is not complete is sampled again as a whole: the same rows side by side give the
-    # same numbers to the last bit, other rows would not.
-    cut = [list(range(i, min(i + size, problems))) for i in range(0, problems, size)]
-    return [wave for wave in cut if missing(wave)]
-
-
-def sample_wave(model, tokenizer, run, name, problems, wave, limit, o: Options, bar) -> int:
-    """Sample some problems (indices) of one data set, writing each when all its solutions have
-    ended; returns the number of tokens."""
-    chosen = [problems[i] for i in wave]
+def sample_set(model, tokenizer, run, name, problems, missing, limit, o: Options, progress) -> None:
+    """Sample some problems (indices) of a data set, writing each when all its solutions ended."""
+    chosen = [problems[i] for i in missing]
     groups: dict[int, list[Rollout]] = {}
 
     def finish(rollout: Rollout) -> None:
-        bar.update()
+        progress.update()
         group = groups.setdefault(rollout.prompt_id, [])
         group.append(rollout)
         if len(group) < o.n:
             return
         group.sort(key=lambda r: r.sample_id)  # they end in any order
-        place = wave[rollout.prompt_id]
+        place = missing[rollout.prompt_id]
         extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
         rows = judged_rows(group, chosen, tokenizer, o.token_ids)
-        run.append("samples.jsonl", [{**row, **extra, "sample": j} for j, row in enumerate(rows)])
+        for j, (row, rollout) in enumerate(zip(rows, group)):
+            row |= extra | {"sample": j}
+            if rollout.checker_error is not None:
+                row["checker_error"] = rollout.checker_error
+        run.append("samples.jsonl", rows)
         del groups[rollout.prompt_id]
 
-    rollouts = generate(
+    generate(
         model, tokenizer, [p.problem for p in chosen], n=o.n, max_new_tokens=limit,
-        temperature=o.temperature, top_p=o.top_p, seed=o.seed, max_rows=o.max_rows,
-        kv_cache_gb=o.kv_cache_gb or default_kv_cache_gb(model.device),
-        streams=[stream(p) for p in chosen], on_finish=finish,
+        temperature=o.temperature, top_p=o.top_p, seed=o.seed,
+        # The random numbers of a problem's first solution: of its text, not of its place, so the
+        # same problem gets the same solutions in any data set, order or selection.  2^20 solutions
+        # fit between two checksums; should two problems share one, nothing breaks.
+        streams=[zlib.crc32(p.problem.encode()) << 20 for p in chosen],
+        on_finish=finish, **o.sampling(model),
     )  # fmt: skip
-    return sum(len(r.response_tokens) for r in rollouts)
 
 
-def stream(problem: Problem) -> int:
-    """The random stream of a problem's first solution: of its text, not of its place, so the same
-    problem gets the same solutions in any data set, order or selection."""
-    # 2^20 solutions fit between two problems.  Should two checksums collide, nothing breaks: two
-    # different problems would see the same random numbers.
-    return zlib.crc32(problem.problem.encode()) << 20
-
-
-def write_rows(run: RunFolder, name: str, rows: Iterable[dict]) -> None:
-    """Replace a .jsonl file of the run, whole or not at all."""
-    write_atomic(run.path / name, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def log_time(run: RunFolder, what: str, name: str, solutions: int, tokens: int, seconds: float):
-    """Remember what a call cost: results.json holds no times, which differ from run to run."""
-    run.append("timing.jsonl", [{"what": what, "dataset": name, "solutions": solutions,
-                                 "tokens": tokens, "seconds": round(seconds, 3)}])
+def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
+    """Read r_s of solutions cut off after their box as the authors' script does, as if they had
+    ended there, into r_s_if_ended: F1 counts it, nothing else."""
+    rows = run.read("samples.jsonl", SAMPLE)
+    cut = [row for row in rows if not row["finished"] and row["answer"] is not None]
+    if not any("r_s_if_ended" not in row for row in cut):
+        return
+    tokens = [tokens_of(tokenizer, row) for row in cut]
+    values = score(model, tokenizer.z_c_id, [p for p, _ in tokens], [r for _, r in tokens])
+    for row, logp_zc in zip(cut, values):
+        row["r_s_if_ended"] = self_reward(logp_zc, tokenizer)
+    write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
 
 
 # ---------------------------------------------------------------------------------------------
 # measuring
 
 
-def by_set(rows: list[dict]) -> dict[str, list[dict]]:
+def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
     """Rows by data set, in the order of the file."""
     # A dict keeps the order in which its keys came: it is that of the file, and so of --data.
     sets: dict[str, list[dict]] = {}
@@ -342,11 +375,21 @@ def by_set(rows: list[dict]) -> dict[str, list[dict]]:
 def summarise(run: RunFolder) -> tuple[dict, dict]:
     """(entries of results.json, vote tables), by data set, from the samples on disk."""
     results, votes = {}, {}
-    for name, rows in by_set(run.read("samples.jsonl")).items():
-        # Once, for the numbers and for the pictures: merging equal answers is the slow part.
-        votes[name] = metrics.vote_tables(rows, is_equivalent)
-        results[name] = metrics.summarise(rows, is_equivalent, votes=votes[name])
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+        results[name], votes[name] = entry_of(name, rows)
     return results, votes
+
+
+def entry_of(name: str, rows: list[dict], threshold: float = 0.5) -> tuple[dict, dict]:
+    """(entry of results.json, vote tables) of one data set."""
+    # Merging equal answers is the slow part: once, for the numbers and for the pictures.
+    equivalent = metrics.safely(is_equivalent)
+    votes = metrics.vote_tables(rows, equivalent)
+    entry = metrics.summarise(rows, equivalent, votes=votes, threshold=threshold)
+    if entry["checker_errors"]:
+        warn(f"{name}: the checker failed {entry['checker_errors']} times: counted as wrong, or as "
+             "answers that differ")
+    return entry, votes
 
 
 def rounded(value):
@@ -360,50 +403,27 @@ def rounded(value):
 def show(run: RunFolder, results: dict, votes: dict) -> None:
     """The tables in the terminal, and the pictures."""
     print("\n" + report.accuracy_table(results, votes))
-    print("\n" + report.verification_table({k: e["verification"] for k, e in results.items()}))
-    asked = {k: e["generative_verification"] for k, e in results.items()
-             if "generative_verification" in e}
-    if asked:
-        print("\n" + report.generative_table(asked))
-    drawn = []
-    for name, rows in by_set(run.read("samples.jsonl")).items():
-        drawn += report.pictures(run.path, name, rows, votes[name])
-    print(f"\nresults.json and {len(drawn)} pictures are in {run.path}")
+    verifiers = {}
+    for name, entry in results.items():
+        verifiers[name] = entry["verification"]
+        for key, label in (("generative_verification", "in words"), ("log_ratio", "log ratio")):
+            if key in entry:
+                verifiers[f"{name}: {label}"] = entry[key]
+    print("\n" + report.verification_table(verifiers))
+    for name, entry in results.items():
+        if "generative_verification" in entry:
+            words = entry["generative_verification"]
+            print(f"{name}: a judgement in words takes {report.decimal(words['tokens'], 1)} tokens "
+                  f"(r_s: 1); {report.percent(words['undecided'])} % undecided")
+    print()
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+        picture = run.path / f"{name.replace('/', '-')}.png"
+        print(report.evaluation(picture, name, rows, votes[name]))
+    print(f"results {run.path}/results.json")
 
 
 # ---------------------------------------------------------------------------------------------
-# the baseline: judgements in words
-
-
-def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
-    """Ask for a judgement of every solution that has none yet, into judgements.jsonl."""
-    judged = run.read("judgements.jsonl")
-    write_rows(run, "judgements.jsonl", judged)
-    done = {key_of(row) for row in judged}
-    # One that was cut off counts as judged wrong by both verifiers: there is nothing to ask.
-    asked = {name: [row for row in rows if row["finished"]]
-             for name, rows in by_set(run.read("samples.jsonl")).items()}
-    total = sum(map(len, asked.values()))
-    with tqdm(total=total, initial=len(done), unit="judgement", smoothing=0,
-              disable=not is_terminal()) as bar:
-        for name, rows in asked.items():
-            bar.set_description(f"{name}, in words")
-            left = [row for row in rows if key_of(row) not in done]
-            tokens = 0
-
-            def finish(index: int, facts: dict, left=left) -> None:
-                nonlocal tokens
-                tokens += facts["tokens"]
-                place = dict(zip(("dataset", "prompt_id", "sample"), key_of(left[index])))
-                run.append("judgements.jsonl", [place | facts])
-                bar.update()
-
-            began = time.perf_counter()
-            # Nothing left after a resume: no call, and no line in the log of times.
-            if left:
-                judge(model, tokenizer, left, limit, o.max_rows, finish,
-                      o.kv_cache_gb or default_kv_cache_gb(model.device))
-                log_time(run, "judging", name, len(left), tokens, time.perf_counter() - began)
+# baselines: the judgement in words, the log ratio
 
 
 def key_of(row: dict) -> tuple:
@@ -411,35 +431,66 @@ def key_of(row: dict) -> tuple:
     return row["dataset"], row["prompt_id"], row["sample"]
 
 
+def rescored(rows: list[dict], scores: Iterable[float | None]) -> list[dict]:
+    """The rows with another verifier's score in the place of r_s: every metric that is defined for
+    r_s is then that of the score."""
+    return [row | {"r_s": s, "r_s_if_ended": None} for row, s in zip(rows, scores)]
+
+
+def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
+    """Ask for a judgement of every solution that has none yet, into judgements.jsonl."""
+    done = {key_of(row) for row in run.read("judgements.jsonl", JUDGEMENT)}
+    # One that was cut off counts as judged wrong by both verifiers: there is nothing to ask.
+    asked = [row for row in run.read("samples.jsonl", SAMPLE) if row["finished"]]
+    left = [row for row in asked if key_of(row) not in done]
+    with Progress("judging in words", len(asked), "judgement", done=len(done)) as progress:
+
+        def finish(index: int, facts: dict) -> None:
+            place = {key: left[index][key] for key in KEYS}
+            run.append("judgements.jsonl", [place | facts])
+            progress.update()
+
+        if left:
+            judge(model, tokenizer, left, finish, max_new_tokens=limit, **o.sampling(model))
+
+
 def generative_entries(run: RunFolder) -> dict[str, dict]:
     """`generative_verification` of each data set: how good the judgements are, and their cost."""
-    judgements = {key_of(row): row for row in run.read("judgements.jsonl")}
-    timing, entries = run.read("timing.jsonl"), {}
-    for name, rows in by_set(run.read("samples.jsonl")).items():
+    judgements = {key_of(row): row for row in run.read("judgements.jsonl", JUDGEMENT)}
+    entries = {}
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
         mine = [judgements[key_of(row)] for row in rows if key_of(row) in judgements]
-        scored = [row | {"r_s": judgements.get(key_of(row), {}).get("score")} for row in rows]
-        # The same function as for r_s, so that the two lines of the table mean the same.
-        quality = metrics.verification(scored)
-        cost = {what: pace([t for t in timing if t["what"] == what and t["dataset"] == name])
-                for what in ("judging", "sampling")}
-        entries[name] = {
-            **{k: quality[k] for k in ("f1", "accuracy_correct", "accuracy_wrong", "f1_answered")},
-            "auroc": quality["auroc"],
-            "undecided": sum(j["score"] is None for j in mine) / len(mine) if mine else None,
-            "tokens": sum(j["tokens"] for j in mine) / len(mine) if mine else None,
-            "seconds": cost["judging"]["solution"],
-            # r_s is one more token of the batch that samples the solutions
-            "self_reward_tokens": 1,
-            "self_reward_seconds": cost["sampling"]["token"],
+        scored = rescored(rows, (judgements.get(key_of(row), {}).get("score") for row in rows))
+        entry, _ = entry_of(name, scored)
+        count = len(mine) or math.nan  # RunFolder writes NaN as null
+        entries[name] = entry["verification"] | {
+            "weighted_vote": entry["weighted_vote"],
+            "best_of": entry["best_of"],
+            "undecided": sum(j["score"] is None for j in mine) / count,
+            "tokens": sum(j["tokens"] for j in mine) / count,
+            "self_reward_tokens": 1,  # of the batch that samples the solutions
         }
     return entries
 
 
-def pace(calls: list[dict]) -> dict[str, float | None]:
-    """Seconds per solution and per token of the calls logged; None where there are none."""
-    seconds = sum(call["seconds"] for call in calls)
-    per = lambda what: seconds / sum(c[what] for c in calls) if calls else None  # noqa: E731
-    return {"solution": per("solutions"), "token": per("tokens")}
+def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Options) -> dict:
+    """`log_ratio` of each data set: how well log pi(y|x) - log pi_ref(y|x), summed over the tokens
+    of a solution, knows right from wrong, and how much it follows the length."""
+    before, cutter = load_pretrained(reference, device=o.device, dtype=o.dtype)
+    entries = {}
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+        ended = [row for row in rows if row["finished"]]  # those that have an r_s: a fair contest
+        if any(cutter.encode(row["response"]) != tokenizer.encode(row["response"])
+               for row in ended[:100]):
+            raise ValueError(f"--log-ratio {o.log_ratio} cuts text into other tokens than {o.model}")
+        prompts, responses = zip(*(tokens_of(tokenizer, row) for row in ended)) or ((), ())
+        sums = [log_probability(m, prompts, responses) for m in (model, before)]
+        quality = metrics.verification(rescored(ended, (a - b for a, b in zip(*sums))))
+        # A sum of log ratios is no probability: it orders solutions, and that is all.
+        entries[name] = {"reference": o.log_ratio} | {
+            key: quality[key] for key in ("auroc", "auroc_within", "spearman_length",
+                                          "mean_r_s_correct", "mean_r_s_wrong")}
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------
@@ -453,14 +504,7 @@ def read_samples(folder: str) -> list[dict]:
         raise FileNotFoundError(f"no such folder: {folder}")
     if read_identity(path) is None or not (path / "samples.jsonl").exists():
         raise ValueError(f"{folder} holds no evaluation: samples.jsonl or config.json is missing")
-    rows = []
-    with open(path / "samples.jsonl", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                where = f"{path / 'samples.jsonl'}, line {number}"
-                raise ValueError(f"{where}: not JSON; is it still being written?") from None
+    rows = [row for _, row in read_jsonl(path / "samples.jsonl", SAMPLE)]
     if not rows:
         raise ValueError(f"{folder}: no solutions there")
     return rows
@@ -469,15 +513,20 @@ def read_samples(folder: str) -> list[dict]:
 def external_scores(o: Options) -> int:
     """The same metrics for somebody else's scores of the same solutions, beside those of r_s."""
     rows = read_samples(o.output)
-    scores = read_scores(o.scores, rows)
-    label, results, shown = Path(o.scores).stem, {}, {}
-    # In the place of r_s: every metric that is defined for it is defined for them.
-    rescored = by_set([row | {"r_s": s} for row, s in zip(rows, scores)])
-    votes = {name: metrics.vote_tables(these, is_equivalent) for name, these in rescored.items()}
-    for name, own in by_set(rows).items():
-        results[name] = metrics.summarise(rescored[name], is_equivalent, votes=votes[name],
-                                          threshold=o.threshold)
-        shown[f"{name}: r_s"] = metrics.verification(own)
+    scores, own = read_scores(o.scores, rows)
+    outside = [s for s in scores if s is not None and not 0 <= s <= 1]
+    # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows whether
+    # 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look like a result.
+    if outside and not own and o.score_scale is None:
+        raise ValueError(f"{o.scores}: {len(outside)} scores lie outside [0, 1] ({outside[0]:g}); "
+                         "say --score-scale sigmoid (for logits), rank, or none (they are cut off)")
+    label, results, votes, shown = Path(o.scores).stem, {}, {}, {}
+    theirs = by_set(rescored(rows, scores))
+    for name, mine in by_set(rows).items():
+        values = scaled([row["r_s"] for row in theirs[name]], o.score_scale)
+        results[name], votes[name] = entry_of(name, rescored(mine, values), o.threshold)
+        results[name]["score_scale"] = o.score_scale
+        shown[f"{name}: r_s"] = metrics.verification(mine)
         shown[f"{name}: {label}"] = results[name]["verification"]
     out = Path(o.output) / f"scores-{label}.json"
     write_atomic(out, json.dumps(rounded(results), indent=2) + "\n")
@@ -487,28 +536,38 @@ def external_scores(o: Options) -> int:
     return 0
 
 
-def read_scores(name: str, rows: list[dict]) -> list[float | None]:
-    """One score (None: has none) for each row; ValueError names the line that does not fit."""
-    keys = {key_of(row): i for i, row in enumerate(rows)}
-    scores: dict[int, float | None] = {}
-    with open(name, encoding="utf-8") as file:
-        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    for place, (number, line) in enumerate(lines):
-        try:
-            row = json.loads(line)
-            value = row["score"] if "score" in row else row["r_s"]
-            # With the three keys the order is free; without them it has to be that of the samples.
-            keyed = all(key in row for key in ("dataset", "prompt_id", "sample"))
-            index = keys[key_of(row)] if keyed else place
-            scores[index] = None if value is None else float(value)
-        except (ValueError, TypeError, KeyError) as error:
-            reason = "no such solution in the samples" if isinstance(error, KeyError) else error
-            if isinstance(error, KeyError) and error.args[0] in ("score", "r_s"):
-                reason = "no score"
-            raise ValueError(f"{name}, line {number}: {reason}") from None
+def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
+    """Scores of one data set on the scale of a probability; None stays None."""
+    if scale == "sigmoid":
+        # tanh does not overflow: -1e5 becomes 0
+        return [None if s is None else 0.5 + 0.5 * math.tanh(s / 2) for s in scores]
+    if scale == "rank":
+        # The share of solutions that score lower, ties counting half: 3 of 4 score lower, 0.875.
+        ranks = iter(metrics.quantiles([s for s in scores if s is not None]))
+        return [None if s is None else next(ranks) for s in scores]
+    return scores
+
+
+def read_scores(name: str, rows: list[dict]) -> tuple[list[float | None], bool]:
+    """One score (None: has none) for each row, and whether they are r_s; ValueError names the line
+    that does not fit."""
+    keys = {tuple(map(str, key_of(row))): i for i, row in enumerate(rows)}
+    scores, own = {}, True
+    for place, (number, line) in enumerate(read_jsonl(name)):
+        where = f"{name}:{number}"
+        field = "score" if "score" in line else "r_s"
+        own &= field == "r_s"
+        # With the three keys the order is free; without them it has to be that of the samples.
+        keyed = all(key in line for key in KEYS)
+        index = keys.get(tuple(str(line[key]) for key in KEYS)) if keyed else place
+        if index is None:
+            raise ValueError(f"{where}: no such solution in the samples")
+        if type(line.get(field, "")) not in SOME_NUMBER:
+            raise ValueError(f"{where}: no score, or one that is no number")
+        scores[index] = line[field]
     if set(scores) != set(range(len(rows))):
         raise ValueError(f"{name} scores {len(scores)} solutions, but there are {len(rows)}")
-    return [scores[i] for i in range(len(rows))]
+    return [scores[i] for i in range(len(rows))], own
 
 
 def compare(a: str, b: str) -> int:

@@ -1,9 +1,11 @@
 """
-"Is this solution right?", asked of the model itself, in two ways.
+"Is this solution right?", asked of the model itself, in three ways.
 
     by readout     log pi(z_c) after the solution's end: LaSeR's r_s, one token
     by generation  a second prompt with the question in words, and the model writes a judgement:
                    what LaSeR replaces, as the baseline to compare with
+    by log ratio   log pi(y | x) - log pi_ref(y | x), how much likelier training made the solution:
+                   the implicit reward of DPO, free of charge and biased towards long solutions
 
 `open_model` is how the scripts that only use a model load it: it refuses one in which r_s cannot
 be read and says when r_s has no scale yet.
@@ -12,15 +14,17 @@ be read and says when r_s has no scale yet.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
+
+import torch
 
 from .checker import extract_answer
 from .checkpoint import load_pretrained
-from .cli import ModelOptions
-from .laser import self_reward
+from .cli import ModelOptions, warn
 from .model import CausalLM
-from .sampler import Rollout, generate
+from .readout import token_logprobs
+from .rollout import Rollout, self_reward
+from .sampler import cut_by_tokens, generate, pad
 
 # The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
 LONGEST = 4096
@@ -47,11 +51,6 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
     return model, tokenizer
 
 
-def warn(text: str) -> None:
-    """Tell the user without disturbing what programs read from standard output."""
-    print(f"warning: {text}", file=sys.stderr)
-
-
 def default_new_tokens(model: CausalLM) -> int:
     """How long an answer may get if nobody says: half of the positions that the model has seen in
     training, the other half being left to the problem, at most LONGEST tokens."""
@@ -59,14 +58,22 @@ def default_new_tokens(model: CausalLM) -> int:
 
 
 def r_s(tokenizer, logp_zc: float | None) -> float | None:
-    """r_s of a log pi(z_c) in nats; None where that is missing or c_ref is unknown."""
-    if logp_zc is None or tokenizer.c_ref is None:
-        return None
-    return self_reward(logp_zc, tokenizer.c_ref, tokenizer.beta_v)
+    """rollout.self_reward, under the name that verify.py has for it."""
+    return self_reward(logp_zc, tokenizer)
+
+
+def tokens_of(tokenizer, row: dict) -> tuple[list[int], list[int]]:
+    """(prompt, response) of a rollout row as token ids, the response with an end, which one that
+    was cut off did not come to: there r_s can be read as if it had ended."""
+    # The ids that were sampled, where the row has them: its text may be cut otherwise.
+    prompt = row.get("prompt_token_ids") or tokenizer.encode_prompt(row["problem"])
+    response = row.get("response_token_ids") or tokenizer.encode(row["response"])
+    ended = response[-1:] and response[-1] in tokenizer.stop_ids
+    return prompt, response if ended else [*response, tokenizer.stop_ids[0]]
 
 
 # ---------------------------------------------------------------------------------------------
-# the baseline: a judgement in words
+# a judgement in words
 
 # Asked in a conversation of its own.  The prompt's instruction, if the model has one, asks for a
 # final answer in \boxed{}, so the question names what should be in it.
@@ -87,11 +94,9 @@ def judgement_prompt(tokenizer, row: dict) -> list[int]:
         question = QUESTION.format(problem=row["problem"], solution=row["response"])
         return tokenizer.encode_prompt(question)
     # The model has learned a question of its own, asked as the next turn: the solution stays
-    # where it was written, with the tokens it was written with.
-    prompt = row.get("prompt_token_ids") or tokenizer.encode_prompt(row["problem"])
-    response = row.get("response_token_ids")
-    if response is None:
-        response = tokenizer.encode(row["response"]) + [tokenizer.stop_ids[0]]
+    # where it was written, with the tokens it was written with.  The embedded model's:
+    #     <|user|>2+3=?<|end|>2+3=5 \boxed{5}<|end|><|user|>ok?<|end|>   and it writes   y<|end|>
+    prompt, response = tokens_of(tokenizer, row)
     return prompt + response + tokenizer.encode_prompt(follow_up)
 
 
@@ -105,25 +110,18 @@ def verdict(text: str, follow_up: bool) -> float | None:
         return {"y": 1.0, "n": 0.0}.get(text[:1])
     # The box is the answer; without one, the last yes or no of the text, where a judgement ends
     # up after all its ifs and buts.
-    words = re.findall(r"\b(yes|no)\b", extract_answer(text) or "") or re.findall(
-        r"\b(yes|no)\b", text
-    )
+    word = r"\b(yes|no)\b"
+    words = re.findall(word, extract_answer(text) or "") or re.findall(word, text)
     return float(words[-1] == "yes") if words else None
 
 
 def judge(
-    model: CausalLM,
-    tokenizer,
-    rows: list[dict],
-    max_new_tokens: int,
-    max_rows: int,
-    on_judged: Callable[[int, dict], None],
-    kv_cache_gb: float | None = None,
+    model: CausalLM, tokenizer, rows: list[dict], on_judged: Callable[[int, dict], None], **sampling
 ) -> None:
     """Ask for a judgement of each row; `on_judged(index, {judgement, score, tokens, finished})`
     hears of each as it ends, `tokens` counting what was generated.
 
-    Greedy: the verdict wanted is the model's likeliest, not a draw.
+    Greedy: the verdict wanted is the model's likeliest, not a draw.  `sampling` is generate's.
     """
     follow_up = bool(getattr(tokenizer, "verify_prompt", None))
 
@@ -134,8 +132,30 @@ def judge(
         facts = {"judgement": text, "score": score, "tokens": len(rollout.response_tokens)}
         on_judged(rollout.prompt_id, facts | {"finished": rollout.finished})
 
-    generate(
-        model, tokenizer, [judgement_prompt(tokenizer, row) for row in rows],
-        max_new_tokens=max_new_tokens, temperature=0.0, max_rows=max_rows, on_finish=finish,
-        kv_cache_gb=kv_cache_gb,
-    )  # fmt: skip
+    prompts = [judgement_prompt(tokenizer, row) for row in rows]
+    generate(model, tokenizer, prompts, temperature=0.0, on_finish=finish, **sampling)
+
+
+# ---------------------------------------------------------------------------------------------
+# a log ratio
+
+
+@torch.no_grad()
+def log_probability(
+    model: CausalLM, prompts: list[list[int]], responses: list[list[int]], budget: int = 16_384
+) -> list[float]:
+    """log pi(y | x) in nats of each of N responses, all its tokens summed; `budget` tokens, padding
+    included, to a forward pass."""
+    sums = [0.0] * len(prompts)
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    for batch in cut_by_tokens(lengths, budget):
+        tokens, ends = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
+        starts = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
+        # Position t predicts token t + 1: a response at 3 .. 6 is predicted at 2 .. 5.
+        hidden = model(tokens[:, :-1])  # (B, T-1, C)
+        logprobs = token_logprobs(hidden, model.lm_head_weight, tokens[:, 1:])  # (B, T-1)
+        t = torch.arange(tokens.shape[1] - 1, device=model.device)
+        inside = (t >= starts[:, None] - 1) & (t < ends[:, None] - 1)
+        for i, total in zip(batch, (logprobs * inside).sum(1).tolist()):
+            sums[i] = total
+    return sums

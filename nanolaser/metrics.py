@@ -188,15 +188,36 @@ class Candidate:
     first: int           # index of the first of them
 
 
+def safely(equivalent: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    """`equivalent`, except that one that raises says "not equal"; `errors` of the result counts.
+
+    A verdict on model output must not end an hour of evaluation, and must not hide either.
+    """
+    def ask(answer: str, other: str) -> bool:
+        try:
+            return equivalent(answer, other)
+        except Exception:
+            ask.errors += 1
+            return False
+
+    ask.errors = 0
+    return ask
+
+
 def answer_classes(answers: Sequence[str | None],
                    equivalent: Callable[[str, str], bool]) -> np.ndarray:
     """Class ids (n,) of the answers of one problem: 0, 1, ... as first seen, -1 for None.
 
     `equivalent` decides whether an answer is the same as the first of a class, so that 1/2 and 0.5
-    vote together.  Equality is not always transitive (rounded decimals); each answer joins the
-    oldest class that takes it, which is a definite result for a given order.
+    vote together; where it raises, they are not.  Equality is not always transitive (rounded
+    decimals); each answer joins the oldest class that takes it, a definite result for a given
+    order.
     """
-    seen: dict[str, int] = {}          # exact repeats, the common case, cost no comparison
+    # 8 solutions say 1/2, 0.5, none, 3, 1/2, 1/2, 0.50, 3: the classes are 0 0 -1 1 0 0 0 1, and
+    # `equivalent` was asked 0.5 = 1/2?  3 = 1/2?  0.50 = 1/2?  Exact repeats, the common case, cost
+    # no comparison.
+    equivalent = safely(equivalent)
+    seen: dict[str, int] = {}
     founders: list[str] = []
     classes = np.full(len(answers), NO_ANSWER)
     for i, answer in enumerate(answers):
@@ -246,18 +267,6 @@ def weighted_vote(classes: Any, score: Any) -> int:
     then falls back to the majority instead of to an arbitrary answer.
     """
     return _winner(tally(classes, score), lambda c: (round(c.weight / TIE), c.votes))
-
-
-def best_of(score: Any, classes: Any = None) -> int:
-    """Index of the solution with the highest r_s (unclipped), the first one of equals.
-
-    Solutions without an answer (class -1) or without a score lose against all that have them.
-    ValueError where there is no solution.
-    """
-    score = _as_scores(score)
-    if not len(score):
-        raise ValueError("best_of needs at least one solution")
-    return int(np.argmax(_rank_key(score, classes)))
 
 
 def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int = 2000,
@@ -389,18 +398,39 @@ def vote_tables(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, st
     problem has, so that every k speaks about the same problems.
     """
     samples = _group(rows)
+    return _vote_tables(samples, equivalent, vote_sizes(samples.n), draws, seed)
+
+
+def _vote_tables(samples: _Samples, equivalent: Callable[[str, str], bool], sizes: Sequence[int],
+                 draws: int = DRAWS, seed: int = 0) -> dict[str, dict[int, np.ndarray]]:
+    """`vote_tables` for these k alone."""
     # Merging answers is the expensive part (it calls the checker): once a problem, not once a k.
+    solutions = [(answer_classes([samples.answers[i] for i in where], equivalent),
+                  samples.right[where], samples.score[where]) for where in samples.where]
     tables: dict[str, dict[int, np.ndarray]] = {method: {} for method in METHODS}
-    solutions = [(answer_classes(samples.answers_of(p), equivalent), samples.right[where],
-                  samples.score[where]) for p, where in enumerate(samples.where)]
-    for k in vote_sizes(samples.n):
-        values = []
-        for classes, right, score in solutions:
-            values.append((*votes_at_k(classes, right, score, k, draws, seed),
-                           best_of_at_k(right, score, k, classes), pass_at_k(right, k)))
+    for k in sizes:
+        values = [(*votes_at_k(classes, right, score, k, draws, seed),
+                   best_of_at_k(right, score, k, classes), pass_at_k(right, k))
+                  for classes, right, score in solutions]              # P times 4 numbers
         for method, column in zip(METHODS, np.array(values).T):
             tables[method][k] = column
     return tables
+
+
+def right_by_rank(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Share of right solutions among each problem's best by r_s, its second best, ... (n numbers).
+
+    The first is best-of-n.  Where r_s tells the solutions of a problem apart the shares fall from
+    the first to the last; where the first is lower than the second, the most self-assured solution
+    is not the safest.  Solutions without an answer, then those without r_s, come last.
+    """
+    samples = _group(rows)
+    ranked = []
+    for where in samples.where:
+        answered = np.where(samples.answered[where], 0, NO_ANSWER)
+        key = _rank_key(samples.score[where], answered)
+        ranked.append(samples.right[where][np.argsort(-key, kind="stable")][:samples.n])
+    return np.mean(ranked, axis=0).tolist() if ranked else []
 
 
 # -------------------------------------------------------------- a data set's entry in results.json
@@ -416,8 +446,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
     `vote_tables` that is there already.  ValueError names a row that lacks something.
     """
     samples = _group(rows)
-    # Callers that draw `plots.vote_curves` have the tables already.
     if votes is None:
+        equivalent = safely(equivalent)
         votes = vote_tables(rows, equivalent, draws=draws, seed=seed)
     accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
     entry: dict[str, Any] = {"problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
@@ -428,6 +458,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
     entry["verification"] = verification(rows, threshold=threshold, bins=bins)
     entry["mean_response_tokens"] = _mean(samples.tokens)
     entry["finished_share"] = _mean(samples.finished)
+    # What the checker raised, on a solution or where two answers were compared: neither ends an
+    # evaluation, and neither may pass unnoticed.
+    failed = sum(row.get("checker_error") is not None for row in rows)
+    entry["checker_errors"] = failed + getattr(equivalent, "errors", 0)
     return entry
 
 
@@ -435,21 +469,27 @@ def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
                  bins: int = 10) -> dict[str, float | None]:
     """How well r_s, or any score that the rows carry as r_s, knows right solutions from wrong.
 
-    f1 is over all solutions, where no answer or no score means "judged wrong"; f1_answered is over
-    those that have both.  All else measures the score itself, over the solutions that have one.
+    f1 is f1_all.  The two are those of the authors' evaluation script: f1_all over all solutions,
+    one without an answer being judged wrong; f1_filtered over those with an answer.  All else
+    measures the score itself, over the solutions that have one.
     """
+    # Two questions, two sets: does the *system* judge its solutions well (f1_all: everything that
+    # came out, and no box is a reason to say "wrong"), and is the *score* any good (where it is)?
     samples = _group(rows)
-    # Two questions, two sets: does the *system* judge its solutions well (f1: everything that came
-    # out, and no box is a reason to say "wrong"), and is the *score* any good (where it exists)?
     scored = ~np.isnan(samples.score)
-    both = scored & samples.answered
-    everyone = verification_f1(samples.right, np.where(both, samples.score, np.nan), threshold)
-    right, score = samples.right[scored], samples.score[scored]
+    right, score, answered = samples.right[scored], samples.score[scored], samples.answered
+    # A solution cut off after its box has an answer and no r_s.  The authors' script appends the
+    # end that it did not come to and reads r_s there: `r_s_if_ended`, where evaluate.py has done
+    # so too; else it counts as judged wrong.  Where nothing is cut off this makes no difference.
+    judged = np.where(answered, np.where(scored, samples.score, samples.if_ended), np.nan)
+    everyone = verification_f1(samples.right, judged, threshold)
+    filtered = verification_f1(samples.right[answered], judged[answered], threshold)
     return {
         "f1": everyone.f1,
+        "f1_all": everyone.f1,
+        "f1_filtered": filtered.f1,
         "accuracy_correct": everyone.accuracy_correct,
         "accuracy_wrong": everyone.accuracy_wrong,
-        "f1_answered": verification_f1(samples.right[both], samples.score[both], threshold).f1,
         "auroc": auroc(right, score),
         "auroc_within": auroc_within(right, score, samples.problem[scored]),
         "ece": ece(right, score, bins),
@@ -460,7 +500,47 @@ def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
     }
 
 
-# ---------------------------------------------------------------- two runs on the same problems
+# ---------------------------------------------------------------- how sure is a number?
+#
+# 400 problems x 8 solutions are 400 pieces of evidence, not 3,200: the solutions of a hard problem
+# are wrong together.  And three runs of a training are three, however many solutions each has.  So
+# what is drawn anew in a bootstrap are whole problems, and whole runs:
+#
+#     problems 0 1 2 3, runs 0 1 2   ->   problems 2 0 2 3, runs 1 1 0   ->   the statistic of these
+#
+# a thousand times; 95 % of the values lie in the interval.  What was measured on the same problems
+# is compared on the same draw: hard ones are hard for both sides, and that shared part cancels.
+
+
+class Interval(NamedTuple):
+    """A number and its interval; None where it is undefined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float | None], problems: int,
+              runs: int = 1, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """A statistic and its percentile interval, resampling problems and runs.
+
+    The statistic takes indices of problems and of runs, with repeats, and gives a number or None.
+    Draws that leave it undefined are skipped; there is no interval if most are, nor for a single
+    problem, which resampled is the same problem every time.
+    """
+    if not problems:
+        return Interval(None, None, None)
+    value = statistic(np.arange(problems), np.arange(runs))
+    if value is None or problems < 2:
+        return Interval(value, None, None)
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(rng.integers(problems, size=problems), rng.integers(runs, size=runs))
+             for _ in range(draws)]
+    drawn = [x for x in drawn if x is not None]
+    if len(drawn) <= draws / 2:
+        return Interval(value, None, None)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
 
 
 class Difference(NamedTuple):
@@ -473,34 +553,6 @@ class Difference(NamedTuple):
     high: float | None
 
 
-def paired_bootstrap(statistic_a: Callable[[np.ndarray], float | None],
-                     statistic_b: Callable[[np.ndarray], float | None], problems: int,
-                     draws: int = 1000, seed: int = 0, level: float = 0.95) -> Difference:
-    """The difference b - a of a statistic and its percentile interval, resampling problems.
-
-    A statistic takes indices of problems (with repeats) and gives a number or None.  Both runs see
-    the same resampled problems: hard ones are hard for both, and that shared part cancels.  Draws
-    that leave a statistic undefined are skipped; the interval is None if most are.
-    """
-    # Problems, not solutions, are what is drawn anew: a new benchmark would bring new problems.
-    everything = np.arange(problems)
-    a, b = (statistic_a(everything), statistic_b(everything)) if problems else (None, None)
-    if a is None or b is None:
-        return Difference(a, b, None, None, None)
-    rng = np.random.default_rng(seed)
-    differences = []
-    for _ in range(draws):
-        index = rng.integers(problems, size=problems)
-        pair = statistic_a(index), statistic_b(index)
-        if None not in pair:
-            differences.append(pair[1] - pair[0])
-    # One problem resampled is the same problem every time: no spread, but no certainty either.
-    if problems < 2 or len(differences) <= draws / 2:
-        return Difference(a, b, b - a, None, None)
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(a, b, b - a, float(low), float(high))
-
-
 def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]],
             equivalent: Callable[[str, str], bool], *, draws: int = 1000, seed: int = 0,
             level: float = 0.95) -> tuple[int, dict[str, Difference]]:
@@ -509,62 +561,57 @@ def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, A
     Problems are matched by their text, else by prompt_id.  Votes are over n solutions, the smaller
     n of the two.  ValueError where the runs have no problem in common.
     """
-    groups = [_by_key(rows) for rows in (rows_a, rows_b)]
+    groups = [_by_text(rows) for rows in (rows_a, rows_b)]
     # In the order of run a, for both: pairing is by position from here on.
     common = [key for key in groups[0] if key in groups[1]]
     if not common:
         raise ValueError("the two runs have no problem in common: nothing to compare")
     n = min(len(group[key]) for group in groups for key in common)
-    sides = [_statistics([row for key in common for row in group[key]], n, equivalent)
-             for group in groups]
-    return len(common), {name: paired_bootstrap(sides[0][name], sides[1][name], len(common),
-                                                draws, seed, level) for name in sides[0]}
+    a, b = (statistics([row for key in common for row in group[key]], equivalent, n)
+            for group in groups)
+    everything, table = np.arange(len(common)), {}
+    for name in a:
+        change = bootstrap(lambda problems, _: minus(b[name](problems), a[name](problems)),
+                           len(common), 1, draws, seed, level)
+        table[name] = Difference(a[name](everything), b[name](everything), *change)
+    return len(common), table
 
 
-def _statistics(rows: Sequence[Mapping[str, Any]], n: int,
-                equivalent: Callable[[str, str], bool]) -> dict[str, Callable]:
-    """Metric -> statistic (indices of problems -> number or None) for one run."""
+def minus(b: float | None, a: float | None) -> float | None:
+    """b - a, None where one of them is."""
+    return None if a is None or b is None else b - a
+
+
+def statistics(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool],
+               n: int | None = None) -> dict[str, Callable[[np.ndarray], float | None]]:
+    """Metric -> statistic (indices of problems, in the order in which the rows first name them ->
+    number or None) of one run; votes over n solutions."""
     samples = _group(rows, by_text=True)
-    scored = ~np.isnan(samples.score)
-    both = np.where(scored & samples.answered, samples.score, np.nan)
+    right, score, n = samples.right, samples.score, n or samples.n
+    scored = ~np.isnan(score)
+    judged = np.where(samples.answered, np.where(scored, score, samples.if_ended), np.nan)
     # Pairs never cross problems, so their counts can be taken before any resampling.
-    wins, pairs = _wins_by_problem(samples.right[scored], samples.score[scored],
-                                   samples.problem[scored], len(samples.where))
+    wins, pairs = _wins_by_problem(right[scored], score[scored], samples.problem[scored],
+                                   len(samples.where))
 
-    def pooled(metric: Callable, only_scored: bool) -> Callable:
-        # A statistic over the pooled solutions of the chosen problems.
-        def statistic(index: np.ndarray) -> float | None:
-            chosen = np.concatenate([samples.where[p] for p in index])
-            chosen = chosen[scored[chosen]] if only_scored else chosen
-            return metric(chosen)
+    def pooled(metric: Callable, only_scored: bool = False) -> Callable:
+        # A metric over the pooled solutions of the chosen problems.
+        def statistic(problems: np.ndarray) -> float | None:
+            chosen = np.concatenate([samples.where[p] for p in problems])
+            return metric(chosen[scored[chosen]] if only_scored else chosen)
         return statistic
 
-    right, score = samples.right, samples.score
-    statistics = {"accuracy": pooled(lambda i: _mean(right[i]), False)}
-    for method, values in _votes_of_n(samples, n, equivalent).items():
-        statistics[f"{method}@{n}"] = lambda index, values=values: float(values[index].mean())
-    statistics |= {
-        "f1": pooled(lambda i: verification_f1(right[i], both[i]).f1, False),
+    found = {"accuracy": pooled(lambda i: _mean(right[i]))}
+    for method, table in _vote_tables(samples, equivalent, [n]).items():
+        found[f"{method}@{n}"] = lambda problems, x=table[n]: float(x[problems].mean())
+    return found | {
+        "f1": pooled(lambda i: verification_f1(right[i], judged[i]).f1),
         "auroc": pooled(lambda i: auroc(right[i], score[i]), True),
-        "auroc_within": lambda index: (float(wins[index].sum() / pairs[index].sum())
-                                       if pairs[index].sum() else None),
+        "auroc_within": lambda p: float(wins[p].sum() / pairs[p].sum()) if pairs[p].sum() else None,
         "ece": pooled(lambda i: ece(right[i], score[i]), True),
         "brier": pooled(lambda i: brier(right[i], score[i]), True),
-        "response_tokens": pooled(lambda i: _mean(samples.tokens[i]), False),
+        "response_tokens": pooled(lambda i: _mean(samples.tokens[i])),
     }
-    return statistics
-
-
-def _votes_of_n(samples: _Samples, n: int,
-                equivalent: Callable[[str, str], bool]) -> dict[str, np.ndarray]:
-    """Method -> expected accuracy at k = n on each problem (P,); a part of `vote_tables`."""
-    values = []
-    for p, where in enumerate(samples.where):
-        classes = answer_classes(samples.answers_of(p), equivalent)
-        right, score = samples.right[where], samples.score[where]
-        values.append((*votes_at_k(classes, right, score, n),
-                       best_of_at_k(right, score, n, classes)))
-    return dict(zip(METHODS, np.array(values).T))
 
 
 # ---------------------------------------------------------------- rows to arrays
@@ -576,6 +623,7 @@ class _Samples:
 
     right: np.ndarray         # (N,) bool
     score: np.ndarray         # (N,) r_s as it is, NaN where there is none
+    if_ended: np.ndarray      # (N,) r_s of a solution cut off, had it ended there; NaN: not known
     answered: np.ndarray      # (N,) bool
     tokens: np.ndarray        # (N,) length of the response
     finished: np.ndarray      # (N,) bool
@@ -586,9 +634,6 @@ class _Samples:
     @property
     def n(self) -> int:
         return min((len(w) for w in self.where), default=0)
-
-    def answers_of(self, p: int) -> list:
-        return [self.answers[i] for i in self.where[p]]
 
 
 def _group(rows: Sequence[Mapping[str, Any]], by_text: bool = False) -> _Samples:
@@ -608,6 +653,7 @@ def _group(rows: Sequence[Mapping[str, Any]], by_text: bool = False) -> _Samples
     return _Samples(
         right=_as_right([row["r_v"] for row in rows]),
         score=_as_scores([row["r_s"] for row in rows]),
+        if_ended=_as_scores([row.get("r_s_if_ended") for row in rows]),
         answered=np.array([answer is not None for answer in answers], dtype=bool),
         tokens=np.array([row["response_tokens"] for row in rows], dtype=float),
         finished=np.array([bool(row["finished"]) for row in rows], dtype=bool),
@@ -623,7 +669,7 @@ def _key(row: Mapping[str, Any], i: int, by_text: bool) -> Any:
     raise ValueError(f"row {i + 1} has neither prompt_id nor problem: whose solution is it?")
 
 
-def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[Any, list[Mapping[str, Any]]]:
+def _by_text(rows: Sequence[Mapping[str, Any]]) -> dict[Any, list[Mapping[str, Any]]]:
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(_key(row, i, by_text=True), []).append(row)
@@ -672,6 +718,12 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 # ---------------------------------------------------------------- ranks, pairs, subsets
+
+
+def quantiles(scores: Any) -> list[float]:
+    """For each score of (N,) the share of the N that score lower, half of those equal included:
+    in (0, 1), whatever the scale of the scores."""
+    return ((_midranks(_no_gaps(scores)) - 0.5) / max(1, len(scores))).tolist()
 
 
 def _midranks(values: np.ndarray) -> np.ndarray:

@@ -1,14 +1,16 @@
 """
-Problems and their gold answers: benchmark and training files, and the arithmetic made up here.
+Problems and their gold answers: benchmarks, files, and the arithmetic that is made up on the spot.
 
     load_problems("gsm8k", split="train")        # by alias, from the Hugging Face hub
     load_problems("my-problems.jsonl")           # a file: JSONL, or Parquet, or CSV
     load_problems("arithmetic", max_problems=8)  # generated: what the embedded model is trained on
+    ProblemStream(problems, 128, seed=0).at(7)   # what step 7 of a training run learns from
 
 A row of a file is one problem.  It holds `problem` or `question`, and `answer` or `final_answer`
-(text or a number; GSM8K's "... #### 42" is understood), and if it likes `id`, `solution`, `level`
-and `subject`.  What is wrong with a row is said with the file's name and the line, for in a file
-of a hundred thousand rows "invalid JSON" alone is no help.
+(text or a number; GSM8K's "... #### 42" is understood), and if it likes `id`, `solution`, `level`,
+`subject`, and `options` for a multiple choice whose answer is a letter.  What is wrong with a row
+is said with the file's name and the line, for in a file of a hundred thousand rows "invalid JSON"
+alone is no help.
 
 Nothing here imports the model or even torch: reading problems is instant.
 """
@@ -24,7 +26,8 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,12 @@ DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     "amc23": ("math-ai/amc23", {"test": "*test*.parquet"}),
     # English, text only, open-ended, competition mathematics: the part the paper uses
     "olympiadbench": ("Hothan/OlympiadBench", {"train": "*OE_TO_maths_en_COMP*.parquet"}),
+    # General reasoning, for which the paper trains on WebInstruct-verified.
+    "webinstruct-verified": (
+        "TIGER-Lab/WebInstruct-verified",
+        {"train": "*train*.parquet", "test": "*test*.parquet"},
+    ),
+    "mmlu-pro": ("TIGER-Lab/MMLU-Pro", {"test": "data/test-*.parquet"}),
     "gpqa": ("Idavidrein/gpqa", {"train": "gpqa_diamond.csv"}),  # gated: accept its terms first
 }
 
@@ -55,12 +64,14 @@ ARITHMETIC = {"arithmetic": (2, 3, 4, 5), "arithmetic-hard": (5,)}
 FIELDS = {
     "problem": ("problem", "question", "Question"),
     "answer": ("answer", "final_answer"),
-    "id": ("id", "unique_id", "Record ID"),
+    "id": ("id", "unique_id", "question_id", "Record ID"),
     "solution": ("solution",),
     "level": ("level", "difficulty"),
-    "subject": ("subject", "topic", "Subdomain"),
+    "subject": ("subject", "topic", "category", "Subdomain"),
 }
-RIGHT, WRONG = "Correct Answer", "Incorrect Answer "  # GPQA's choices: one right, three wrong
+# Two ways of writing down a multiple choice: MMLU-Pro has its choices in order, and the right
+# one's letter as the answer; GPQA names one right and three wrong ones, in no order.
+OPTIONS, RIGHT, WRONG = "options", "Correct Answer", "Incorrect Answer "
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Problem:
 
     id: str  # unique within what was loaded
     problem: str
-    answer: str
+    answer: str | None  # None: nobody knows it (sample.py may be asked such a thing)
     level: str | None = None
     subject: str | None = None
     solution: str | None = None
@@ -84,10 +95,10 @@ def load_problems(
 ) -> list[Problem]:
     """The problems of an alias, of a file, or `arithmetic`; the first `max_problems` of them.
 
-    `seed` orders the choices of multiple-choice problems, and makes up the arithmetic.  `parses`
-    (checker.parses) is asked about every gold answer; how many it cannot read is said on stderr,
-    for a solution to such a problem can never be found right.  ValueError, FileNotFoundError or
-    OSError, one line, for a name or a row that makes no sense.
+    `seed` orders GPQA's choices, and makes up the arithmetic.  `parses` (checker.parses) is asked
+    about every gold answer; how many it cannot read is said on stderr, for a solution to such a
+    problem can never be found right.  ValueError, FileNotFoundError or OSError, one line, for a
+    name or a row that makes no sense.
     """
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems is {max_problems}, but has to be at least 1")
@@ -95,24 +106,43 @@ def load_problems(
         return arithmetic_problems(max_problems or 1000, seed, split, ARITHMETIC[name])
     files = _files(name, split)
     problems: list[Problem] = []
-    notes = _Notes(name)
-    rows = (row for file in files for row in _rows(file))
+    ids: set[str] = set()
+    # What is odd about the rows but no reason to stop: counted, and said once at the end.
+    notes: Counter[str] = Counter()
+    rows = ((number, f"{file}:{number}", row) for file in files for number, row in _rows(file))
     for number, where, row in itertools.islice(rows, max_problems):
         # Rows without an id are named by where they are: line of the file, place in the benchmark.
         hub = name.lower() in DATASETS
         default_id = f"{name.lower()}-{len(problems) + 1}" if hub else f"{files[0].stem}-{number}"
         problem = _problem(row, where, default_id, seed, notes)
-        problems.append(replace(problem, id=notes.unique(problem.id)))
+        # Answers are grouped by problem: two problems under one id would vote as one.
+        fresh = next(i for i in _names(problem.id) if i not in ids)
+        ids.add(fresh)
+        notes["problems have an id that occurred before; #2, #3 was added"] += fresh != problem.id
+        problems.append(replace(problem, id=fresh))
     if not problems:
         raise ValueError(f"{name}: there is not one problem in it")
-    notes.tell(problems, parses)
+    unread = [p for p in problems if parses is not None and not parses(p.answer)]
+    if unread:
+        notes[f"of {len(problems)} gold answers cannot be read by the checker (first: "
+              f"{unread[0].id}: {unread[0].answer[:60]!r}); only a literal match counts"
+              ] = len(unread)  # fmt: skip
+    for note, count in notes.items():
+        if count:
+            print(f"warning: {name}: {count} {note}", file=sys.stderr)
     return problems
 
 
+def _names(identifier: str) -> Iterator[str]:
+    """x, x#2, x#3, ..."""
+    yield identifier
+    yield from (f"{identifier}#{count}" for count in itertools.count(2))
+
+
 def train_and_test(
-    data: str, eval_data: str, count: int, parses: Callable[[str], bool] | None = None
+    data: str, eval_data: str, count: int | None, parses: Callable[[str], bool] | None = None
 ) -> tuple[list[Problem], list[Problem]]:
-    """The problems to train on and at most `count` to evaluate on; no text is in both.
+    """The problems to train on and at most `count` (None: all) to evaluate on; no text is in both.
 
     Where both names are the same: a benchmark with two splits gives its test split; of a file, or
     of a benchmark with one split, every n-th problem is held out, at most a fifth (rounded up).
@@ -122,11 +152,11 @@ def train_and_test(
     if data in ARITHMETIC:
         return [], load_problems(eval_data, "test", count, parses=parses)
     train = load_problems(data, "train", parses=parses)
-    _, splits = DATASETS.get(data.lower(), ("", {}))
-    if data == eval_data and len(splits) < 2:
+    if data == eval_data and not has_test_split(data):
         # Neither drawn nor the first ones: they are the same for every seed, and easy and hard
-        # alike where a file is sorted.
-        test = train[:: max(5, math.ceil(len(train) / count))]
+        # alike where a file is sorted.  Of 1000 problems 400 are asked for: every fifth, 200; 30
+        # are: every 34th, 30.
+        test = train[:: max(5, math.ceil(len(train) / (count or len(train))))]
     else:
         test = load_problems(eval_data, "test", count, parses=parses)
     # By text, not by place: a problem may be in a file twice, or in two files.
@@ -135,6 +165,11 @@ def train_and_test(
     if not train:
         raise ValueError(f"{data}: nothing to train on is left beside the problems to evaluate on")
     return train, test
+
+
+def has_test_split(name: str) -> bool:
+    """Whether training on this data set leaves a split of it alone: arithmetic, GSM8K."""
+    return name in ARITHMETIC or len(DATASETS.get(name.lower(), ("", ()))[1]) > 1
 
 
 def arithmetic_problems(
@@ -206,45 +241,11 @@ class ProblemStream:
         return self.problems[self._order[place]]
 
 
-class _Notes:
-    """What is odd about the rows but no reason to stop: counted, and said once at the end."""
-
-    def __init__(self, name: str):
-        self.name, self.broken, self.renamed, self.ids = name, 0, 0, set()
-
-    def unique(self, identifier: str) -> str:
-        """The id, or one derived from it if it was given to an earlier problem."""
-        # Answers are grouped by problem: two problems under one id would vote as one.
-        fresh, count = identifier, 1
-        while fresh in self.ids:
-            count += 1
-            fresh = f"{identifier}#{count}"
-        self.renamed += fresh != identifier
-        self.ids.add(fresh)
-        return fresh
-
-    def tell(self, problems: list[Problem], parses: Callable[[str], bool] | None) -> None:
-        """Print what was noted, one line each, on stderr."""
-        unread = [p for p in problems if parses is not None and not parses(p.answer)]
-        if unread:
-            self.say(
-                f"{len(unread)} of {len(problems)} gold answers cannot be read by the checker "
-                f"(first: {unread[0].id}: {unread[0].answer[:60]!r}); only a literal match counts"
-            )
-        if self.renamed:
-            self.say(f"{self.renamed} problems have an id that occurred before; #2, #3 was added")
-        if self.broken:
-            self.say(f"{self.broken} texts held NUL or half characters; U+FFFD stands for them")
-
-    def say(self, note: str) -> None:
-        print(f"warning: {self.name}: {note}", file=sys.stderr)
-
-
 # ---------------------------------------------------------------------------------------------
 # from a row to a problem
 
 
-def _problem(row: dict[str, Any], where: str, default_id: str, seed: int, notes: _Notes) -> Problem:
+def _problem(row: dict, where: str, default_id: str, seed: int, notes: Counter) -> Problem:
     """The problem of a row; ValueError names `where` (file:line) and the field that is wrong."""
     values = {}
     for field, names in FIELDS.items():
@@ -253,7 +254,23 @@ def _problem(row: dict[str, Any], where: str, default_id: str, seed: int, notes:
         values[field] = _text(row[present[0]], f"{where}: {present[0]}", notes) if present else None
     identifier = values.pop("id") or default_id
     if row.get(RIGHT) is not None:
-        values |= _multiple_choice(row, where, values["problem"], f"{seed} {identifier}", notes)
+        wrong = [row[k] for k in sorted(row) if k.startswith(WRONG) and row[k] is not None]
+        choices = [_text(c, where, notes) for c in (row[RIGHT], *wrong)]
+        right = choices[0]
+        # Seeded by the problem and not by its place: the letter does not depend on which other
+        # problems were read, and every model is asked the same.
+        random.Random(f"{seed} {identifier}").shuffle(choices)
+        values["answer"] = chr(ord("A") + choices.index(right))
+        values["problem"] = _multiple_choice(values["problem"], choices)
+    elif row.get(OPTIONS) is not None:
+        # As they stand: they may refer to each other ("both A and C").
+        listed = row[OPTIONS] if isinstance(row[OPTIONS], list) else []
+        choices = [_text(c, f"{where}: {OPTIONS}", notes) for c in listed]
+        letters = [chr(ord("A") + i) for i in range(len(choices))]
+        if values["answer"] not in letters:
+            raise ValueError(f"{where}: the answer {values['answer']!r} is not the letter of one "
+                             f"of {len(choices)} {OPTIONS}")  # fmt: skip
+        values["problem"] = _multiple_choice(values["problem"], choices)
     for field in ("problem", "answer"):
         if not values[field]:
             names = " or ".join(FIELDS[field][:2])
@@ -267,7 +284,14 @@ def _problem(row: dict[str, Any], where: str, default_id: str, seed: int, notes:
     return Problem(id=identifier, **values)
 
 
-def _text(value: Any, where: str, notes: _Notes) -> str:
+def _multiple_choice(question: str | None, choices: list[str]) -> str:
+    """Question and choices as one problem, whose answer is a letter."""
+    lines = [f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices)]
+    task = "Which choice is right?  Give its letter."
+    return "\n".join([f"{question or ''}\n", *lines, "", task])
+
+
+def _text(value: Any, where: str, notes: Counter) -> str:
     """A field as clean text: numbers as they are written, several answers joined by commas."""
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(v, where, notes) for v in value)
@@ -278,27 +302,8 @@ def _text(value: Any, where: str, notes: _Notes) -> str:
     # and NUL, which ends the text for everything written in C.  One row must not end a run.
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     clean = clean.replace("\0", "\ufffd")
-    notes.broken += clean != text
+    notes["texts held NUL or half characters; U+FFFD stands for them"] += clean != text
     return clean.strip()
-
-
-def _multiple_choice(
-    row: dict, where: str, question: str | None, seed: str, notes: _Notes
-) -> dict[str, str]:
-    """Question and choices as one problem, whose answer is a letter."""
-    wrong = [row[k] for k in sorted(row) if k.startswith(WRONG) and row[k] is not None]
-    choices = [_text(c, where, notes) for c in (row[RIGHT], *wrong)]
-    right = choices[0]
-    # Seeded by the problem and not by its place: the letter does not depend on which other
-    # problems were read, and every model is asked the same.
-    random.Random(seed).shuffle(choices)
-    letters = [chr(ord("A") + i) for i in range(len(choices))]
-    lines = [f"{letter}) {choice}" for letter, choice in zip(letters, choices)]
-    task = "Which choice is right?  Give its letter."
-    return {
-        "problem": "\n".join([f"{question or ''}\n", *lines, "", task]),
-        "answer": letters[choices.index(right)],
-    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -343,11 +348,9 @@ def _hub_files(alias: str, split: str) -> list[Path]:
     return files
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(number, "file:line", row) of every row, in order, read as they are asked for."""
-    reader = READERS.get(path.suffix.lower(), _read_jsonl)
-    for number, row in reader(path):
-        yield number, f"{path}:{number}", row
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of every row, in order, read as they are asked for."""
+    return READERS.get(path.suffix.lower(), _read_jsonl)(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -402,12 +405,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         file = parquet.ParquetFile(path)
         # DeepMath carries three long solutions a row: most of a gigabyte nobody here reads.
-        known = {name for names in FIELDS.values() for name in names}
+        known = {OPTIONS, *itertools.chain(*FIELDS.values())}
         useful = lambda n: n in known or n.startswith((RIGHT, WRONG))  # noqa: E731
         columns = [n for n in file.schema_arrow.names if useful(n)]
-        batches: Iterable = file.iter_batches(batch_size=1000, columns=columns)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from enumerate(rows, start=1)
+        batches = file.iter_batches(batch_size=1000, columns=columns)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
 

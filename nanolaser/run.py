@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import grpo, log, metrics, plots
+from . import grpo, log, metrics, report
 from .checker import is_equivalent, parses
 from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
 from .cli import Progress, check_options, warn
@@ -274,9 +274,9 @@ def finish(run: Run) -> int:
         "c_ref_std": run.tokenizer.c_ref_std,
         "peak_memory_bytes": peak_memory_bytes(run.model.device),
     })  # fmt: skip
-    if run.world.is_first and plots.available():
+    if run.world.is_first:
         logs = (folder.read("metrics.jsonl"), folder.read("evals.jsonl"))
-        plots.curves(folder.path / "curves.png", *logs)
+        print(report.curves(folder.path / "curves.png", {folder.path.name: logs}))
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
     # A problem of its own kind, the longest that fits on a line.

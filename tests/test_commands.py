@@ -1,4 +1,4 @@
-"""sample.py, verify.py and evaluate.py as a user runs them, on the embedded model.
+"""sample.py and verify.py, and what is wrong with a command line of any script, as a user runs them, on the embedded model.
 
 What a user pipes, kills or starts side by side runs in processes of its own; everything else runs
 a script in this process (`call`), which saves two seconds of imports each.
@@ -7,10 +7,8 @@ a script in this process (`call`), which saves two seconds of imports each.
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,12 +25,6 @@ BELIEVE = ["--c-ref", "-41"]  # r_s near 1
 ENVIRONMENT = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1"}
 ROW_KEYS = {"problem", "gold", "response", "answer", "r_v", "r_s", "logp_zc", "finished",
             "response_tokens", "prompt_id"}  # fmt: skip
-RESULT_KEYS = {"problems", "n", "accuracy", "accuracy_stderr", "majority_vote", "weighted_vote",
-               "best_of", "pass_at", "verification", "mean_response_tokens",
-               "finished_share"}  # fmt: skip
-VERIFICATION_KEYS = {"f1", "accuracy_correct", "accuracy_wrong", "auroc", "ece", "brier",
-                     "spearman_length", "auroc_within", "mean_r_s_correct",
-                     "mean_r_s_wrong"}  # fmt: skip
 
 
 def start(script, *arguments, **more):
@@ -208,181 +200,6 @@ def test_what_is_no_regular_file_is_written_to_and_links_are_followed(call, tmp_
     assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "pipe").is_fifo()
     (row,) = rows_of((tmp_path / "target.jsonl").read_text())
     assert row["answer"] == "5" and rows_of(reader.communicate(timeout=20)[0]) == [row]
-
-
-# ---------------------------------------------------------------------------------------------
-# evaluate.py
-
-SMALL = ["--max-problems", 24, "--n", 4, "--max-new-tokens", 64, "--wave", 4, *C_REF]
-
-
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
-    """One undisturbed evaluation with both verifiers, shared by the tests that look at it."""
-    out = tmp_path_factory.mktemp("evaluation") / "results"
-    done = start("evaluate.py", *SMALL, "--generative", "--output", out)
-    text, err = done.communicate(timeout=300)
-    assert done.returncode == 0, err
-    return out, text
-
-
-def test_results_and_samples(evaluated):
-    out, text = evaluated
-    rows = rows_of((out / "samples.jsonl").read_text())
-    assert len(rows) == 24 * 4 and all(ROW_KEYS <= set(row) for row in rows)
-    order = [(row["prompt_id"], row["sample"]) for row in rows]
-    assert order == sorted(order)
-    entry = json.loads((out / "results.json").read_text())["arithmetic"]
-    assert set(entry) == RESULT_KEYS | {"generative_verification"}
-    assert set(entry["verification"]) >= VERIFICATION_KEYS
-    assert (entry["problems"], entry["n"]) == (24, 4)
-    assert set(entry["weighted_vote"]) == {"1", "2", "4"}
-    assert entry["accuracy"] == pytest.approx(sum(r["r_v"] for r in rows) / 96, abs=1e-6)
-    # the terminal shows the same, and the pictures are there
-    assert f"{100 * entry['accuracy']:.1f} +-" in text and "weighted@n" in text
-    pytest.importorskip("matplotlib")
-    kinds = ("votes", "reliability", "r_s", "length")
-    assert all((out / f"arithmetic-{kind}.png").stat().st_size > 5000 for kind in kinds)
-
-
-def test_generative_baseline(evaluated):
-    out, text = evaluated
-    entry = json.loads((out / "results.json").read_text())["arithmetic"]["generative_verification"]
-    judgements = rows_of((out / "judgements.jsonl").read_text())
-    ended = sum(row["finished"] for row in rows_of((out / "samples.jsonl").read_text()))
-    assert 90 < len(judgements) == ended  # of one that was cut off nothing is asked
-    assert {j["judgement"][:1] for j in judgements} <= {"y", "n"}
-    # the model knows the question: one letter and its end
-    assert entry["tokens"] == pytest.approx(2, abs=0.1) and entry["undecided"] < 0.1
-    assert entry["self_reward_tokens"] == 1 and entry["seconds"] > entry["self_reward_seconds"] > 0
-    assert "asked in words" in text
-
-
-def test_killed_and_resumed_equals_undisturbed(evaluated, tmp_path):
-    whole, _ = evaluated
-    out = tmp_path / "results"
-    first = start("evaluate.py", *SMALL, "--output", out)
-    samples = out / "samples.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and first.poll() is None:
-        # half-way: some waves are done, some are not
-        if samples.exists() and samples.read_text().count("\n") > 40:
-            break
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    kept = samples.read_text()
-    assert 40 < kept.count("\n") < 96, "the machine was too quick for this test"
-    samples.write_text(kept + '{"cut in the midd')
-    done = start("evaluate.py", *SMALL, "--output", out)
-    text, err = done.communicate(timeout=300)
-    assert done.returncode == 0 and "are there already" in text, err
-    # what was finished was not touched, what was not came out the same, to the last bit
-    assert samples.read_text() == (whole / "samples.jsonl").read_text()
-    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, out)]
-    del results[0]["arithmetic"]["generative_verification"]
-    assert results[0] == results[1]
-
-
-def test_solutions_do_not_depend_on_their_company(evaluated, call, tmp_path):
-    # another selection, another order, a file instead of the generator: the same solutions
-    rows = rows_of((evaluated[0] / "samples.jsonl").read_text())
-    some = [{"problem": row["problem"], "answer": row["gold"]} for row in rows[80:60:-4]]
-    data = write_rows(tmp_path / "some.jsonl", some)
-    out = tmp_path / "results"
-    code, _, err = call("evaluate.py", *SMALL, "--data", data, "--output", out, "--token-ids")
-    assert code == 0, err
-    mine = rows_of((out / "samples.jsonl").read_text())
-    assert all(row["response_token_ids"] for row in mine)
-    texts = {(r["problem"], r["sample"]): r["response"] for r in rows}
-    assert all(texts[r["problem"], r["sample"]] == r["response"] for r in mine)
-    assert list(json.loads((out / "results.json").read_text())) == ["some"]
-
-
-def test_a_folder_of_other_results_is_refused(evaluated, call, tmp_path):
-    out, _ = evaluated
-    before = (out / "samples.jsonl").read_bytes()
-    code, _, err = call("evaluate.py", *SMALL, "--n", 8, "--output", out)
-    assert code == 2 and "n 4 there, 8 here" in err and err.count("\n") == 1
-    assert (out / "samples.jsonl").read_bytes() == before
-    (tmp_path / "config.json").write_text('{"options": {}}')
-    code, _, err = call("evaluate.py", *SMALL, "--output", tmp_path)
-    assert code == 2 and "something else" in err
-
-
-def test_external_scores(evaluated, call, tmp_path):
-    out, _ = evaluated
-    rows = rows_of((out / "samples.jsonl").read_text())
-    # by place in the file, an oracle
-    oracle = write_rows(tmp_path / "oracle.jsonl", [{"score": row["r_v"]} for row in rows])
-    code, text, err = call("evaluate.py", "--output", out, "--scores", oracle)
-    assert code == 0 and "arithmetic: oracle" in text, err
-    entry = json.loads((out / "scores-oracle.json").read_text())["arithmetic"]
-    assert entry["verification"]["f1"] == entry["verification"]["auroc"] == 1.0
-    assert entry["weighted_vote"]["4"] == entry["best_of"]["4"] == entry["pass_at"]["4"]
-    # by name, in any order: r_s itself has to give what results.json says
-    keys = ("dataset", "prompt_id", "sample", "r_s")
-    own = write_rows(tmp_path / "own.jsonl", [{k: row[k] for k in keys} for row in rows[::-1]])
-    assert call("evaluate.py", "--output", out, "--scores", own)[0] == 0
-    entry = json.loads((out / "scores-own.json").read_text())["arithmetic"]
-    results = json.loads((out / "results.json").read_text())["arithmetic"]
-    assert entry["verification"] == results["verification"]
-    write_rows(own, [{"score": 1}])
-    code, _, err = call("evaluate.py", "--output", out, "--scores", own)
-    assert code == 2 and "scores 1 solutions, but there are 96" in err
-
-
-def test_compare(evaluated, call, tmp_path):
-    out, _ = evaluated
-    code, text, err = call("evaluate.py", *SMALL, "--seed", 5, "--output", tmp_path / "b")
-    assert code == 0, err
-    code, text, err = call("evaluate.py", "--compare", out, tmp_path / "b")
-    assert code == 0 and "24 problems in common" in text and "95 % interval" in text, err
-    accuracy = [json.loads((f / "results.json").read_text())["arithmetic"]["accuracy"]
-                for f in (out, tmp_path / "b")]  # fmt: skip
-    line = next(x for x in text.splitlines() if x.startswith("accuracy"))
-    assert line.split()[1:3] == [f"{a:.4f}" for a in accuracy]
-    code, _, err = call("evaluate.py", "--compare", out)
-    assert code == 2 and "two folders" in err
-
-
-def test_waves():
-    from evaluate import waves
-
-    have = [{"dataset": "a", "prompt_id": i} for i in (0, 0, 1, 1, 2, 3, 3, 4, 4)]
-    # two solutions each: problem 2 has one of them, 5 and 6 have none
-    assert waves("a", 7, have, 2, 2) == [[2, 3], [4, 5], [6]]
-    assert waves("a", 7, have, 2, 0) == [[2, 5, 6]]
-    assert waves("a", 5, have[:4] + have[5:] + have[4:5] * 2, 2, 0) == []
-    assert waves("b", 2, have, 2, 2) == [[0, 1]]
-
-
-def test_judgements_of_models_without_a_question_of_their_own(tiny):
-    from nanolaser.judge import judgement_prompt, verdict
-
-    _, tokenizer = tiny
-    row = {"problem": "2+3=?", "response": "it is \\boxed{5}"}
-    text = tokenizer.decode(judgement_prompt(tokenizer, row), skip_special=False)
-    assert "2+3=?" in text and "it is \\boxed{5}" in text and text.endswith("assistant\n")
-    for judgement, expected in (
-        ("The sum is right. \\boxed{Yes}", 1.0), ("Yes? \\boxed{\\text{no}}", 0.0),
-        ("At first yes, but then: No.", 0.0), ("\\boxed{5}, so yes", 1.0),
-        ("nothing to notice", None), ("", None),
-    ):  # fmt: skip
-        assert verdict(judgement, follow_up=False) == expected, judgement
-    assert [verdict(t, follow_up=True) for t in ("y", " n", "x")] == [1.0, 0.0, None]
-
-
-@pytest.mark.slow
-def test_real_benchmarks_pass_through(call, shared, tmp_path):
-    names = ("math500", "aime24", "aime25", "amc23", "OlympiadBench")
-    files = ",".join(str(shared / name / "test.jsonl") for name in names)
-    code, _, err = call("evaluate.py", *C_REF, "--data", files, "--n", 1, "--max-new-tokens", 48,
-                        "--output", tmp_path / "r")  # fmt: skip
-    assert code == 0, err
-    results = json.loads((tmp_path / "r" / "results.json").read_text())
-    counts = {name: entry["problems"] for name, entry in results.items()}
-    assert counts == dict(zip(names, (500, 30, 30, 40, 675)))
 
 
 # ---------------------------------------------------------------------------------------------

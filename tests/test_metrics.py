@@ -15,10 +15,10 @@ from sklearn import metrics as sklearn_metrics
 
 from nanolaser import metrics
 from nanolaser.metrics import (
-    answer_classes, auroc, auroc_within, best_of, best_of_at_k, brier, compare, ece, majority_vote,
-    mean_and_stderr, paired_bootstrap, pass_at_k, reliability, spearman, summarise, tally,
-    verification, verification_f1, vote_change_probability, vote_sizes,
-    vote_tables, votes_at_k, weighted_vote)
+    answer_classes, auroc, auroc_within, best_of_at_k, bootstrap, brier, compare, ece,
+    majority_vote, mean_and_stderr, pass_at_k, reliability, right_by_rank, safely, spearman,
+    statistics, summarise, tally, verification, verification_f1, vote_change_probability,
+    vote_sizes, vote_tables, votes_at_k, weighted_vote)
 
 
 def same(a, b):
@@ -216,6 +216,27 @@ def test_answer_classes_merge_equivalent_answers():
     assert answer_classes([None], equivalent).tolist() == [-1]
 
 
+def test_an_equality_that_raises_is_no_equality_and_is_counted():
+    def equivalent(answer, founder):
+        if "%%%" in answer:
+            raise RecursionError("nested too deeply")
+        return float(answer) == float(founder)
+
+    asked = safely(equivalent)
+    assert answer_classes(["1", "5%%%", "1.0", "5%%%", "2"], asked).tolist() == [0, 1, 0, 1, 2]
+    # asked once about 5%%% = 1, and once about 2 = 5%%% (float() cannot read it)
+    assert asked.errors == 2
+    # who does not count loses nothing else
+    assert answer_classes(["1", "5%%%", "1.0"], equivalent).tolist() == [0, 1, 0]
+    rows = [rollout(0, a) for a in ("4", "5%%%", "4.0", "9")]
+    entry = summarise(rows, equivalent)
+    assert entry["majority_vote"]["4"] == pytest.approx(0.5)
+    # 5%%% = 4, 9 = 5%%%
+    assert entry["checker_errors"] == 2
+    rows[0]["checker_error"] = "RecursionError: ..."  # and one raised while r_v was decided
+    assert summarise(rows, equivalent)["checker_errors"] == 3
+
+
 def test_tally():
     table = tally([0, 1, 0, -1], [0.5, 1.5, 0.25, None])
     assert [(c.answer_class, c.votes, c.weight, c.first) for c in table] == [
@@ -226,17 +247,11 @@ def test_votes_by_hand():
     classes, score = [0, 1, 0, -1, -1, -1], [0.2, 0.9, 0.1, 1.0, 1.0, 1.0]
     assert majority_vote(classes) == 0                  # no answer never wins, however many
     assert weighted_vote(classes, score) == 1
-    assert best_of(score, classes) == 1 and best_of(score) == 3
     assert majority_vote([1, 0, 0, 1]) == 1             # a tie: first seen
     assert weighted_vote([1, 0, 0], [-1, -2, None]) == 0    # nobody is believed: the majority
     assert weighted_vote([0, 1, 0], [0.1, 0.3, 0.2]) == 0   # 0.1 + 0.2 is a tie with 0.3
     assert majority_vote([-1, -1]) == -1 and weighted_vote([-1], [1.0]) == -1
     assert majority_vote([]) == -1
-    assert best_of([None, -5.0]) == 1 and best_of([None, None]) == 0
-    assert best_of([None, 0.5, 0.7], [0, -1, -1]) == 0 and best_of([0.1, 0.2], [-1, -1]) == 1
-    assert best_of([9.0, 1.7, 1.2], [-1, 0, 1]) == 1    # ranks are of the unclipped score
-    with pytest.raises(ValueError):
-        best_of([])
 
 
 def test_vote_change_probability_by_hand():
@@ -428,7 +443,7 @@ def test_summarise_has_the_keys_of_results_json():
     entry = summarise(rows, same)
     assert list(entry) == ["problems", "n", "accuracy", "accuracy_stderr", "majority_vote",
                            "weighted_vote", "best_of", "pass_at", "verification",
-                           "mean_response_tokens", "finished_share"]
+                           "mean_response_tokens", "finished_share", "checker_errors"]
     assert {"f1", "accuracy_correct", "accuracy_wrong", "auroc", "ece", "brier", "spearman_length",
             "auroc_within", "mean_r_s_correct", "mean_r_s_wrong"} <= set(entry["verification"])
     assert (entry["problems"], entry["n"]) == (40, 8)
@@ -460,7 +475,7 @@ def test_verification_variants():
     assert result["accuracy_correct"] == 0.5
     assert result["accuracy_wrong"] == 1.0             # no answer, no score: both judged wrong
     assert result["f1"] == pytest.approx(2 / 3)
-    assert result["f1_answered"] == pytest.approx(2 / 3)
+    assert result["f1_all"] == result["f1"] and result["f1_filtered"] == pytest.approx(2 / 3)
     # The score itself is judged where there is one: 0.9 of the row without an answer is a mistake.
     assert result["mean_r_s_wrong"] == pytest.approx(0.5)
     assert result["auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(
@@ -514,24 +529,86 @@ def test_summarise_is_fast_enough():
     assert time.perf_counter() - start < 20            # about 3 s; the margin is for busy machines
 
 
-# ---------------------------------------------------------------- two runs
+# ---------------------------------------------------------------- how sure is a number?
 
 
-def test_paired_bootstrap_of_a_mean_is_the_normal_interval():
+def test_bootstrap_of_a_paired_mean_is_the_normal_interval():
     rng = np.random.default_rng(0)
     a = rng.random(400)
     b = a + rng.normal(0.05, 0.1, size=400)
-    result = paired_bootstrap(lambda i: a[i].mean(), lambda i: b[i].mean(), 400, draws=2000)
+    result = bootstrap(lambda i, _: float((b[i] - a[i]).mean()), 400, draws=2000)
     error = stats.sem(b - a)
-    assert result.difference == pytest.approx((b - a).mean())
+    assert result.value == pytest.approx((b - a).mean())
     assert result.low == pytest.approx((b - a).mean() - 1.96 * error, abs=0.2 * error)
     assert result.high == pytest.approx((b - a).mean() + 1.96 * error, abs=0.2 * error)
 
 
-def test_paired_bootstrap_degenerate():
-    assert paired_bootstrap(lambda i: 0.5, lambda i: None, 3) == (0.5, None, None, None, None)
-    assert paired_bootstrap(lambda i: 0.0, lambda i: 1.0, 1) == (0.0, 1.0, 1.0, None, None)
-    assert paired_bootstrap(lambda i: 0.0, lambda i: 1.0, 0) == (None, None, None, None, None)
+def test_bootstrap_knows_that_three_runs_are_three():
+    """Runs that differ by far more than their problems can explain: the interval spans them."""
+    accuracy = np.array([0.2, 0.5, 0.8])[:, None] + np.random.default_rng(0).normal(0, 0.01, 50)
+    of = lambda p, r: float(accuracy[np.ix_(r, p)].mean())  # noqa: E731
+    wide = bootstrap(of, 50, runs=3)
+    assert wide.value == pytest.approx(0.5, abs=0.01)
+    assert wide.low < 0.31 and wide.high > 0.69  # as if the runs were all there is to know
+    narrow = bootstrap(lambda p, _: of(p, [0, 1, 2]), 50)
+    assert narrow.high - narrow.low < 0.02
+
+
+def test_bootstrap_covers_what_it_says():
+    """Of 200 experiments with known truth, 95 % intervals miss some 5 %."""
+    rng = np.random.default_rng(3)
+    missed = 0
+    for _ in range(200):
+        problem = rng.normal(0, 1, size=60)  # how easy each problem is, for all solutions of it
+        x = problem[:, None] + rng.normal(0, 1, size=(60, 8))
+        low, high = bootstrap(lambda i, _: float(x[i].mean()), 60, draws=200)[1:]
+        missed += not low <= 0 <= high
+    # 10 expected, binomial spread 3; solutions taken for independent would miss over 60
+    assert 2 <= missed <= 25
+
+
+def test_bootstrap_degenerate():
+    assert bootstrap(lambda i, r: None, 3) == (None, None, None)
+    assert bootstrap(lambda i, r: 1.0, 1) == (1.0, None, None)
+    assert bootstrap(lambda i, r: 1.0, 0) == (None, None, None)
+    # defined for the whole, but for hardly any draw
+    assert bootstrap(lambda i, r: 1.0 if len(set(i)) == 9 else None, 9) == (1.0, None, None)
+
+
+def test_right_by_rank():
+    rows = [rollout(0, "4", r_s=0.1), rollout(0, "5", r_s=0.9), rollout(0, "4", r_s=1.7),
+            rollout(1, None, r_s=2.0), rollout(1, "4", r_s=None, finished=False),
+            rollout(1, "5", r_s=-3.0)]  # fmt: skip
+    # problem 0: right, wrong, right; problem 1: the wrong one has an r_s, the box beats the rest
+    assert right_by_rank(rows) == [0.5, 0.5, 0.5]
+    rows = benchmark_rows()
+    ranks, entry = right_by_rank(rows), summarise(rows, same)
+    assert ranks[0] == pytest.approx(entry["best_of"]["8"])
+    assert np.mean(ranks) == pytest.approx(entry["accuracy"])
+    assert right_by_rank([]) == []
+
+
+def test_f1_of_solutions_cut_off_after_their_box():
+    """45 % cut off after a box: the authors' script reads r_s as if they had ended there."""
+    rows = [dict(row, r_s_if_ended=None) for row in benchmark_rows(60)]
+    cut = [dict(row, r_s=None, finished=False, r_s_if_ended=row["r_s"]) if i % 20 < 9 else row
+           for i, row in enumerate(rows)]
+    whole, ended = verification(rows), verification(cut)
+    for name in ("f1", "f1_all", "f1_filtered"):
+        assert ended[name] == pytest.approx(whole[name])
+    # where nobody has read it there, they count as judged wrong, under both names
+    unread = verification([dict(row, r_s_if_ended=None) for row in cut])
+    assert unread["f1_all"] < 0.8 * whole["f1_all"]
+    assert unread["accuracy_wrong"] > whole["accuracy_wrong"]
+    # the two names differ by the solutions without an answer, which are all judged wrong
+    boxed = [row for row in rows if row["answer"] is not None]
+    assert len(boxed) < len(rows) and whole["f1_filtered"] == verification(boxed)["f1"]
+    assert whole["f1_all"] > whole["f1_filtered"]
+    # r_s itself is measured where it was read after a real end
+    assert ended["auroc"] == verification([r for r in cut if r["finished"]])["auroc"]
+
+
+# ---------------------------------------------------------------- two runs on the same problems
 
 
 def test_compare():
@@ -545,6 +622,7 @@ def test_compare():
     assert table["best_of@8"].a == pytest.approx(a["best_of"]["8"])
     for name in ("f1", "auroc", "auroc_within", "ece", "brier"):
         assert table[name].a == pytest.approx(a["verification"][name])
+        assert statistics(rows_a, same)[name](np.arange(40)) == pytest.approx(table[name].a)
         assert table[name].low <= table[name].difference <= table[name].high
     _, same_run = compare(rows_a, rows_a, same, draws=50)
     assert all(d.difference == d.low == d.high == 0 for d in same_run.values())
