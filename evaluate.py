@@ -38,7 +38,7 @@ import math
 import platform
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +49,13 @@ from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
 from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
 from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
-from nanolaser.judge import default_new_tokens, judge, log_probability, open_model, tokens_of
+from nanolaser.judge import (
+    check_prompts, default_new_tokens, judge, log_probability, open_model, tokens_of)
 from nanolaser.problems import (
     ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
 )  # fmt: skip
 from nanolaser.rollout import Rollout, judged_rows, self_reward
-from nanolaser.sampler import check_prompts, generate, score
+from nanolaser.sampler import generate, score
 from nanolaser.scale.plan import default_kv_cache_gb
 
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them

@@ -35,11 +35,11 @@ from nanolaser.cli import (
     standard_input,
 )  # fmt: skip
 from nanolaser.files import to_jsonl
-from nanolaser.judge import default_new_tokens, open_model
+from nanolaser.judge import check_prompts, default_new_tokens, open_model
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
 from nanolaser.rollout import Rollout, judged_rows
-from nanolaser.sampler import check_prompts, generate
+from nanolaser.sampler import generate
 from nanolaser.scale.plan import default_kv_cache_gb
 
 

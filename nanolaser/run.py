@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import grpo, log, metrics, report
+from . import c_ref, grpo, log, metrics, report
 from .checker import is_equivalent, parses
 from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
 from .cli import Progress, check_options, warn
 from .files import RunFolder, peak_memory_bytes
+from .judge import check_prompts
 from .model import CausalLM
 from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
 from .rollout import judged_rows
-from .sampler import check_prompts
 from .scale.distributed import World, local
 from .scale.optimizer import Optimizer
 from .scale.plan import settle
@@ -196,18 +196,18 @@ def find_c_ref(run: Run) -> None:
     with Progress("c_ref", o.c_ref_pairs, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         try:
-            c = grpo.estimate_c_ref(
+            c = c_ref.estimate(
                 run.model, tokenizer, problems, o.c_ref_pairs, run.world, **how
             )
-        except grpo.NothingEnded as error:
+        except c_ref.NothingEnded as error:
             if not o.trial:
                 raise
             warn(f"{error}; this trial goes on with -20")
-            c = grpo.CRef(-20.0, None, 0, [])
+            c = c_ref.CRef(-20.0, None, 0, [])
     tokenizer.c_ref, tokenizer.c_ref_std = c.mean, c.std
     spread = "" if c.std is None else f", spread {c.std:.2f}"
     print(f"c_ref = {c.mean:.2f} nats{spread} ({tokenizer.z_c}; {c.count} solutions ended)")
-    for doubt in log.doubts_of_c_ref(c, o):
+    for doubt in c_ref.doubts(c, o):
         warn(doubt)
 
 
