@@ -137,7 +137,7 @@ class Comparison:
         """
         rows: list[dict] = []
         label = None
-        for item in node[1] if node[0] in ("list", "or") else (node,):
+        for item in node[1] if node[0] in ("list", "or", "set") else (node,):
             if item[0] == "rel":
                 assigned = self.assigned(item, trusted)
                 if assigned is None:
