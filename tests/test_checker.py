@@ -45,11 +45,6 @@ TABLES = [row for name in ("checker_table", "checker_families", "checker_forms")
           for row in table_rows(name)]
 
 
-def test_the_tables_are_large_and_half_of_them_must_not_match():
-    assert len(TABLES) >= 2000
-    assert sum(not row[2] for row in TABLES) >= len(TABLES) / 2
-
-
 @pytest.mark.parametrize("answer,gold,equal", TABLES)
 def test_table(answer, gold, equal):
     assert is_equivalent(answer, gold) is equal, str(explain(answer, gold))

@@ -137,7 +137,7 @@ class Comparison:
         """
         rows: list[dict] = []
         label = None
-        for item in node[1] if node[0] in ("list", "or") else (node,):
+        for item in node[1] if node[0] in ("list", "or", "set") else (node,):
             if item[0] == "rel":
                 assigned = self.assigned(item, trusted)
                 if assigned is None:
@@ -147,18 +147,19 @@ class Comparison:
                 value = item  # the 9 of x=2, 9 and the (3,2) of (m,n)=(1,2), (3,2)
             if label is None:
                 return None
-            if label[0] == "tuple":
-                if value[:3] != ("tuple", "(", ")") or not (
-                        len(set(label[3])) == len(label[3]) == len(value[3])):
-                    return None
-                rows.append(dict(zip(label[3], value[3])))
-            elif item[0] == "rel" and item[1] == ("in",) and value[0] == "set":
-                rows += [{label: element} for element in value[1]]  # x in {2, 9}
-            #   m=1, n=2, m=3, n=2: the second m begins another solution
-            elif rows and label not in rows[-1] and rows[-1].keys() != {label}:
-                rows[-1][label] = value
-            else:
-                rows.append({label: value})
+            # x in {2, 9} and (m,n) in {(1,2), (3,2)}: one solution an element
+            several = item[0] == "rel" and item[1] == ("in",) and value[0] == "set"
+            for one in value[1] if several else (value,):
+                if label[0] == "tuple":
+                    if one[:3] != ("tuple", "(", ")") or not (
+                            len(set(label[3])) == len(label[3]) == len(one[3])):
+                        return None
+                    rows.append(dict(zip(label[3], one[3])))
+                #   m=1, n=2, m=3, n=2: the second m begins another solution
+                elif rows and not several and label not in rows[-1]:
+                    rows[-1][label] = one
+                else:
+                    rows.append({label: one})
         if not rows or any(row.keys() != rows[0].keys() for row in rows):
             return None
         if label[0] != "tuple":

@@ -80,35 +80,28 @@ NAMES = {"pi": ("const", "pi"), "inf": ("const", "inf"), "infty": ("const", "inf
          "floor": ("plain", "floor"), "ceil": ("plain", "ceil")}
 # The values are the tokens that the parser sees, so \times, \cdot and * are one token "*", and the
 # grammar needs one rule for the three of them.
-COMMANDS = {
-    "cdot": ("op", "*"), "times": ("op", "×"), "ast": ("op", "*"), "cdotp": ("op", "*"),
-    "div": ("op", "/"), "slash": ("op", "/"), "pm": ("op", "pm"), "mp": ("op", "mp"),
-    "le": ("op", "<="), "leq": ("op", "<="), "leqslant": ("op", "<="), "leqq": ("op", "<="),
-    "ge": ("op", ">="), "geq": ("op", ">="), "geqslant": ("op", ">="), "geqq": ("op", ">="),
-    "lt": ("op", "<"), "gt": ("op", ">"), "ne": ("op", "!="), "neq": ("op", "!="),
-    "in": ("op", "in"), "approx": ("op", "~"), "cup": ("op", "cup"), "cap": ("op", "cap"),
-    "setminus": ("op", "setminus"), "backslash": ("op", "setminus"),
-    "lfloor": ("op", "lfloor"), "rfloor": ("op", "rfloor"), "lceil": ("op", "lceil"),
-    "rceil": ("op", "rceil"), "lvert": ("op", "|"), "rvert": ("op", "|"), "vert": ("op", "|"),
-    "lbrace": ("op", "\\{"), "rbrace": ("op", "\\}"), "{": ("op", "\\{"), "}": ("op", "\\}"),
-    "lbrack": ("op", "["), "rbrack": ("op", "]"), "langle": ("op", "<("), "rangle": ("op", ")>"),
-    "lparen": ("op", "("), "rparen": ("op", ")"), "%": ("op", "%"), "$": ("op", "$"),
-    "euro": ("op", "euro"), "pounds": ("op", "sterling"),
-    "circ": ("op", "circ"), "degree": ("op", "deg"), "prime": ("op", "'"), "\\": ("op", "\\\\"),
-    "cr": ("op", "\\\\"), "choose": ("op", "choose"), "over": ("op", "over"), "colon": ("op", ":"),
-    "frac": ("cmd", "frac"), "dfrac": ("cmd", "frac"), "tfrac": ("cmd", "frac"),
-    "cfrac": ("cmd", "frac"), "sqrt": ("cmd", "sqrt"), "binom": ("cmd", "binom"),
-    "dbinom": ("cmd", "binom"), "tbinom": ("cmd", "binom"), "sum": ("cmd", "sum"),
-    "prod": ("cmd", "prod"), "angle": ("cmd", "angle"), "triangle": ("cmd", "triangle"),
-    # A mark makes another name of a letter, and each mark its own: \hat x is not \bar x.
-    "overline": ("mark", "bar"), "bar": ("mark", "bar"), "hat": ("mark", "hat"),
-    "widehat": ("mark", "hat"), "tilde": ("mark", "tilde"), "widetilde": ("mark", "tilde"),
-    "dot": ("mark", "dot"), "ddot": ("mark", "ddot"), "vec": ("mark", "vec"),
-    "overrightarrow": ("mark", "vec"), "overleftrightarrow": ("mark", "line"),
-    "emptyset": ("set", ""), "varnothing": ("set", ""),
-    "infty": ("const", "inf"), "pi": ("const", "pi"), "imath": ("const", "i"),
-    "land": ("sep", "and"), "lor": ("sep", "or"),
-}
+# A mark makes another name of a letter, and each mark its own: \hat x is not \bar x.
+COMMANDS = {name: (kind, value) for kind, value, names in (
+    ("op", "*", "cdot ast cdotp"), ("op", "×", "times"), ("op", "/", "div slash"),
+    ("op", "pm", "pm"), ("op", "mp", "mp"), ("op", "<=", "le leq leqslant leqq"),
+    ("op", ">=", "ge geq geqslant geqq"), ("op", "<", "lt"), ("op", ">", "gt"),
+    ("op", "!=", "ne neq"), ("op", "in", "in"), ("op", "~", "approx"), ("op", "cup", "cup"),
+    ("op", "cap", "cap"), ("op", "setminus", "setminus backslash"), ("op", "lfloor", "lfloor"),
+    ("op", "rfloor", "rfloor"), ("op", "lceil", "lceil"), ("op", "rceil", "rceil"),
+    ("op", "|", "lvert rvert vert"), ("op", "\\{", "lbrace {"), ("op", "\\}", "rbrace }"),
+    ("op", "[", "lbrack"), ("op", "]", "rbrack"), ("op", "<(", "langle"), ("op", ")>", "rangle"),
+    ("op", "(", "lparen"), ("op", ")", "rparen"), ("op", "%", "%"), ("op", "$", "$"),
+    ("op", "euro", "euro"), ("op", "sterling", "pounds"), ("op", "circ", "circ"),
+    ("op", "deg", "degree"), ("op", "'", "prime"), ("op", "\\\\", "\\ cr"), ("op", ":", "colon"),
+    ("op", "choose", "choose"), ("op", "over", "over"), ("cmd", "frac", "frac dfrac tfrac cfrac"),
+    ("cmd", "sqrt", "sqrt"), ("cmd", "binom", "binom dbinom tbinom"), ("cmd", "sum", "sum"),
+    ("cmd", "prod", "prod"), ("cmd", "angle", "angle"), ("cmd", "triangle", "triangle"),
+    ("mark", "bar", "overline bar"), ("mark", "hat", "hat widehat"), ("mark", "dot", "dot"),
+    ("mark", "tilde", "tilde widetilde"), ("mark", "ddot", "ddot"), ("mark", "vec",
+    "vec overrightarrow"), ("mark", "line", "overleftrightarrow"), ("set", "",
+    "emptyset varnothing"), ("const", "inf", "infty"), ("const", "pi", "pi"),
+    ("const", "i", "imath"), ("sep", "and", "land"), ("sep", "or", "lor"))
+    for name in names.split()}
 # Commands whose argument is words, a unit, or ordinary mathematics in another face.
 TEXT_COMMANDS = set("text mbox hbox textbf textit textrm textsf texttt textnormal mathrm mathbf "
                     "mathit mathsf mathtt operatorname rm bf".split())
@@ -123,25 +116,18 @@ SILENT = set("tiny small large Large LARGE huge Huge left right middle big Big b
 MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "psmallmatrix"}
 
 # "5 meters" and "5 m" must give one tree. A unit is only read after a number: m alone is a letter.
-# Unit spellings; the first of a line is the one name that is compared.
-UNITS = {}
-for _line in ("m meter meters metre metres", "cm centimeter centimeters centimetre centimetres",
-              "mm millimeter millimeters millimetre millimetres", "in inch inches", "ft foot feet",
-              "km kilometer kilometers kilometre kilometres", "yd yard yards", "mi mile miles",
-              "g gram grams", "kg kilogram kilograms", "mg milligram milligrams",
-              "lb lbs pound pounds", "oz ounce ounces", "ton tons tonne tonnes",
-              "s sec secs second seconds", "ms millisecond milliseconds", "day days",
-              "min mins minute minutes", "h hr hrs hour hours", "week weeks", "month months",
-              "yr yrs year years", "century centuries", "l liter liters litre litres",
-              "ml milliliter milliliters millilitre millilitres", "gal gallon gallons",
-              "pint pints", "quart quarts", "acre acres", "dollar dollars usd buck bucks",
-              "cent cents", "euro euros", "penny pennies pence", "rad radian radians",
-              "degree degrees", "people person persons", "n newton newtons", "j joule joules",
-              "w watt watts", "v volt volts", "hz hertz", "c celsius", "f fahrenheit", "k kelvin",
-              "a amp amps", "child children", "man men", "woman women", "die dice", "mph", "kph",
-              "times"):
-    for _word in _line.split():
-        UNITS[_word] = _line.split()[0]
+# The first of a line is the one name that is compared; plurals are found by `unit_name`.
+UNITS = {spelling: line.split()[0] for line in (
+    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "in inch", "mph",
+    "kph", "ft foot feet", "km kilometer kilometre", "yd yard", "mi mile", "g gram",
+    "kg kilogram", "day", "mg milligram", "lb lbs pound", "oz ounce", "ton tonne",
+    "s sec secs second", "week", "month", "ms millisecond", "min mins minute", "h hr hrs hour",
+    "yr yrs year", "century", "acre", "pint", "l liter litre", "ml milliliter millilitre",
+    "gal gallon", "quart", "dollar usd buck", "cent", "euro", "penny pence", "rad radian",
+    "degree", "people person", "n newton", "j joule", "w watt", "v volt", "hz hertz", "c celsius",
+    "f fahrenheit", "k kelvin", "a amp", "child children", "times", "man men", "woman women",
+    "die dice")
+    for spelling in line.split()}
 # Counted things, which golds often leave out: 12 apples is 12. Singular; see `unit_name`.
 COUNTED = set("""unit way point solution student apple book boy girl ball marble coin ticket page
     question game car cookie egg step tile triangle square side path flower tree dog cat bag box pen
@@ -159,9 +145,11 @@ _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "squared": "^2", "cubic": "^
 
 def unit_name(word: str) -> str | None:
     """The one name of a unit or a counted thing, in singular or plural; None for other words."""
-    singulars = (word, word.removesuffix("s"), word.removesuffix("es"),
-                 word[:-3] + "y" if word.endswith("ies") else word)
-    return UNITS.get(word) or next((one for one in singulars if one in COUNTED), None)
+    singulars = [word, word.removesuffix("s"), word.removesuffix("es"),
+                 word[:-3] + "y" if word.endswith("ies") else word]
+    # Short spellings have no plural: "as" is no amperes.
+    return next((UNITS.get(one, one) for one in singulars if one in COUNTED or one in UNITS and (
+        one == word or len(one) > 2)), None)
 
 
 def unit_of(words: list) -> str | None:
@@ -197,19 +185,14 @@ NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7
 # Unicode signs become the LaTeX that stands for them, so that there is one grammar for both. A
 # space after each command: "\pi r" from πr must not read as the command \pir.
 _UNICODE = str.maketrans({
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ",
-    "±": r"\pm ", "∓": r"\mp ",
-    "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "√": " sqrt ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ",
-"ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
-    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
-    "λ": r"\lambda ", "μ": r"\mu ", "µ": r"\mu ", "φ": r"\varphi ", "ϕ": r"\phi ",
-    "ω": r"\omega ", "σ": r"\sigma ",
-    "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
-    "€": r"\euro ", "£": r"\pounds ",
+    **{sign: f"\\{name} " for pair in (
+        "×times ·cdot ⋅cdot ∙cdot ÷div πpi ∞infty ±pm ∓mp ≤le ≥ge ⩽le ⩾ge ≠ne ∪cup ∩cap ∈in "
+        "∅emptyset ≈approx ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil ∖setminus αalpha βbeta γgamma δdelta "
+        "θtheta λlambda μmu µmu φvarphi ϕphi ωomega σsigma €euro £pounds").split()
+       for sign, name in [(pair[0], pair[1:])]},
+    **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("ℝℤℕℚℂ", "RZNQC")},
+    "−": "-", "°": r"^\circ ", "º": r"^\circ ", "√": " sqrt ", "“": '"', "”": '"', "’": "'",
+    "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
     # Invisible: zero-width characters vanish, odd spaces become plain ones.
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",
     "\u202f": " ",
