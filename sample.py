@@ -31,8 +31,7 @@ from tqdm import tqdm
 from nanolaser import metrics
 from nanolaser.checker import is_equivalent
 from nanolaser.cli import (
-    KV_CACHE_GB, TEMPERATURE, ModelOptions, Progress, main_guard, option, parse_args,
-    standard_input,
+    ModelOptions, Progress, main_guard, option, parse_args, standard_input,
 )  # fmt: skip
 from nanolaser.files import to_jsonl
 from nanolaser.judge import check_prompts, default_new_tokens, open_model
@@ -55,14 +54,14 @@ class Options(ModelOptions):
                            group="solutions", min=1,
                            shown="1, 8 with --vote, 32 with --adaptive")
     temperature: float = option(1.0, "of sampling; 0 always takes the likeliest token",
-                                group="solutions", words=(0.0,), **TEMPERATURE)
+                                group="solutions", min=0)
     top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
                           group="solutions", above=0, max=1)
     max_new_tokens: int | None = option(None, "longest solution", group="solutions", min=1,
                                         shown="half of the model's positions, at most 4096")
     max_rows: int = option(256, "solutions sampled at the same time", group="solutions", min=1)
     kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="solutions",
-                                       shown="half of what is free", **KV_CACHE_GB)
+                                       shown="half of what is free")
     vote: bool = option(False, "let the solutions decide together", group="vote")
     adaptive: bool = option(False, "vote, and stop when the decision is settled", group="vote")
     batch: int = option(4, "solutions between two looks of --adaptive", group="vote", min=1)
