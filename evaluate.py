@@ -53,12 +53,13 @@ from nanolaser.cli import (
     KV_CACHE_GB, TEMPERATURE, ModelOptions, Progress, main_guard, option, parse_args, warn,
 )  # fmt: skip
 from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
-from nanolaser.judge import default_new_tokens, judge, log_probability, open_model, tokens_of
+from nanolaser.judge import (
+    check_prompts, default_new_tokens, judge, log_probability, open_model, tokens_of)
 from nanolaser.problems import (
     ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
 )  # fmt: skip
 from nanolaser.rollout import Rollout, judged_rows, self_reward
-from nanolaser.sampler import check_prompts, generate, score
+from nanolaser.sampler import generate, score
 from nanolaser.scale.plan import default_kv_cache_gb
 
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them

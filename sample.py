@@ -24,19 +24,22 @@ have drawn first.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
+
+from tqdm import tqdm
 
 from nanolaser import metrics
 from nanolaser.checker import is_equivalent
-from nanolaser.cli import ModelOptions, main_guard, option, parse_args
-from nanolaser.judge import default_new_tokens, open_model
-from nanolaser.scale.plan import default_kv_cache_gb
+from nanolaser.cli import (
+    ModelOptions, Progress, main_guard, option, parse_args, standard_input,
+)  # fmt: skip
+from nanolaser.files import to_jsonl
+from nanolaser.judge import check_prompts, default_new_tokens, open_model
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
-from nanolaser.files import finite
 from nanolaser.rollout import Rollout, judged_rows
-from nanolaser.sampler import check_prompts, generate
+from nanolaser.sampler import generate
+from nanolaser.scale.plan import default_kv_cache_gb
 
 
 @dataclass
@@ -55,9 +58,9 @@ class Options(ModelOptions):
     top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
                           group="solutions", above=0, max=1)
     max_new_tokens: int | None = option(None, "longest solution", group="solutions", min=1,
-                                        shown="by model")
+                                        shown="half of the model's positions, at most 4096")
     max_rows: int = option(256, "solutions sampled at the same time", group="solutions", min=1)
-    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="solutions", above=0,
+    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="solutions",
                                        shown="half of what is free")
     vote: bool = option(False, "let the solutions decide together", group="vote")
     adaptive: bool = option(False, "vote, and stop when the decision is settled", group="vote")
@@ -77,17 +80,11 @@ def main() -> int:
     model, tokenizer = open_model(o)
     check_prompts(model, tokenizer, [problem.problem])
 
-    # Programs get rows at the end; people see each solution when it is there.
-    show = Silent() if o.json else Live(tokenizer, problem, n, full=not vote)
-    rows = draw(model, tokenizer, problem, n, o, show)
+    rows = draw(model, tokenizer, problem, n, o)
     decision = decide(rows, n, o) if vote else None
-
-    if o.json:
-        for row in rows:
-            print(json.dumps(finite(row)))
-        if decision:
-            print(json.dumps({"vote": decision}))
-    elif decision:
+    if o.json:  # programs get rows, at the end
+        print(to_jsonl(rows) + (json.dumps({"vote": decision}) + "\n" if vote else ""), end="")
+    elif vote:
         print_vote(rows, decision)
     elif n > 1:
         print(f"{count(n)}; --vote lets them decide together")
@@ -98,7 +95,7 @@ def read_problem(text: str | None) -> str:
     """The problem's text, from the command line or standard input; ValueError if there is none."""
     if text is None:
         raise ValueError('no problem given: python sample.py "(14+25)*2-9=?", or - to read one')
-    text = (sys.stdin.read() if text == "-" else text).strip()
+    text = (standard_input().decode("utf-8", "replace") if text == "-" else text).strip()
     if not text:
         raise ValueError("the problem is empty")
     return text
@@ -108,77 +105,52 @@ def read_problem(text: str | None) -> str:
 # drawing solutions
 
 
-def draw(model, tokenizer, problem: Problem, n: int, o: Options, show) -> list[dict]:
-    """Rollout rows of n solutions; fewer with --adaptive, where no more are needed."""
-    rows: list[dict] = []
-    while len(rows) < n:
-        new = generate(
-            model, tokenizer, [problem.problem], n=min(n - len(rows), o.batch if o.adaptive else n),
-            max_new_tokens=o.max_new_tokens or default_new_tokens(model), seed=o.seed,
-            temperature=o.temperature, top_p=o.top_p, max_rows=o.max_rows,
-            kv_cache_gb=o.kv_cache_gb or default_kv_cache_gb(model.device),
-            # Solution i draws from random stream i, in whichever call it is sampled: so the
-            # budget that --adaptive leaves unused is all that tells it from a plain vote.
-            streams=[len(rows)],
-            on_step=show.turn, on_finish=show.finish,
-        )  # fmt: skip
-        # Tokens go along for programs: verify.py then scores exactly what was sampled.
-        rows += judged_rows(new, [problem], tokenizer, o.json)
-        if o.adaptive and change_probability(rows, n - len(rows)) <= o.risk:
-            break
-    return rows
+def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
+    """Rollout rows of n solutions; fewer with --adaptive, where no more are needed.  People see
+    each of them when it is there."""
+    alone = n == 1 and not (o.vote or o.adaptive or o.json)
+    streamer, shown, rows = tokenizer.streamer(), 0, []
 
-
-def change_probability(rows: list[dict], remaining: int) -> float:
-    """Probability that `remaining` more solutions would change the vote."""
-    classes = metrics.answer_classes([row["answer"] for row in rows], is_equivalent)
-    return metrics.vote_change_probability(classes, weights(rows), remaining)
-
-
-def weights(rows: list[dict]) -> list[float | None]:
-    """What each solution weighs: its r_s.  Where r_s is unknown for the whole model (no c_ref),
-    every solution weighs the same, and the weighted vote is the majority vote."""
-    scores = [row["r_s"] for row in rows]
-    unknown = all(s is None for s in scores) and any(row["finished"] for row in rows)
-    return [float(row["finished"]) for row in rows] if unknown else scores
-
-
-class Live:
-    """Shows solutions as they come: a single one token by token, several as each one ends."""
-
-    def __init__(self, tokenizer, problem: Problem, n: int, full: bool):
-        self.tokenizer, self.problem, self.n, self.full = tokenizer, problem, n, full
-        self.streamer, self.shown, self.ended = tokenizer.streamer(), 0, 0
-
-    def turn(self, live: list[Rollout]) -> None:
-        """Print the new tokens of the solution, if it is the only one."""
-        if self.n > 1 or not self.full:
-            return
-        new = live[0].response_tokens[self.shown :]
-        self.shown += len(new)
+    def stream(live: list[Rollout]) -> None:  # a single solution, token by token
+        nonlocal shown
         # the streamer holds a character back until its last byte is there
-        print("".join(map(self.streamer.put, new)), end="", flush=True)
+        print("".join(map(streamer.put, live[0].response_tokens[shown:])), end="", flush=True)
+        shown = len(live[0].response_tokens)
 
-    def finish(self, rollout: Rollout) -> None:
-        """Print a solution that has ended, or what is left to say of the one streamed."""
-        self.ended += 1
-        row = judged_rows([rollout], [self.problem], self.tokenizer)[0]
-        if not self.full:
-            print(f"{self.ended:4d}  {describe(row)}", flush=True)
-        elif self.n == 1:
-            print(f"{self.streamer.end()}\n\n{describe(row)}", flush=True)
+    def finish(rollout: Rollout) -> None:
+        progress.update()
+        if o.json:
+            return
+        row = judged_rows([rollout], [problem], tokenizer)[0]
+        if alone:
+            text = f"{streamer.end()}\n\n{describe(row)}"
+        elif o.vote or o.adaptive:
+            text = f"{progress.done:4d}  {describe(row)}"
         else:
-            print(f"--- solution {self.ended} of {self.n}\n{row['response']}\n\n{describe(row)}\n")
+            head = f"--- solution {progress.done} of {n}"
+            text = f"{head}\n{row['response']}\n\n{describe(row)}\n"
+        tqdm.write(text)  # a print that leaves a bar on the terminal whole
 
-
-class Silent:
-    """Shows nothing: what --json prints comes at the end."""
-
-    def turn(self, live: list[Rollout]) -> None:
-        """Nothing."""
-
-    def finish(self, rollout: Rollout) -> None:
-        """Nothing."""
+    with Progress("sampled", n, "solution", shown=not alone) as progress:
+        while len(rows) < n:
+            new = generate(
+                model, tokenizer, [problem.problem],
+                n=min(n - len(rows), o.batch if o.adaptive else n),
+                max_new_tokens=o.max_new_tokens or default_new_tokens(model), seed=o.seed,
+                temperature=o.temperature, top_p=o.top_p, max_rows=o.max_rows,
+                kv_cache_gb=o.kv_cache_gb or default_kv_cache_gb(model.device),
+                # Solution i draws from random stream i, in whichever call it is sampled: so the
+                # budget that --adaptive leaves unused is all that tells it from a plain vote.
+                streams=[len(rows)], on_finish=finish, on_step=stream if alone else progress.step,
+            )  # fmt: skip
+            # Tokens go along for programs: verify.py then scores exactly what was sampled.
+            rows += judged_rows(new, [problem], tokenizer, token_ids=o.json)
+            if o.adaptive:
+                classes = metrics.answer_classes([row["answer"] for row in rows], is_equivalent)
+                left = n - len(rows)
+                if metrics.vote_change_probability(classes, weights(rows), left) <= o.risk:
+                    break
+    return rows
 
 
 def describe(row: dict) -> str:
@@ -203,6 +175,14 @@ def count(n: int, noun: str = "solution") -> str:
 # the vote
 
 
+def weights(rows: list[dict]) -> list[float | None]:
+    """What each solution weighs: its r_s.  Where r_s is unknown for the whole model (no c_ref),
+    every solution weighs the same, and the weighted vote is the majority vote."""
+    scores = [row["r_s"] for row in rows]
+    unknown = all(s is None for s in scores) and any(row["finished"] for row in rows)
+    return [float(row["finished"]) for row in rows] if unknown else scores
+
+
 def decide(rows: list[dict], budget: int, o: Options) -> dict:
     """The vote, ready for JSON: the candidates, both winners and how sure they are."""
     answers = [row["answer"] for row in rows]
@@ -216,6 +196,8 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
     candidates.sort(key=lambda c: (c["answer"] is not None, c["weight"], c["votes"]), reverse=True)
     # A class is called by its first member's text (the last assignment wins, hence reversed).
     name = {int(c): answers[i] for i, c in reversed(list(enumerate(classes)))}
+    chance_of_change = lambda more: metrics.vote_change_probability(  # noqa: E731
+        classes, scores, more)  # fmt: skip
     decision = {
         "candidates": candidates,
         "majority": name.get(metrics.majority_vote(classes)),
@@ -223,12 +205,12 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
         "solutions": len(rows),
         "by_r_s": any(row["r_s"] is not None for row in rows),
         # How sure?  What would as many solutions again do to the decision?
-        "change_probability": metrics.vote_change_probability(classes, scores, len(rows)),
+        "change_probability": chance_of_change(len(rows)),
     }
     if o.adaptive:
         left = budget - len(rows)
-        stopped = metrics.vote_change_probability(classes, scores, left)
-        decision |= {"budget": budget, "saved": left, "saved_change_probability": stopped}
+        decision |= {"budget": budget, "saved": left}
+        decision["saved_change_probability"] = chance_of_change(left)
     return decision
 
 
@@ -248,11 +230,9 @@ def print_vote(rows: list[dict], d: dict) -> None:
             print(f"{cut} of {count(len(rows))} cut off: a larger --max-new-tokens may help")
         return
     # The share is of what was given to answers: solutions without one have no part in it.
-    answered = [c for c in d["candidates"] if c["answer"] is not None]
-    total = sum(c["weight"] for c in answered)
-    first = next(c for c in answered if c["answer"] == d["weighted"])
-    most = next(c for c in answered if c["answer"] == d["majority"])
-    print(f"\nmajority  {d['majority']}   {most['votes']} of {count(len(rows))}")
+    answered = {c["answer"]: c for c in d["candidates"] if c["answer"] is not None}
+    total, first = sum(c["weight"] for c in answered.values()), answered[d["weighted"]]
+    print(f"\nmajority  {d['majority']}   {answered[d['majority']]['votes']} of {count(len(rows))}")
     share = f"{percent(first['weight'] / total)} % of the weight" if total else "nobody believed"
     print(f"weighted  {d['weighted']}   {share}")
     if not d["by_r_s"]:
@@ -260,9 +240,8 @@ def print_vote(rows: list[dict], d: dict) -> None:
     print(f"how sure: {len(rows)} more would change the weighted answer with probability "
           f"{chance(d['change_probability'])}")
     if "saved" in d:
-        why = "the budget is used up"
+        risk, why = d["saved_change_probability"], "the budget is used up"
         if d["saved"]:
-            risk = d["saved_change_probability"]
             change = f"would change it with probability {chance(risk)}"
             why = f"the other {d['saved']} " + (change if risk else "cannot change it")
         print(f"adaptive: {len(rows)} of {count(d['budget'])} drawn, {d['saved']} saved: {why}")

@@ -78,6 +78,8 @@ class Options:
     out: str | None = what(None, "the run's folder (runs/MODEL-ALGORITHM if not given)")
     resume: str | None = what(None, "go on with the run in this folder", metavar="DIR")
     plan: bool = what(False, "print what memory and time this run needs, and exit")
+    template: str | None = what(None, "chat template: a .jinja file, or r1, which asks for <think> "
+        "and <answer> tags", shown="the model's own")
     trial: bool = what(False, "this run in miniature: three steps, one of each phase")
     seed: int = what(0, "of problems and sampling", min=0)
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -139,7 +141,7 @@ class Options:
 # Where the paper's scripts differ from that of Qwen2.5-7B.  Open-Reasoner-Zero has been through RL
 # already, so it needs no reasoning warm-up; it was trained to answer within <answer> tags.
 PRESETS = {
-    "orz-7b": dict(reasoning_warmup=0, self_reward_warmup=200),
+    "orz-7b": dict(reasoning_warmup=0, template="r1"),
     "octothinker-3b": dict(z_c="<|reserved_special_token_0|>"),
 }
 # A complete run that takes minutes on any model: as little as possible of everything.

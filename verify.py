@@ -17,8 +17,7 @@ Tokens or text?  A model's own tokens are not always the ones its tokenizer woul
 it wrote, and r_s belongs to tokens.  Rows that carry token ids are therefore scored on exactly
 those, and get exactly the sampler's number.  A text is tokenised once, in the model's prompt, and
 the model's end token is put after it: for the same text that can give a slightly other r_s.  Ids
-of another tokenizer (they do not spell the text that comes with them) are not used: so one model
-can verify another's solutions.
+that do not spell the text beside them are another model's, and the text is scored.
 
 A row that cannot be read is reported by its line and left out; the others are done all the same,
 and the exit code is then 1.
@@ -26,21 +25,27 @@ and the exit code is then 1.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanolaser import metrics
 from nanolaser.checker import explain, extract_answer, is_equivalent
-from nanolaser.cli import ModelOptions, is_terminal, main_guard, option, parse_args
-from nanolaser.judge import open_model, r_s, warn
+from nanolaser.cli import (
+    ModelOptions, Progress, main_guard, option, parse_args, standard_input, warn,
+)  # fmt: skip
+from nanolaser.files import read_jsonl, to_jsonl, write_atomic
+from nanolaser.judge import open_model
 from nanolaser.report import verification_table
-from nanolaser.files import finite, write_atomic
+from nanolaser.rollout import self_reward
 from nanolaser.sampler import score
+
+# Which key holds the tokens of which text.
+TOKENS = {"problem": "prompt_token_ids", "response": "response_token_ids"}
+# Problem and solution may be this many times as long as the texts that the model was trained on:
+# a model can be sampled beyond its positions, and then r_s is read as it was sampled.
+TOO_LONG = 4
 
 
 @dataclass
@@ -59,17 +64,16 @@ class Options(ModelOptions):
 
     def __post_init__(self):
         # Half of a question is refused before a model is loaded for it.
-        one = self.problem is not None or self.solution is not None
-        if one and (self.input is not None or self.output is not None):
-            raise ValueError("give --problem and --solution, or --input and --output, not both")
-        if not one and (self.input is None or self.output is None):
-            both = "--problem and --solution, or --input and --output"
-            missing = "--output" if self.input is not None else both
-            raise ValueError(f"nothing to verify: give {missing}")
-        if one and (self.problem is None or self.solution is None):
-            raise ValueError("--problem and --solution belong together: one of them is missing")
-        if not one and self.gold is not None:
-            raise ValueError("--gold belongs to --solution; in a file each row has its own gold")
+        one, many = (self.problem, self.solution), (self.input, self.output)
+        if one == many == (None, None):
+            raise ValueError("nothing to verify: give --problem and --solution, or --input and "
+                             "--output")
+        if None not in one and many == (None, None):
+            return
+        if None not in many and one == (None, None) and self.gold is None:
+            return
+        raise ValueError("--problem, --solution (and --gold) belong together, and so do --input "
+                         "and --output: give one of the two pairs, and not both")
 
 
 def main() -> int:
@@ -78,18 +82,11 @@ def main() -> int:
     return verify_one(o) if o.input is None else verify_file(o)
 
 
-# ---------------------------------------------------------------------------------------------
-# one solution
-
-
 def verify_one(o: Options) -> int:
     """Print r_s, the verdict and, with a gold answer, what the checker says and why."""
-    solution = sys.stdin.read() if o.solution == "-" else o.solution
-    row = {"problem": o.problem, "response": solution}
-    if o.gold is not None:
-        row["gold"] = o.gold
-    check_row(row)
+    solution = o.solution if o.solution != "-" else standard_input().decode("utf-8", "replace")
     model, tokenizer = open_model(o)
+    row = {"problem": o.problem, "response": solution, "gold": o.gold}
     row = score_rows(model, tokenizer, [row], o.batch_tokens)[0]
     if row["logp_zc"] is None:
         return 1  # too long, as has been said
@@ -106,10 +103,6 @@ def verify_one(o: Options) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------
-# a file of solutions
-
-
 def verify_file(o: Options) -> int:
     """Score every readable row of --input into --output; 1 if some could not be read."""
     rows, bad = read_rows(o.input)
@@ -117,183 +110,146 @@ def verify_file(o: Options) -> int:
         warn(f"{o.input}, line {line}: {reason}; left out")
     if not rows:
         raise ValueError(f"{o.input}: " + ("no row can be read" if bad else "no rows in it"))
-    # Found out now, not after an hour of scoring.
-    folder = Path(o.output).absolute().parent
-    if o.output != "-" and not os.access(folder, os.W_OK):
-        reason = "the folder cannot be written to" if folder.is_dir() else "no such folder"
-        raise ValueError(f"--output {o.output}: {reason}")
+    if o.output != "-":
+        check_output(o.output)  # found out now, not after an hour of scoring
     model, tokenizer = open_model(o)
-    # stderr, all that is for people: standard output may be the data
-    with tqdm(total=len(rows), unit="solution", disable=not is_terminal()) as bar:
-        scored = score_rows(model, tokenizer, rows, o.batch_tokens, bar.update)
+    # All that is for people goes to stderr: standard output may be the data.
+    with Progress("scored", len(rows), "solution") as progress:
+        scored = score_rows(model, tokenizer, rows, o.batch_tokens, progress.update)
     # At the end and at once: whoever sees the file sees all of it.
-    text = "".join(json.dumps(finite(row)) + "\n" for row in scored)
     if o.output == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(to_jsonl(scored))
     else:
-        write_atomic(o.output, text)
-    report(scored, len(bad), o)
+        write_atomic(o.output, to_jsonl(scored))
+    report(scored, len(bad))
     return 1 if bad else 0
+
+
+def check_output(name: str) -> None:
+    """ValueError if nothing could be written there."""
+    # A new file is made beside the one it replaces; what is no file (a pipe) is written to.
+    path = Path(name)
+    place = path if path.exists() and not path.is_file() else Path(os.path.realpath(path)).parent
+    why = ("is a folder" if path.is_dir() else "no such folder" if not place.exists() else
+           None if os.access(place, os.W_OK) else f"{place} cannot be written to")  # fmt: skip
+    if why:
+        raise ValueError(f"--output {name}: {why}")
+
+
+# ---------------------------------------------------------------------------------------------
+# rows in
 
 
 def read_rows(name: str) -> tuple[list[dict], list[tuple[int, str]]]:
     """The rows of a file, and (line, reason) for each one that cannot be read."""
-    # Bytes, decoded line by line: one broken character must not cost the whole file.
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     rows, bad = [], []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    data = standard_input() if name == "-" else None
+    for number, row in read_jsonl(name, data=data, on_damage=lambda *what: bad.append(what)):
         try:
-            row = json.loads(line)
-            check_row(row)
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
-            # json says "line 1", which is not the line of the file: our own words instead
-            text = str(error)
-            bad.append((number, "not JSON" if isinstance(error, json.JSONDecodeError) else text))
-    return rows, bad
+            rows.append(checked(row))
+        except ValueError as error:
+            bad.append((number, str(error)))
+    return rows, sorted(bad)
 
 
-def check_row(row: dict) -> None:
-    """Give a row its usual names, in place; ValueError if something is missing or of a wrong
-    kind."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    # Benchmarks say question; people say solution where rollout rows say response.  Where there
-    # are token ids, the text is not needed.
+def checked(row: dict) -> dict:
+    """A row under its usual names; ValueError if something is missing or of a wrong kind."""
+    row = dict(row)
     for name, other in (("problem", "question"), ("response", "solution")):
-        if row.get(name) is None and row.get(other) is not None:
-            row[name] = row[other]
-        ids = row.get(TOKENS[name])
-        if ids is not None:
-            good = isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
-            if not good:
-                raise ValueError(f"{TOKENS[name]} must be a list of token ids")
-        elif row.get(name) is None:
+        # Benchmarks say question; people say solution where rollout rows say response.
+        if row.get(name) is None:
+            row[name] = row.get(other)
+        text, ids = row[name], row.get(TOKENS[name])
+        if ids is not None and not (isinstance(ids, list) and ids and
+                                    all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+            raise ValueError(f"{TOKENS[name]} must be a list of token ids")
+        if text is None and ids is None:  # with token ids, the text is not needed
             raise ValueError(f"no {name}")
-        if row.get(name) is not None and not isinstance(row[name], str):
+        if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be text")
     gold = row.get("gold")
     if isinstance(gold, bool) or not isinstance(gold, (str, int, float, type(None))):
         raise ValueError("gold must be text or a number")
-
-
-# Which key holds the tokens of which text.
-TOKENS = {"problem": "prompt_token_ids", "response": "response_token_ids"}
-# Problem and solution may be this many times as long as the texts that the model was trained on:
-# a model can be sampled beyond its positions, and then r_s is read as it was sampled.
-TOO_LONG = 4
-
-
-def report(rows: list[dict], bad: int, o: Options) -> None:
-    """A summary on stderr; with gold answers, how good the verdicts were."""
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    said = {v: sum(row["verdict"] == v for row in rows) for v in ("right", "wrong", None)}
-    say(f"{len(rows)} solutions: {said['right']} believed right, {said['wrong']} wrong, "
-        f"{said[None]} without r_s" + (f"; {bad} lines left out" if bad else ""))
-    foreign = sum(row["tokens_from"] == "text" and "response_token_ids" in row for row in rows)
-    if foreign:
-        say(f"{foreign} rows carry another tokenizer's ids: their text was used")
-    differ = sum(row.get("text_tokens_differ", False) for row in rows)
-    if differ:
-        say(f"{differ} texts would be cut into other tokens than they were sampled as; their "
-            "token ids were used")
-    checked = [row for row in rows if row["r_v"] is not None]
-    if checked:
-        # Solutions of one problem belong together (AUROC within): its text tells, for rows of
-        # several files may have the same prompt_id.
-        known = [
-            dict(row, prompt_id=None, problem=str([row.get("problem"), row.get(TOKENS["problem"])]))
-            for row in checked
-        ]
-        say(verification_table({f"{len(checked)} with gold": metrics.verification(known)}))
+    return row
 
 
 # ---------------------------------------------------------------------------------------------
-# what both do
+# scores out
 
 
 def score_rows(model, tokenizer, rows: list[dict], batch_tokens: int, on_scored=None) -> list[dict]:
     """The rows with logp_zc, r_s, verdict, answer and, where there is a gold, r_v and checker."""
-    prompts, responses, done = [], [], []
-    for row in rows:
-        prompt, response, facts = to_tokens(tokenizer, row)
-        done.append({**row, **facts})
-        prompts.append(prompt)
-        responses.append(response)
-    # Only what has an end can be read; the others keep None.
+    tokens = [to_tokens(tokenizer, row) for row in rows]
+    done = [{**row, **facts} for row, (_, _, facts) in zip(rows, tokens)]
+    # Only what has an end can be read; the others keep None.  A row of a megabyte is a mistake,
+    # and the cost grows with the square of the length.
     ended = [i for i, row in enumerate(done) if row["finished"]]
-    # A row of a megabyte is a mistake, and the cost grows with the square of the length.
     most = TOO_LONG * model.config.max_position_embeddings
-    fit = [i for i in ended if len(prompts[i]) + len(responses[i]) <= most]
+    fit = [i for i in ended if len(tokens[i][0]) + len(tokens[i][1]) <= most]
     if len(fit) < len(ended):
         warn(f"{len(ended) - len(fit)} solutions have over {most} tokens, {TOO_LONG} times what "
              "the model was made for: no r_s")
-    ended = fit
-    if on_scored is not None:
-        on_scored(len(done) - len(ended))
-    values = score(
-        model, tokenizer.z_c_id, [prompts[i] for i in ended], [responses[i] for i in ended],
-        batch_tokens=batch_tokens, on_scored=on_scored,
-    )  # fmt: skip
-    for i, value in zip(ended, values):
+    prompts, responses = [tokens[i][0] for i in fit], [tokens[i][1] for i in fit]
+    values = score(model, tokenizer.z_c_id, prompts, responses, batch_tokens, on_scored)
+    for i, value in zip(fit, values):
         done[i]["logp_zc"] = value
-        done[i]["r_s"] = r_s(tokenizer, value)
+        done[i]["r_s"] = self_reward(value, tokenizer)
         if done[i]["r_s"] is not None:
             done[i]["verdict"] = "right" if done[i]["r_s"] > 0.5 else "wrong"
-    return [ask_checker(row) for row in done]
+    return [row | ask_checker(row) for row in done]
 
 
 def to_tokens(tokenizer, row: dict) -> tuple[list[int], list[int], dict]:
     """(prompt ids, response ids, what is known of the row before scoring)."""
     prompt, response = row.get(TOKENS["problem"]), row.get(TOKENS["response"])
-    facts = {"logp_zc": None, "r_s": None, "verdict": None, "tokens_from": "text"}
-    if response is not None and own_tokens(tokenizer, row):
-        facts["tokens_from"] = "ids"
+    facts = {"logp_zc": None, "r_s": None, "verdict": None, "tokens_from": "ids"}
+    known = response is not None and max([*response, *(prompt or [])]) < tokenizer.size
+    if known and row["response"] in (None, tokenizer.decode(response)):
         finished = response[-1] in tokenizer.stop_ids
-        text = facts["response"] = tokenizer.decode(response)
-        again = tokenizer.encode(text) + response[-1:] * finished
-        facts["text_tokens_differ"] = again != response
+        facts["response"] = tokenizer.decode(response)
+    elif row["response"] is None or row["problem"] is None:
+        raise ValueError("a row's token ids are another model's, and it has no problem and "
+                         "response as text")
     else:
         # With the ids of its response those of its prompt fall: they are the same model's.
-        prompt = prompt if response is None else None
+        prompt, facts["tokens_from"] = None, "text"
         finished = bool(row.get("finished", True))
         # The end of a solution is where r_s is read: a text has none, so it is given one.
         response = tokenizer.encode(row["response"]) + [tokenizer.stop_ids[0]] * finished
-    if prompt is None:
-        prompt = tokenizer.encode_prompt(row["problem"])
-    elif max(prompt) >= tokenizer.size:
-        raise ValueError(f"prompt_token_ids: token {max(prompt)} does not exist in this model")
-    facts |= {"finished": finished, "response_tokens": len(response)}
-    return prompt, response, facts
-
-
-def own_tokens(tokenizer, row: dict) -> bool:
-    """Are a row's token ids this model's?  ValueError if not and there is no text instead."""
-    prompt, response = row.get(TOKENS["problem"]) or [], row[TOKENS["response"]]
-    fit = max(prompt + response) < tokenizer.size
-    # Solutions of one model scored by another: its ids mean other text here, or none.
-    if fit and row.get("response") in (None, tokenizer.decode(response)):
-        return True
-    if row.get("response") is None or row.get("problem") is None:
-        raise ValueError(
-            "a row's token ids are another model's (too large, or of another text), and it has no "
-            "problem and response as text"
-        )
-    return False
+    prompt = prompt or tokenizer.encode_prompt(row["problem"])
+    return prompt, response, facts | {"finished": finished, "response_tokens": len(response)}
 
 
 def ask_checker(row: dict) -> dict:
-    """Add the boxed answer and, where there is a gold, r_v and the checker's reason, in place."""
-    answer = row["answer"] = extract_answer(row["response"]) or None
-    gold, row["r_v"] = row.get("gold"), None
-    if gold is not None:
-        # Not strict: exactly one box is a rule for training, where a model would exploit more.
-        row["r_v"] = float(answer is not None and is_equivalent(answer, str(gold)))
+    """The boxed answer and, where there is a gold, r_v and the checker's reason."""
+    gold, r_v = row.get("gold"), None
+    # Not strict: exactly one box is a rule for training, where a model would exploit more.
+    try:
+        answer = extract_answer(row["response"]) or None
+        if gold is None:
+            return {"answer": answer, "r_v": None}
+        r_v = float(answer is not None and is_equivalent(answer, str(gold)))
         reason = "no boxed answer" if answer is None else explain(answer, str(gold)).rule
-        row["checker"] = reason
-    return row
+    except Exception as error:  # a text that is too much for the checker is one bad row, not all
+        answer, r_v = None, None if gold is None else 0.0
+        reason = f"the checker failed: {type(error).__name__}"
+    return {"answer": answer, "r_v": r_v, "checker": reason}
+
+
+def report(rows: list[dict], bad: int) -> None:
+    """A summary on stderr; with gold answers, how good the verdicts were."""
+    said = {v: sum(row["verdict"] == v for row in rows) for v in ("right", "wrong", None)}
+    lines = f"; {bad} lines left out" if bad else ""
+    print(f"{len(rows)} solutions: {said['right']} believed right, {said['wrong']} wrong, "
+          f"{said[None]} without r_s{lines}", file=sys.stderr)
+    # Solutions of one problem belong together (AUROC within): its text tells, for rows of several
+    # files may have the same prompt_id.
+    problem = lambda row: str([row["problem"], row.get(TOKENS["problem"])])  # noqa: E731
+    gold = [row | {"prompt_id": None, "problem": problem(row)} for row in rows
+            if row["r_v"] is not None]  # fmt: skip
+    if gold:
+        table = verification_table({f"{len(gold)} with gold": metrics.verification(gold)})
+        print(table, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ Checkpoints: a Hugging Face folder or hub id in, a Hugging Face folder out, and 
 What is on disk is safetensors and JSON, nothing else: loading either can execute nothing.  (A .bin
 or .pt checkpoint is a pickle, that is, a program; such files are not read at all.)
 
-Two promises, kept here for the whole project:
-*  Loading is strict.  A tensor that is missing, surplus or of another shape is an error with its
-   name, for a model that runs with a random layer in it looks almost like one that was trained.
-*  What is written is whole or absent.  It goes to a temporary name, is flushed to the disk, and
-   only then takes its real name; a crash or a full disk leaves what was there before.
+Loading is strict.  A tensor that is missing, surplus or of another shape, or that holds a NaN, is
+an error with its name: a model that runs with a random layer in it looks almost like one that was
+trained.  Saving is whole or not at all: the folder takes its name when everything is in it.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Container, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,46 +174,25 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: W
         model = CausalLM(config)
     world.fully_shard(model, device)
     # All headers before any tensor: what does not fit is said at once, not after gigabytes.
-    shards = [_header(path) for path in _weight_files(folder)]
+    files = {path: _read_header(path) for path in _weight_files(folder)}  # {path: {name: shape}}
     expected = {name: list(t.shape) for name, t in model.state_dict().items()}
-    _check_names(folder, expected, {k: v for s in shards for k, v in s.tensors.items()}, config)
-    for shard in shards:
-        for names in shard.chunks(expected):
+    found = {name: shape for shapes in files.values() for name, shape in shapes.items()}
+    _check_names(folder, expected, found, config.tie_word_embeddings)
+    for path, shapes in files.items():
+        for names in _chunks({n: shape for n, shape in shapes.items() if n in expected}):
             # Each chunk is mapped, converted and unmapped: the peak is one copy and one chunk.
             # A copy also where the dtype is right already: a mapped tensor would change with its
             # file, and starts at an odd address, on which fast kernels round differently.
-            with _open(shard.path) as file:
+            with _open(path) as file:
                 tensors = {n: world.scatter(file.get_tensor(n), device, dtype) for n in names}
             for name, tensor in tensors.items():
-                _check_finite(shard.path, name, local(tensor))
+                _check_finite(path, name, local(tensor))
             # assign: these tensors become the parameters; there is nothing to copy into.
             model.load_state_dict(tensors, strict=False, assign=True)
-    _check_tied(model, shards, world)
+    for path, shapes in files.items():
+        if config.tie_word_embeddings and "lm_head.weight" in shapes:
+            _check_tied(path, model, world)
     return model
-
-
-def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """ValueError if a weight is NaN or infinite: one is enough to make every answer noise."""
-    # Smallest and largest number carry it, and are found as fast as memory is read.
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise ValueError(
-            f"{path}: the weights hold NaN or infinity ({name}, read as {tensor.dtype}): they were "
-            "damaged or badly trained; take an older checkpoint, or copy them again"
-        )
-
-
-def _check_tied(model: CausalLM, shards: list[_Shard], world: World) -> None:
-    """ValueError if the config ties the output matrix, but the files hold another one: whichever
-    of the two were used, half of those who saved such a checkpoint would have meant the other."""
-    for shard in shards:
-        if model.config.tie_word_embeddings and "lm_head.weight" in shard.tensors:
-            with _open(shard.path) as file:
-                own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
-            if not torch.equal(world.local_rows(own), local(model.lm_head_weight)):
-                raise ValueError(
-                    f"{shard.path}: lm_head.weight differs from the embedding, to which "
-                    "config.json ties it; set tie_word_embeddings to false there to use it"
-                )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -240,27 +217,6 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(places.values()))]
 
 
-@dataclass
-class _Shard:
-    """One safetensors file: the shapes of its tensors, read from its header alone."""
-
-    path: Path
-    tensors: dict[str, list[int]]
-
-    def chunks(self, wanted: Container[str]) -> Iterator[list[str]]:
-        """The wanted names, in portions of about CHUNK_BYTES."""
-        chunk, size = [], 0
-        for name, shape in self.tensors.items():
-            if name in wanted:
-                chunk.append(name)
-                size += 4 * math.prod(shape)  # as fp32, the largest that it may become
-            if size > CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
-
-
 def _open(path: Path):
     """safe_open, with its error turned into a line that names the file."""
     try:
@@ -271,46 +227,80 @@ def _open(path: Path):
         ) from None
 
 
-def _header(path: Path) -> _Shard:
-    """Read the names, shapes and dtypes of a file, not its tensors."""
-    tensors = {}
+def _read_header(path: Path) -> dict[str, list[int]]:
+    """{name: shape} of the tensors in a file, none of which is read."""
+    shapes = {}
     with _open(path) as file:
         for name in file.keys():
             part = file.get_slice(name)
-            dtype = str(part.get_dtype())
-            if dtype not in DISK_DTYPES:
-                raise ValueError(f"{path}: {name} is {dtype}: quantised weights are not supported")
-            tensors[name] = part.get_shape()
-    return _Shard(path, tensors)
+            if str(part.get_dtype()) not in DISK_DTYPES:
+                raise ValueError(
+                    f"{path}: {name} is {part.get_dtype()}: quantised weights are not supported"
+                )
+            shapes[name] = part.get_shape()
+    return shapes
 
 
-def _check_names(folder: Path, expected: dict, found: dict, config: ModelConfig) -> None:
+def _chunks(shapes: dict[str, list[int]]) -> Iterator[list[str]]:
+    """The names of some tensors, in portions of about CHUNK_BYTES."""
+    chunk, size = [], 0
+    for name, shape in shapes.items():
+        chunk.append(name)
+        size += 4 * math.prod(shape)  # as fp32, the largest that it may become
+        if size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
+
+
+def _check_names(folder: Path, expected: dict, found: dict, tied: bool) -> None:
     """ValueError unless the tensors are the model's; names three of each kind, and counts."""
     # Two kinds of tensor may be there and are not needed: the duplicate of a tied output matrix,
     # and the rotary tables that old LLaMA checkpoints carry.
-    duplicate = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    surplus = [
-        n
-        for n in found
-        if n not in expected and n not in duplicate and not n.endswith("rotary_emb.inv_freq")
-    ]
-    missing = [n for n in expected if n not in found]
-    misshapen = [
-        f"{n} {found[n]} instead of {shape}"
-        for n, shape in expected.items()
-        if n in found and found[n] != shape
-    ]
-    problems = [
-        f"{len(names)} {label}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for label, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+    needless = ("rotary_emb.inv_freq", *(["lm_head.weight"] if tied else []))
+    wrong = {
+        "missing": [n for n in expected if n not in found],
+        "surplus": [n for n in found if n not in expected and not n.endswith(needless)],
+        "misshapen": [f"{n} {found[n]} instead of {shape}" for n, shape in expected.items()
+                      if found.get(n, shape) != shape],
+    }  # fmt: skip
+    said = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for kind, names in wrong.items()
         if names
     ]
-    if problems:
-        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+    if said:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(said)}")
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """ValueError if a weight is NaN or infinite: one is enough to make every answer noise."""
+    # Smallest and largest number tell (a NaN is both), and are found as fast as memory is read.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(
+            f"{path}: the weights hold NaN or infinity ({name}, read as {tensor.dtype}): they were "
+            "damaged or badly trained; take an older checkpoint, or copy them again"
+        )
+
+
+def _check_tied(path: Path, model: CausalLM, world: World) -> None:
+    """ValueError if the config ties the output matrix, but the file holds another one: whichever of
+    the two were used, half of those who saved such a checkpoint would have meant the other."""
+    with _open(path) as file:
+        own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
+    if not torch.equal(world.local_rows(own), local(model.lm_head_weight)):
+        raise ValueError(
+            f"{path}: lm_head.weight differs from the embedding, to which config.json ties it; set "
+            "tie_word_embeddings to false there to use it"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
 # config.json: the dialects of Hugging Face's transformers, 4 and 5
+
+# Far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
+LARGEST = {"vocab_size": 16_777_216, "hidden_size": 1_048_576, "intermediate_size": 1_048_576,
+           "num_hidden_layers": 1024, "num_attention_heads": 65_536}  # fmt: skip
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -326,51 +316,41 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     """A parsed config.json as a ModelConfig; ValueError names what this decoder does not implement,
     so that nothing is ever silently computed differently, and sizes that no model has."""
     kind = raw.get("model_type")
-    if kind not in ("qwen2", "llama"):
-        raise ValueError(
-            f"config.json: model_type {kind!r} ({str(raw.get('architectures') or '?'):.80}) is not "
-            "supported; this decoder implements qwen2 and llama"
-        )
+    layers = raw.get("layer_types") or ["full_attention"]
     # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
     sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
-    layers = raw.get("layer_types") or ["full_attention"]
-    others = not isinstance(layers, list) or any(x != "full_attention" for x in layers)
+    sliding = sliding or not isinstance(layers, list) or any(x != "full_attention" for x in layers)
     for unsupported, what in (
+        (kind not in ("qwen2", "llama"), f"model_type {kind!r:.40} (only qwen2 and llama are)"),
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r:.40}"),
         (raw.get("quantization_config"), "a model of quantised weights"),
-        (sliding or others, "sliding-window attention (sliding_window, layer_types)"),
+        (sliding, "sliding-window attention (sliding_window, layer_types)"),
     ):
         if unsupported:
             raise ValueError(f"config.json: {what} is not supported")
-    # Bounds far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
-    heads = _number(raw, "num_attention_heads", most=65_536)
-    hidden = _number(raw, "hidden_size", most=1_048_576)
+    sizes = {name: _number(raw, name, most=most) for name, most in LARGEST.items()}
+    heads = sizes["num_attention_heads"]
     theta, scaling = _rope_from_hf(raw)
-    eos = raw.get("eos_token_id")
-    bias = bool(raw.get("attention_bias", False))
+    eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
+    # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one switch means
+    # all four.  transformers leaves out what equals the family's default, which is no for all.
+    qwen, bias = kind == "qwen2", bool(raw.get("attention_bias"))
     config = ModelConfig(
         model_type=kind,
-        vocab_size=_number(raw, "vocab_size", most=16_777_216),
-        hidden_size=hidden,
-        intermediate_size=_number(raw, "intermediate_size", most=1_048_576),
-        num_hidden_layers=_number(raw, "num_hidden_layers", most=1024),
-        num_attention_heads=heads,
+        **sizes,
         num_key_value_heads=_number(raw, "num_key_value_heads", heads, most=heads),
-        head_dim=_number(raw, "head_dim", hidden // heads, most=65_536),
+        head_dim=_number(raw, "head_dim", sizes["hidden_size"] // heads, most=65_536),
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, float, 1.0),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=_number(raw, "max_position_embeddings", 2048, most=2**31),
-        # transformers leaves out what equals the family's default, and both say False
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one switch
-        # means all four.
-        attention_bias=True if kind == "qwen2" else bias,
-        attention_output_bias=False if kind == "qwen2" else bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        attention_bias=qwen or bias,
+        attention_output_bias=bias and not qwen,
+        mlp_bias=bool(raw.get("mlp_bias")) and not qwen,
         initializer_range=_number(raw, "initializer_range", 0.02, float, 1000.0),
         eos_token_id=tuple(i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int),
-        bos_token_id=raw.get("bos_token_id") if type(raw.get("bos_token_id")) is int else None,
+        bos_token_id=bos if type(bos) is int else None,
     )
     if config.head_dim % 2 or heads % config.num_key_value_heads:
         raise ValueError(
@@ -382,26 +362,24 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
-    llama = config.model_type == "llama"
+    llama, eos = config.model_type == "llama", config.eos_token_id
     theta, scaling = config.rope_theta, config.rope_scaling
     raw = {
         "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
         **asdict(config),
         "hidden_act": "silu",
         # both dialects: the old pair, and transformers 5's rope_parameters
-        "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
-        "eos_token_id": [*config.eos_token_id],
+        "eos_token_id": [*eos] if len(eos) > 1 else eos[0] if eos else None,
     }
-    for name in ("attention_output_bias", *(() if llama else ("attention_bias", "mlp_bias"))):
-        del raw[name]  # what the family says by itself: see above
+    # What the family says by itself (see above) is left out.
+    del raw["attention_output_bias"]
     if not llama:
+        del raw["attention_bias"], raw["mlp_bias"]
         raw["use_sliding_window"] = False
-    if len(config.eos_token_id) < 2:  # one is written as a number, none not at all
-        raw["eos_token_id"] = (*config.eos_token_id, None)[0]
     return {k: v for k, v in raw.items() if v is not None or k == "rope_scaling"}
 
 
@@ -428,12 +406,10 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor is not supported")
     kind = scaling.get("rope_type", (old or new).get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"config.json: rope type {kind!r:.40} is not default or llama3")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise ValueError(
-            f"config.json: rope type {kind!r:.40} is not supported (only default and llama3)"
-        )
     # read and not guessed: a wrong one only shows in long texts
     for name in ("factor", "low_freq_factor", "high_freq_factor"):
         _number(scaling, name, kind=float)
@@ -455,9 +431,8 @@ def save_pretrained(
     shard_bytes: int = SHARD_BYTES,
     world: World = ALONE,
 ) -> None:
-    """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load: config.json,
-    tokenizer files, generation_config.json, model.safetensors, laser.json; with `state`, also
-    what `load_state` reads, in its folder `state/`.
+    """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
+    also what `load_state` reads, in its folder `state/`.
 
     Weights keep the model's dtype; a tied matrix is written once.  The folder appears whole.  In
     a folder that exists each file is replaced whole, and foreign files stay.  OSError if the disk
@@ -510,9 +485,9 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, limit: int, world: 
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         _write_tensors(folder / file, {name: tensors[name] for name in names}, world)
         place |= dict.fromkeys(names, file)
-    index = _json({"metadata": {"total_size": total}, "weight_map": place})
     if world.is_first:
-        write_atomic(folder / INDEX, index)
+        index = {"metadata": {"total_size": total}, "weight_map": place}
+        write_atomic(folder / INDEX, _json(index))
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
@@ -533,8 +508,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
         t = tensors[name]
         shape = [lengths[name], *t.shape[1:]] if t.dim() else []
         begin, end = end, end + math.prod(shape) * t.itemsize
-        dtype = DTYPE_NAMES[t.dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     wholes = (world.all_gather(tensors[name]) for name in order)  # one by one, all ranks together
@@ -620,10 +594,8 @@ def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tens
         if not file.is_file():
             raise ValueError(f"{file} is missing; {OLDER}")
         if _sha256(file) != written:
-            raise ValueError(
-                f"{file} is damaged or was changed: its checksum is not the one it was saved with; "
-                f"{OLDER}"
-            )
+            changed = "is damaged or was changed: its checksum is not the one it was saved with"
+            raise ValueError(f"{file} {changed}; {OLDER}")
     # Read and copied, not mapped: these tensors are about to be updated in place.
     with _open(folder / "state.safetensors") as file:
         return {name: world.local_rows(file.get_tensor(name)).clone() for name in file.keys()}, meta

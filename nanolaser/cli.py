@@ -11,15 +11,14 @@ A dataclass of options becomes a command line: its fields *are* the flags and th
     options = apply_preset(options, given, paper_defaults(Options))     # steps stays 40
 
 A value travels  text --_convert--> value --_check--> options.  What a file holds (the config.json
-of a run that is resumed) enters at the second arrow: `check_options`, the same bounds, no second
-truth.  A flag that does not exist or a value that does not fit is one line on stderr and exit code
-2: training for an hour under a default because of a typo is the costliest silent bug of a script.
+of a run that is resumed) enters at the second arrow, `check_options`: one truth about bounds.  A
+flag that does not exist or a value that does not fit is one line on stderr and exit code 2:
+training for an hour under a default because of a typo is the costliest silent bug of a script.
 
-Not argparse: it takes the value of `--gold -1/2` for a flag, and mathematics is full of such
-values; it lets `--save` mean `--save-every` until the day `--save-all` is added; and it answers a
-typo with a page.  What a command line is takes a page here: `_read`.
+Not argparse: it takes the value of `--gold -1/2` for a flag, lets `--save` mean `--save-every`
+until the day `--save-all` is added, and answers a typo with a page.
 
-Below that: what every script says on stderr (warn, Progress) and how it ends (main_guard).
+Below that, what every script says on stderr (warn, Progress) and how it ends (main_guard).
 """
 
 from __future__ import annotations
@@ -47,37 +46,26 @@ Options = TypeVar("Options")
 
 _SAME = object()  # `paper` not given: the default holds for every model
 MOST = 1_000_000  # of any count without a `max` of its own: a zero too many must not run for ever
-# Bounds that several scripts share.  The sampler's dice are 64-bit integers; beyond a temperature
-# of 100 every token is alike, below 0.01 none but the likeliest is left, which is what 0 says.
-SEED = dict(min=-(2**63), max=2**63 - 1)
-TEMPERATURE = dict(min=0.01, max=100.0)
-KV_CACHE_GB = dict(above=0, max=100_000)
-NATS = dict(min=-1000.0, max=0.0)  # a log-probability
-BETA_V = dict(min=1e-6, max=1e6)
+# Bounds that hold wherever an option has that name.  Seeds are multiplied and added up in 64 bits.
+# Beyond a temperature of 100 all tokens are alike, below 0.01 only the likeliest is left, which is
+# what 0 says (allowed where the option's own min is 0).  c_ref is a log-probability.
+BOUNDS = {"seed": (-(2**40), 2**40), "temperature": (0.01, 100.0), "kv_cache_gb": (0.001, 1e5),
+          "c_ref": (-1000.0, 0.0), "beta_v": (1e-6, 1e6)}  # fmt: skip
 
 
 def option(
-    default: Any,
-    help: str,
-    *,
-    group: str = "options",
-    choices: Sequence[Any] = (),
-    words: Sequence[Any] = (),
-    min: float | None = None,
-    max: float | None = None,
-    above: float | None = None,
-    paper: Any = _SAME,
-    metavar: str | None = None,
-    count: int = 1,
+    default: Any, help: str, *, group: str = "options", choices: Sequence = (),
+    words: Sequence = (), min: float | None = None, max: float | None = None,
+    above: float | None = None, paper: Any = _SAME, metavar: str | None = None, count: int = 1,
     shown: str | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """One field of an options dataclass: its default, its meaning, what it accepts.
 
     `min` and `max` are inclusive bounds, `above` an exclusive one; `choices` are the only values
-    allowed; `words` are values allowed beside those in bounds (`--c-ref auto`, `--temperature 0`).
-    `default` is the embedded model's, `paper` every other model's where that differs.  A tuple
-    takes a comma list; with `count`, as well that many separate words (`--compare A B`).  `shown`
-    is what --help says of a default that depends on other options.
+    allowed, `words` those allowed beside a number in bounds (`--c-ref auto`).  `default` is the
+    embedded model's, `paper` every other model's where that differs.  A tuple takes a comma list;
+    with `count`, as well that many separate words (`--compare A B`).  `shown` is what --help says
+    of a default that depends on other options.
     """
     # Everything lives in the field's metadata, so that the class stays a plain dataclass: it can
     # be built in a test, compared, and dumped with dataclasses.asdict without any of this file.
@@ -87,11 +75,9 @@ def option(
 
 
 def parse_args(
-    cls: type[Options],
-    argv: Sequence[str] | None = None,
-    description: str | None = None,
+    cls: type[Options], argv: Sequence[str] | None = None, description: str | None = None,
     positional: str | None = None,
-) -> tuple[Options, frozenset[str]]:
+) -> tuple[Options, frozenset[str]]:  # fmt: skip
     """The options that a command line asks for, and the names of those given explicitly.
 
     `cls` is a dataclass whose fields are made with `option`; `argv` is sys.argv[1:] when None;
@@ -107,16 +93,14 @@ def parse_args(
     except ValueError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    print(_help(specs, description, positional), end="")
+    print(_help(specs, description or "", positional))
     sys.exit(0)
 
 
 def check_options(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
-    """Options out of a file's JSON values, checked as those of a command line are.
-
-    Options that the file does not name keep their defaults.  ValueError, one line that begins with
-    `where`, for an unknown name, a value of a wrong type or out of bounds.
-    """
+    """Options out of a file's JSON values, checked as those of a command line are; those that it
+    does not name keep their defaults.  ValueError, one line that begins with `where`, for an
+    unknown name, a value of a wrong type or out of bounds."""
     specs, checked = _specs(cls), {}
     try:
         for name, value in values.items():
@@ -134,16 +118,8 @@ def paper_defaults(cls: type) -> dict[str, Any]:
 
 
 def apply_preset(options: Options, given: Iterable[str], preset: Mapping[str, Any]) -> Options:
-    """A copy of `options` in which every option that was not given takes the preset's value.
-
-    The user's word first, then the model's preset, then the dataclass.  A preset key that is no
-    option raises ValueError: it would be a dead setting.
-    """
-    # Checked first, so that a preset with a typo fails on every machine and not only where the
-    # user left that option open.
-    unknown = sorted(set(preset) - {field.name for field in dataclasses.fields(options)})
-    if unknown:
-        raise ValueError(f"preset sets unknown options: {', '.join(unknown)}")
+    """A copy of `options` in which every option that was not given takes the preset's value: the
+    user's word first, then the model's preset, then the dataclass."""
     # By name, not by comparing with the default: `--lr 1e-6` is meant even if 1e-6 is the default.
     given = set(given)
     return dataclasses.replace(options, **{k: v for k, v in preset.items() if k not in given})
@@ -162,10 +138,9 @@ class ModelOptions:
     z_c: str | None = option(None, "token at which r_s is read", group="model", metavar="TOKEN",
                              shown="the model's")
     c_ref: float | None = option(None, "reference log-probability in nats", group="model",
-                                 shown="the model's", **NATS)
-    beta_v: float | None = option(None, "scale of r_s", group="model", shown="the model's",
-                                  **BETA_V)
-    seed: int = option(0, "of the sampling", group="model", **SEED)
+                                 shown="the model's")
+    beta_v: float | None = option(None, "scale of r_s", group="model", shown="the model's")
+    seed: int = option(0, "of the sampling", group="model")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,65 +150,65 @@ class ModelOptions:
 def _specs(cls: type) -> dict[str, types.SimpleNamespace]:
     """{name: all about that option}, in the order of --help: the class's own before inherited."""
     # get_type_hints also resolves the strings that `from __future__ import annotations` leaves.
-    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
-    specs = {}
+    hints, own, specs = typing.get_type_hints(cls), inspect.get_annotations(cls), {}
     for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):
         # `float | str | None` -> {float, str, None}.  None is "not given", and str beside a number
         # is there for the `words`: neither decides what is parsed.
-        parts = set(typing.get_args(hints[field.name])) or {hints[field.name]}
-        many = typing.get_origin(hints[field.name]) is tuple
-        kind = next(k for k in (bool, int, float, str) if k in parts)
-        spec = types.SimpleNamespace(**field.metadata, name=field.name, default=field.default,
-                                     kind=kind, many=many, none=types.NoneType in parts,
-                                     flag="--" + field.name.replace("_", "-"))
-        if kind is int and spec.max is None:
-            spec.max = MOST
-        specs[field.name] = spec
+        name, hint = field.name, hints[field.name]
+        parts = typing.get_args(hint) or (hint,)
+        s = types.SimpleNamespace(**field.metadata, name=name, default=field.default,
+                                  kind=next(k for k in (bool, int, float, str) if k in parts),
+                                  many=typing.get_origin(hint) is tuple,
+                                  none=types.NoneType in parts,
+                                  flag="--" + name.replace("_", "-"))  # fmt: skip
+        if name in BOUNDS:
+            if s.kind is float and s.min == 0:
+                s.words = (0.0, *s.words)
+            s.min, s.max = BOUNDS[name]
+        elif s.kind is int and s.max is None:
+            s.max = MOST
+        specs[name] = s
     return specs
 
 
-def _help(specs: Mapping[str, Any], description: str | None, positional: str | None) -> str:
+def _help(specs: Mapping[str, Any], description: str, positional: str | None) -> str:
     """What --help prints: the flags under their headings, each with its meaning and default."""
     usage = f"usage: {Path(sys.argv[0]).name} [options]" + f" [{positional}]" * bool(positional)
-    lines = [usage, "", *textwrap.wrap((description or "").strip(), 100), ""]
-    specs = [*specs.values()]
-    show_help = ("-h, --help", "show this text and exit")
-    for group in dict.fromkeys(s.group for s in specs):  # in the order in which they appear
-        lines += [f"{group}:"]
-        for s in specs:
-            if s.group == group:
-                lines += _entry(*_described(s, s.name == positional))
-        lines += [""]
-    return "\n".join([*lines, "help:", *_entry(*show_help), ""])
-
-
-def _entry(flag: str, text: str) -> list[str]:
-    """One option in two columns."""
-    # A fixed width: the same text in a narrow terminal, a pipe and the README.
-    return textwrap.wrap(text, 100, initial_indent=f"  {flag:<31} ", subsequent_indent=" " * 34)
-
-
-def _described(s: Any, positional: bool) -> tuple[str, str]:
-    """(flag and what follows it, meaning and default) of an option."""
-    default = s.shown or _text(s.default)
-    if s.shown is None and s.paper is not _SAME:
-        default += f"; {_text(s.paper)} with other models"
-    value = {int: "N", float: "X", str: "TEXT"}.get(s.kind)
-    value = s.metavar or ("{" + ",".join(map(_text, s.choices)) + "}" if s.choices else
-                          "|".join([*map(_text, s.words), value or ""]) + ",..." * s.many)
-    flag = value if positional and s.metavar else s.name if positional else f"{s.flag} {value}"
-    if s.kind is bool:  # the flag that would change something
-        flag = f"--no-{s.flag[2:]}" if s.default else s.flag
-    return flag, f"{'turn off: ' * (s.kind is bool and s.default)}{s.help} (default: {default})"
+    lines = [usage, "", *textwrap.wrap(description.strip(), 100)]
+    groups: dict[str, list[tuple[str, str]]] = {}  # in the order in which they appear
+    for s in specs.values():
+        default = s.shown or _text(s.default)
+        if s.shown is None and s.paper is not _SAME:
+            default += f"; {_text(s.paper)} with other models"
+        text = f"{s.help} (default: {default})"
+        if s.kind is bool:  # the flag that would change something
+            flag = f"--no-{s.flag[2:]}" if s.default else s.flag
+            text = f"turn off: {text}" if s.default else text
+        else:
+            kind = {int: "N", float: "X", str: "TEXT"}[s.kind]
+            words = "|".join([*map(_text, s.words), kind]) + ",..." * s.many
+            value = s.metavar or ("{" + ",".join(s.choices) + "}" if s.choices else words)
+            flag = s.name if s.name == positional else f"{s.flag} {value}"
+        groups.setdefault(s.group, []).append((flag, text))
+    groups["help"] = [("-h, --help", "show this text and exit")]
+    for heading, entries in groups.items():
+        lines += ["", f"{heading}:"]
+        for flag, text in entries:
+            # A fixed width: the same text in a narrow terminal, a pipe and the README.
+            first, rest = f"  {flag:<31} ", " " * 34
+            lines += textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=rest)
+    return "\n".join(lines)
 
 
 def _text(value: Any) -> str:
     """A value as one would type it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return ",".join(map(_text, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value in (None, "") else f"{value}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value in (None, "") else f"{value}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,29 +218,33 @@ def _text(value: Any) -> str:
 def _read(argv: list[str], specs: Mapping[str, Any], positional: str | None) -> dict | None:
     """{name: value} of a command line, None where it asks for help; ValueError with the reason."""
     flags = {s.flag: s for s in specs.values() if s.name != positional}
-    off = {f"--no-{flag[2:]}": s for flag, s in flags.items() if s.kind is bool}
+    flags |= {f"--no-{s.flag[2:]}": s for s in specs.values() if s.kind is bool}
     values, loose, rest = {}, [], list(argv)
     while rest:
         word = rest.pop(0)
         flag, equals, text = word.partition("=")
-        spec = flags.get(flag) or off.get(flag)
         if word in ("-h", "--help"):
             return None
         if word == "--":  # all that follows is plain text
             loose, rest = loose + rest, []
         elif word == "-" or not word.startswith("-"):  # "-" alone stands for standard input
             loose.append(word)
-        elif spec is None:
-            raise ValueError(_unknown(flag, [*flags, *off], positional))
-        elif spec.kind is bool:
+        elif flag not in flags:
+            # --max_new_tokens is the Python name of an option: the guess finds the dashed one.
+            otherwise = "--help lists them all"
+            if positional is not None and not flag.startswith("--"):
+                otherwise = f"put -- before a {positional} that starts with a dash"
+            hint = near(flag.replace("_", "-"), [*flags, "--help"], otherwise)
+            raise ValueError(f"unknown option {flag}; {hint}")
+        elif flags[flag].kind is bool:
             if equals:
                 raise ValueError(f"{flag} takes no value")
-            values[spec.name] = flag in flags
+            values[flags[flag].name] = flag == flags[flag].flag
         elif not equals and (not rest or rest[0].startswith("--")):
             # One dash may begin a value, two are far likelier the next flag.
             raise ValueError(f"{flag} needs a value")
         else:
-            words = [text] if equals else [rest.pop(0)]
+            words, spec = [text] if equals else [rest.pop(0)], flags[flag]
             while len(words) < spec.count and rest and not rest[0].startswith("--"):
                 words.append(rest.pop(0))
             values[spec.name] = _convert(",".join(words), spec)
@@ -275,6 +254,16 @@ def _read(argv: list[str], specs: Mapping[str, Any], positional: str | None) -> 
         hint = "quote a text that has spaces" if allowed else "options start with --"
         raise ValueError(f"unexpected argument {loose[allowed]!r}; {hint}")
     return values | {positional: _convert(x, specs[positional]) for x in loose}
+
+
+def near(name: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean math500?` where a known name is like this one, else `otherwise`."""
+    # A cut-off name ("--max-new") is a good guess although difflib, which compares whole strings,
+    # scores it low.
+    known = list(known)
+    alike = [k for k in known if k.startswith(name) and len(name) > 2]
+    alike += difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(list(dict.fromkeys(alike))[:3])}?" if alike else otherwise
 
 
 def _convert(text: str, spec: Any) -> Any:
@@ -292,56 +281,33 @@ def _check(value: Any, spec: Any) -> Any:
     """The value if its option may have it, tuples for lists; ValueError says why it may not."""
     if value is None and spec.none:
         return None
-    if spec.many:
-        if not isinstance(value, (list, tuple)) or "" in value:
-            raise ValueError(f"{spec.flag}: empty entry in the list, or none: {value!r:.80}")
-        return tuple(_check_one(part, spec) for part in value)
-    return _check_one(value, spec)
+    if not spec.many:
+        return _check_one(value, spec)
+    if not isinstance(value, (list, tuple)) or "" in value:
+        raise ValueError(f"{spec.flag}: an empty entry in the list, or no list: {value!r:.80}")
+    return tuple(_check_one(part, spec) for part in value)
 
 
 def _check_one(value: Any, spec: Any) -> Any:
     """One value, or one of a list, against its option's type, words, choices and bounds."""
     if spec.kind is float and type(value) is int and abs(value) < 1e300:  # JSON's 1 for 1.0
         value = float(value)
-    beside = [_text(word) for word in spec.words]
-    if type(value) is not bool and value in spec.words:
+    # By type, for True is an int to Python; and "nan" fails no comparison, so it is refused here.
+    fits = type(value) is spec.kind and (spec.kind is not float or math.isfinite(value))
+    if value in spec.words and (fits or isinstance(value, str)):
         return value
-    # "nan" passes every comparison below by failing none of them, so it is refused here.
-    if type(value) is not spec.kind or (spec.kind is float and not math.isfinite(value)):
-        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        wanted = " or ".join([*beside, kind[spec.kind]])
-        raise ValueError(f"{spec.flag}: expected {wanted}, got {value!r:.80}")
-    if spec.choices and value not in spec.choices:
-        listed = ", ".join(map(_text, spec.choices))
-        raise ValueError(f"{spec.flag}: unknown value {value!r:.80}, choose from {listed}")
-    for limit, broken, what in (
-        (spec.min, lambda: value < spec.min, "at least"),
-        (spec.above, lambda: value <= spec.above, "above"),
-        (spec.max, lambda: value > spec.max, "at most"),
+    kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    for broken, wanted in (
+        (lambda: not fits, kind[spec.kind]),
+        (lambda: spec.choices and value not in spec.choices, ", ".join(map(str, spec.choices))),
+        (lambda: spec.min is not None and value < spec.min, f"at least {spec.min}"),
+        (lambda: spec.above is not None and value <= spec.above, f"above {spec.above}"),
+        (lambda: spec.max is not None and value > spec.max, f"at most {spec.max}"),
     ):
-        if limit is not None and broken():
-            allowed = " or ".join([*beside, f"{what} {_text(limit)}"])
-            raise ValueError(f"{spec.flag}: must be {allowed}, got {value!r:.80}")
+        if broken():
+            wanted = " or ".join([*map(_text, spec.words), wanted])
+            raise ValueError(f"{spec.flag}: must be {wanted}, got {value!r:.80}")
     return value
-
-
-def _unknown(flag: str, known: Iterable[str], positional: str | None) -> str:
-    """What to say about a flag that does not exist."""
-    otherwise = "--help lists them all"
-    if positional is not None and not flag.startswith("--"):
-        otherwise = f"put -- before a {positional} that starts with a dash"
-    # --max_new_tokens is the Python name of an option: the guess should find the dashed one.
-    return f"unknown option {flag}; {near(flag.replace('_', '-'), [*known, '--help'], otherwise)}"
-
-
-def near(name: str, known: Iterable[str], otherwise: str) -> str:
-    """`did you mean math500?` where a known name is like this one, else `otherwise`."""
-    known = list(known)
-    # A cut-off name ("--max-new") is a good guess although difflib, which compares whole strings,
-    # scores it low.
-    alike = [k for k in known if k.startswith(name) and len(name) > 2]
-    alike += difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(list(dict.fromkeys(alike))[:3])}?" if alike else otherwise
 
 
 # ---------------------------------------------------------------------------------------------
@@ -368,7 +334,7 @@ class Progress:
     """How far something long is: a bar on a terminal, elsewhere a plain line every ten seconds.
 
     with Progress("c_ref", 300, "solution") as progress:
-        generate(..., on_tokens=progress.tokens, on_finish=lambda _: progress.update())
+        generate(..., **progress.hooks())
 
     A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own, and
     a thread shows them: whoever does the work has nothing to do but count.
@@ -376,32 +342,37 @@ class Progress:
 
     SECONDS = 10.0
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.drawn, self.began, self.over = 0, time.monotonic(), threading.Event()
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True):
+        self.label, self.total, self.unit, self.done, self.drawn = label, total, unit, done, 0
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, smoothing=0,
-                        disable=not is_terminal())
+                        disable=not (shown and is_terminal()))  # fmt: skip
+        self.began, self.over = time.monotonic(), threading.Event()
         self.thread = threading.Thread(target=self._show, daemon=True)
+        self.shown = shown and speaks()
 
     def __enter__(self) -> Progress:
-        if speaks():
+        if self.shown:
             self.thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.over.set()
-        if self.thread.ident:
+        if self.shown:
             self.thread.join()
         self.bar.close()
+
+    def hooks(self) -> dict[str, Callable]:
+        """What the sampler is to call: generate(..., **progress.hooks())."""
+        return {"on_step": self.step, "on_finish": lambda _: self.update()}
 
     def update(self, count: int = 1) -> None:
         """So many more are done."""
         self.done += count
         self.bar.update(count)
 
-    def tokens(self, count: int) -> None:
-        """So many more tokens were drawn."""
-        self.drawn += count
+    def step(self, rollouts: Sequence) -> None:
+        """Each of these drew one more token (or was read at its end)."""
+        self.drawn += len(rollouts)
 
     def _show(self) -> None:
         while not self.over.wait(self.SECONDS if self.bar.disable else 1.0):
@@ -409,9 +380,9 @@ class Progress:
             if not self.bar.disable:
                 self.bar.set_postfix_str(tokens)
                 continue
-            seconds = f"{time.monotonic() - self.began:.0f} s"
-            said = [f"{self.done} of {self.total} {self.unit}s", *filter(None, [tokens]), seconds]
-            print(f"{self.label}: {', '.join(said)}", file=sys.stderr, flush=True)
+            said = [f"{self.label}: {self.done} of {self.total} {self.unit}s", tokens,
+                    f"{time.monotonic() - self.began:.0f} s"]  # fmt: skip
+            print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
 
 
 def standard_input() -> bytes:
@@ -433,8 +404,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     _occupy_closed_streams()
     try:
         code = main()
-        # Flushed here, so that a reader who went away is met inside the try.
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, so that a reader who went away is met inside the try
     except KeyboardInterrupt:
         # Ctrl-C is how a long run is ended: no traceback.  128 + SIGINT is what shells expect.
         print("interrupted", file=sys.stderr)
@@ -447,8 +417,7 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("NANOLASER_TRACEBACK"):
             raise
-        # What the machine ran out of and no other option would have changed: space, quota (which
-        # Windows does not know), file size.
+        # What no other option would have changed: space, quota (unknown to Windows), file size.
         spent = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
         full = isinstance(error, OSError) and error.errno in spent
         hint = "; what was written before it is whole" if full else ""
@@ -469,13 +438,13 @@ def _occupy_closed_streams() -> None:
     """Let what is written to a stream that the shell closed (>&-, 2>&-) go nowhere."""
     # Its number is free, so the next file opened would get it, and what a library prints would
     # land in the midst of a checkpoint.  os.open takes the lowest free number: just this one.
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None and mode == "w":
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        if number and getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _one_line(error: BaseException) -> str:

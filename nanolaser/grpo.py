@@ -6,8 +6,7 @@ One update of the policy: rollouts and their advantages in, one optimizer step o
       micro_batches     cut the batch so that a forward pass fits into memory
       Targets           which hidden states are read, and what for: the one trap in here
       loss              the loss, written out
-    estimate_c_ref    before the first step
-
+  
 The loss of a batch of N rollouts with M response tokens, N_e of them finished:
 
     1/M * sum over tokens of the clipped surrogate  +  alpha/N_e * sum of w (r_s - r_v)^2
@@ -29,7 +28,7 @@ from . import laser
 from .model import CausalLM
 from .readout import loss_backward, token_logprobs
 from .rollout import Rollout
-from .sampler import cut_by_tokens, generate, pad, read_last
+from .sampler import cut_by_tokens, generate, pad
 from .scale.distributed import ALONE, World, gathered
 from .scale.optimizer import Optimizer
 
@@ -218,7 +217,7 @@ def accumulate_gradients(
     """
     M = sum(len(r.response_tokens) for r in rollouts)
     N = max(sum(r.finished for r in rollouts), 1)
-    total = Statistics()
+    parts = []
     for rows, counts in world.rounds(micro_batches(rollouts, micro_batch_tokens)):
         # 1. Forward pass over the rows, up to the hidden states that are read.
         these = [rollouts[i] for i in rows]
@@ -248,62 +247,42 @@ def accumulate_gradients(
 
         # 4. Statistics, from the log-probs that came by.
         if counts:
-            total.add(these, logprobs, entropy, x, c, M, N)
-    return total.over(world, c.alpha)
+            parts.append(_statistics(these, logprobs, entropy, x, c, M, N))
+    return _total(world.gather(parts), c.alpha)
 
 
-@dataclass
-class Statistics:
-    """Of one pass over a batch: each is divided by the counts of the whole batch, so sums over
-    micro-batches and ranks are the batch's own."""
+@torch.no_grad()
+def _statistics(rollouts, logprobs, entropy, x: Learned, c: Loss, M: int, N: int) -> dict:
+    """What one micro-batch adds to the batch's statistics, in one trip from device to host."""
+    m = len(x.advantages)
+    tokens, logp_zc = logprobs[:m], logprobs[m:]
+    policy, self_reward = loss_sums(logprobs, x, c)
+    clipped, kl = laser.off_policy(tokens, x.old(tokens), x.advantages, c.clip_low, c.clip_high)
+    # How far the sampler's numbers are off: against the policy that sampled, since how far this
+    # one has moved is approx_kl's business.  (After wrong solutions "sft" reads another token.)
+    sampled = tokens.new_tensor([p for r in rollouts for p in r.logprobs])
+    gap = (sampled - x.old(tokens)).abs().max()
+    ended = [r for r in rollouts if r.finished]
+    read = [r.logp_zc if c.readout_token(r) == c.z_c_id else math.nan for r in ended]
+    zc_gap = (logp_zc.new_tensor([0.0, *read]) - torch.cat((logp_zc.new_zeros(1), logp_zc))).abs()
+    values = (policy, self_reward / N, clipped, kl, entropy[:m].sum(), gap)
+    values = torch.stack((*values, zc_gap.nan_to_num(0.0).max())).tolist()
+    policy, self_reward, clipped, kl, entropy, gap, zc_gap = values
+    widths = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
+    return {
+        "policy_loss": policy / M, "self_reward_loss": self_reward, "clip_fraction": clipped / M,
+        "approx_kl": kl / M, "entropy": entropy / M, "sampler_gap": gap, "zc_gap": zc_gap,
+        "padded_tokens": max(widths) * len(widths), "real_tokens": sum(widths),
+    }  # fmt: skip
 
-    policy_loss: float = 0.0
-    self_reward_loss: float = 0.0
-    clip_fraction: float = 0.0
-    approx_kl: float = 0.0
-    entropy: float = 0.0  # nats a token, of the whole distribution
-    sampler_gap: float = 0.0  # largest |sampler's log-prob - this pass's|: a maximum, no sum
-    zc_gap: float = 0.0  # the same for log pi(z_c): the advantage has read the sampler's one
-    padded_tokens: int = 0
-    real_tokens: int = 0
 
-    @torch.no_grad()
-    def add(self, rollouts, logprobs, entropy, x: Learned, c: Loss, M: int, N: int) -> None:
-        """Count a micro-batch, in one trip from the device to the host."""
-        m = len(x.advantages)
-        tokens, logp_zc = logprobs[:m], logprobs[m:]
-        policy, self_reward = loss_sums(logprobs, x, c)
-        clipped, kl = laser.off_policy(
-            tokens, x.old(tokens), x.advantages, c.clip_low, c.clip_high
-        )
-        sampled = tokens.new_tensor([p for r in rollouts for p in r.logprobs])
-        # against the policy that sampled: how far this one has moved since is approx_kl's business
-        gap = (sampled - x.old(tokens)).abs().max()
-        # (under "sft" another token than z_c is read after wrong solutions)
-        same = [r.logp_zc if c.readout_token(r) == c.z_c_id else None
-                for r in rollouts if r.finished]  # fmt: skip
-        read = logp_zc.new_tensor([math.nan if v is None else v for v in same])
-        zc_gap = (read - logp_zc).abs().nan_to_num(0.0).amax() if same else gap.new_zeros(())
-        values = (policy, self_reward / N, clipped, kl, entropy[:m].sum(), gap, zc_gap)
-        policy, self_reward, clipped, kl, entropy, gap, zc_gap = torch.stack(values).tolist()
-        self.policy_loss += policy / M
-        self.self_reward_loss += self_reward
-        self.clip_fraction += clipped / M
-        self.approx_kl += kl / M
-        self.entropy += entropy / M
-        self.sampler_gap = max(self.sampler_gap, gap)
-        self.zc_gap = max(self.zc_gap, zc_gap)
-        widths = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
-        self.padded_tokens += max(widths) * len(widths)
-        self.real_tokens += sum(widths)
-
-    def over(self, world: World, alpha: float) -> dict:
-        """Those of all ranks together, as metrics.jsonl has them."""
-        parts = world.gather([vars(self)])
-        total = {k: (max if k.endswith("_gap") else sum)(p[k] for p in parts) for k in vars(self)}
-        padding = 1 - total.pop("real_tokens") / total.pop("padded_tokens")
-        whole = total["policy_loss"] + alpha * total["self_reward_loss"]
-        return {"loss": whole, **total, "padding_share": padding}
+def _total(parts: list[dict], alpha: float) -> dict:
+    """The statistics of all micro-batches of all ranks, under the names of metrics.jsonl.  Each was
+    divided by the counts of the whole batch, so sums are the batch's own; a gap is the largest."""
+    total = {k: (max if k.endswith("_gap") else sum)(p[k] for p in parts) for k in parts[0]}
+    padding = 1 - total.pop("real_tokens") / total.pop("padded_tokens")
+    whole = total["policy_loss"] + alpha * total["self_reward_loss"]
+    return {"loss": whole, **total, "padding_share": padding}
 
 
 def _to(x, device: torch.device):
@@ -356,53 +335,3 @@ def update(
             skipped += 1  # one bad batch must not poison the weights and both moments for good
         optimizer.zero_grad()
     return stats | {"grad_norm": grad_norm, "skipped_updates": skipped}
-
-
-# ---------------------------------------------------------------------------------------------
-# before the first step: c_ref
-
-
-@dataclass
-class CRef:
-    """log pi(z_c | x, y) of the untouched model, in nats, over `count` finished solutions."""
-
-    mean: float
-    std: float | None  # None: of one solution there is no spread
-    count: int
-    others: list[tuple[str, float, float]]  # (token, mean, std) of other unused special tokens
-
-
-def estimate_c_ref(
-    model: CausalLM, tokenizer, problems: list, pairs: int, world: World = ALONE, **sampling
-) -> CRef:
-    """c_ref as the mean over up to `pairs` sampled (problem, solution) pairs (300 in the PAPER), and
-    the same for every other unused special token, steadiest first.
-
-    ValueError if not one solution was finished.
-    """
-    # As many problems as pairs, where there are so many: one solution of each.
-    n, model = -(-pairs // len(problems)), gathered(model, world)
-    rollouts = of_all_ranks(sample(model, tokenizer, problems, n, world, **sampling), world)
-    rollouts = [r for r in rollouts if r.finished][:pairs]
-    if not rollouts:
-        raise ValueError(
-            "c_ref cannot be estimated: no solution came to an end within --max-new-tokens; "
-            "raise it, or give --c-ref a number"
-        )
-    # Read after the fact, by one more forward pass: the sampler reads z_c alone, and here the other
-    # tokens that might do are of interest as well.
-    candidates = [tokenizer.z_c_id, *tokenizer.unused_special_ids()]
-    mine = world.shard(range(len(rollouts)))
-    prompts = [rollouts[i].prompt_tokens for i in mine]
-    responses = [rollouts[i].response_tokens for i in mine]
-    read = read_last(model, prompts, responses, candidates).tolist()
-    rows = world.gather([[i, *values] for i, values in zip(mine, read)], by=0)
-    values = torch.tensor(rows)[:, 1:]  # (pairs, candidates)
-    mean, count = values.mean(0).tolist(), len(values)
-    if not math.isfinite(mean[0]):
-        raise ValueError("the model's log-probs are not finite: try --dtype float32")
-    if count == 1:
-        return CRef(mean[0], None, 1, [])
-    std = values.std(0).tolist()
-    others = sorted(zip(tokenizer.tokens(candidates[1:]), mean[1:], std[1:]), key=lambda x: x[2])
-    return CRef(mean[0], std[0], count, others)

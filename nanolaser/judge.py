@@ -23,11 +23,12 @@ from .checkpoint import load_pretrained
 from .cli import ModelOptions, warn
 from .model import CausalLM
 from .readout import token_logprobs
-from .rollout import Rollout, self_reward
+from .rollout import Rollout
 from .sampler import cut_by_tokens, generate, pad
 
 # The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
 LONGEST = 4096
+STRETCH = 16  # prompts so many times longer than what the model was trained on are a mistake
 
 
 def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
@@ -51,15 +52,27 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
     return model, tokenizer
 
 
+def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
+    """Warns of problems whose prompt alone is longer than the model was made for; ValueError for
+    one over STRETCH times as long: now, and not as an error of memory hours later."""
+    positions = model.config.max_position_embeddings
+    lengths = [len(tokenizer.encode_prompt(problem)) for problem in problems]
+    longer = [i for i, length in enumerate(lengths) if length > positions]
+    if not longer:
+        return
+    worst = max(longer, key=lengths.__getitem__)
+    begins = f"{' '.join(problems[worst][:200].split())[:40]}..."
+    said = f"problem {worst + 1} has {lengths[worst]} tokens; the model was made for {positions}"
+    if lengths[worst] > STRETCH * positions:
+        raise ValueError(f"{said}: {begins}")
+    # A benchmark is the same for every model: such a problem is asked, and hardly ever solved.
+    warn(f"{len(longer)} of {len(problems)} problems are too long: {said}: {begins}")
+
+
 def default_new_tokens(model: CausalLM) -> int:
     """How long an answer may get if nobody says: half of the positions that the model has seen in
     training, the other half being left to the problem, at most LONGEST tokens."""
     return max(1, min(LONGEST, model.config.max_position_embeddings // 2))
-
-
-def r_s(tokenizer, logp_zc: float | None) -> float | None:
-    """rollout.self_reward, under the name that verify.py has for it."""
-    return self_reward(logp_zc, tokenizer)
 
 
 def tokens_of(tokenizer, row: dict) -> tuple[list[int], list[int]]:

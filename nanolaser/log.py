@@ -10,14 +10,10 @@ What a training run says: the numbers of a step, a line about it, and a word whe
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from . import metrics
 from .rollout import Rollout
-
-FEW_ENDED = 30  # solutions below which c_ref is said to be uncertain
 
 
 def statistics(rollouts: list[Rollout], group_size: int) -> dict:
@@ -126,30 +122,5 @@ def doubts(o, positions: int) -> list[str]:
         said.append(
             f"r_s is never trained: --reasoning-warmup {o.reasoning_warmup} leaves none of "
             f"{o.steps} steps for it"
-        )
-    return said
-
-
-def doubts_of_c_ref(c, o) -> list[str]:
-    """What is odd about an estimate of c_ref (grpo.CRef) for a run of these options."""
-    said = []
-    # Cut off in a trial with short solutions, most of the 300 say nothing.
-    if c.count < FEW_ENDED:
-        off = "by any amount" if c.std is None else f"by {2 * c.std / c.count**0.5:.1f} nats"
-        said.append(
-            f"{c.count} solutions are few; c_ref may well be off {off} (--max-new-tokens "
-            f"{o.max_new_tokens} cut off the others)"
-        )
-    # r_s = 1 stands for log pi(z_c) = c_ref + 1 / beta_v, and that is below 0.
-    room = -1 / o.beta_v
-    if c.mean > room:
-        least = math.ceil(-100 / c.mean) / 100
-        said.append(f"r_s cannot reach 1 from there; --beta-v has to be at least {least}")
-    # The spread is noise in r_s before anything is learned: beta_v * std of a scale of 0 to 1.
-    if c.std is not None and c.std > 0.2 / o.beta_v:
-        better = [f"{t} ({m:.1f} +- {s:.2f})" for t, m, s in c.others if s < c.std and m < room]
-        said.append(
-            f"that is a wide spread for --beta-v {o.beta_v}; steadier tokens for --z-c: "
-            f"{', '.join(better[:3]) or 'none'}"
         )
     return said

@@ -20,17 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from . import grpo, log, metrics, report
+from . import c_ref, grpo, log, metrics, report
 from .checker import is_equivalent, parses
 from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
-from .cli import check_options, is_terminal, warn
+from .cli import Progress, check_options, warn
 from .files import RunFolder, peak_memory_bytes
+from .judge import check_prompts
 from .model import CausalLM
 from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
 from .rollout import judged_rows
-from .sampler import check_prompts
 from .scale.distributed import World, local
 from .scale.optimizer import Optimizer
 from .scale.plan import settle
@@ -130,6 +128,8 @@ def prepare(
         source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world
     )
     model.gradient_checkpointing = o.gradient_checkpointing
+    if o.template and not checkpoint:  # (a checkpoint of ours has it with it)
+        tokenizer.use_template(o.template)
     most = min(o.max_prompt_tokens, model.config.max_position_embeddings)
     short = [p for p in train if len(tokenizer.encode_prompt(p.problem)) <= most]
     if train and not short:
@@ -193,15 +193,21 @@ def find_c_ref(run: Run) -> None:
     """Estimate c_ref on the untouched model, and say how steady it is."""
     o, tokenizer = run.o, run.tokenizer
     problems = run.stream.for_c_ref(o.c_ref_pairs)
-    with tqdm(desc="c_ref", unit="solution", leave=False, disable=not is_terminal()) as bar:
-        how = {"seed": o.seed, "on_finish": lambda _: bar.update(), **o.sampling()}
-        c = grpo.estimate_c_ref(
-            run.model, tokenizer, problems, o.c_ref_pairs, run.world, **how
-        )
+    with Progress("c_ref", o.c_ref_pairs, "solution") as progress:
+        how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
+        try:
+            c = c_ref.estimate(
+                run.model, tokenizer, problems, o.c_ref_pairs, run.world, **how
+            )
+        except c_ref.NothingEnded as error:
+            if not o.trial:
+                raise
+            warn(f"{error}; this trial goes on with -20")
+            c = c_ref.CRef(-20.0, None, 0, [])
     tokenizer.c_ref, tokenizer.c_ref_std = c.mean, c.std
     spread = "" if c.std is None else f", spread {c.std:.2f}"
     print(f"c_ref = {c.mean:.2f} nats{spread} ({tokenizer.z_c}; {c.count} solutions ended)")
-    for doubt in log.doubts_of_c_ref(c, o):
+    for doubt in c_ref.doubts(c, o):
         warn(doubt)
 
 
@@ -222,11 +228,11 @@ def take_up(run: Run, checkpoint: Path) -> int:
 
 def evaluate(run: Run, problems: list[Problem], label: str) -> dict:
     """Accuracy, self-verification and votes on held-out problems, as in results.json."""
-    o, total = run.o, len(run.world.shard(problems)) * run.o.eval_n
-    with tqdm(total=total, desc=label, leave=False, disable=not is_terminal()) as bar:
-        how = {"seed": o.seed, "on_finish": lambda _: bar.update(), **o.sampling()}
-        mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, run.world, **how)
-    rows = run.world.gather(judged_rows(mine, problems, run.tokenizer), by="prompt_id")
+    o, world = run.o, run.world
+    with Progress(label, len(world.shard(problems)) * o.eval_n, "solution") as progress:
+        how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
+        mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, world, **how)
+    rows = world.gather(judged_rows(mine, problems, run.tokenizer), by="prompt_id")
     return metrics.summarise(rows, is_equivalent)
 
 
@@ -273,6 +279,8 @@ def finish(run: Run) -> int:
         print(report.curves(folder.path / "curves.png", {folder.path.name: logs}))
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
-    print(f"  python sample.py --model {shlex.quote(str(folder.path))} --vote "
-          f"{shlex.quote(min((p.problem for p in run.test), key=len))}")  # fmt: skip
+    # A problem of its own kind, the longest that fits on a line.
+    example = max((p.problem for p in run.test), key=lambda p: (len(p) <= 60, -abs(len(p) - 40)))
+    example = shlex.quote(example) if len(example) <= 200 else '"a problem"'
+    print(f"  python sample.py --model {shlex.quote(str(folder.path))} --vote {example}")
     return 0

@@ -25,7 +25,6 @@ Shapes: R running rows, P prompts, T tokens, C hidden size, V vocabulary, N solu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -37,7 +36,6 @@ from .readout import token_logprobs
 from .rollout import Rollout
 
 PREFILL_TOKENS = 16_384  # of prompts, padding included, in one forward pass
-STRETCH = 16  # prompts so many times longer than what the model was trained on are a mistake
 
 # ---------------------------------------------------------------------------------------------
 # randomness without generators, and the next token
@@ -357,21 +355,3 @@ def _refuse_empty(prompts: list[list[int]]) -> None:
             f"prompt {prompts.index([])} is empty: no token to go on from; does the chat template "
             "write the message?"
         )
-
-
-def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
-    """Warns of problems whose prompt alone is longer than the model was made for; ValueError for
-    one over STRETCH times as long: now, and not as an error of memory hours later."""
-    positions = model.config.max_position_embeddings
-    lengths = [len(tokenizer.encode_prompt(problem)) for problem in problems]
-    longer = [i for i, length in enumerate(lengths) if length > positions]
-    if not longer:
-        return
-    worst = max(longer, key=lengths.__getitem__)
-    begins = f"{' '.join(problems[worst][:200].split())[:40]}..."
-    said = f"problem {worst + 1} has {lengths[worst]} tokens; the model was made for {positions}"
-    if lengths[worst] > STRETCH * positions:
-        raise ValueError(f"{said}: {begins}")
-    # A benchmark is the same for every model: such a problem is asked, and hardly ever solved.
-    print(f"warning: {len(longer)} of {len(problems)} problems are too long: {said}: {begins}",
-          file=sys.stderr)  # fmt: skip

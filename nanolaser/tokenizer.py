@@ -39,6 +39,19 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 # full of: markers such as <|im_start|> would be noise to a model that has never seen them.
 DEFAULT_TEMPLATE = "Question: {{ messages[-1]['content'] }}\n\nAnswer:"
 
+# The prompt that Open-Reasoner-Zero was trained with (playground/zero_setting_base.py of its
+# repository), word for word: a model asked in other words is another model.
+R1_TEMPLATE = (
+    "{{ bos_token }}A conversation between User and Assistant. The User asks a question, and the "
+    "Assistant solves it. The Assistant first thinks about the reasoning process in the mind and "
+    "then provides the User with the answer. The reasoning process is enclosed within <think> "
+    "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., <think> "
+    "reasoning process here </think> <answer> answer here </answer>. User: You must put your answer "
+    "inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer "
+    "will be extracted automatically by the \\boxed{} tag.\nThis is the problem:\n"
+    "{{ messages[-1]['content'] }}\nAssistant: <think>"
+)
+
 # What `save` copies, byte for byte, from the checkpoint that was loaded.
 FILES = (
     "tokenizer.json",
@@ -192,6 +205,18 @@ class Tokenizer:
         """Does the prompt ask for the answer within <answer> tags (as Open-Reasoner-Zero's does)?"""
         prompt = self.prompt_text("")
         return "<answer>" in prompt and "</answer>" in prompt
+
+    def use_template(self, template: str) -> None:
+        """Ask in other words from now on: those of "r1" or of a .jinja file, without an instruction
+        of our own; saved with the model.  ValueError or FileNotFoundError if that cannot be."""
+        source = R1_TEMPLATE if template == "r1" else Path(template).read_text(encoding="utf-8")
+        self._files["chat_template.jinja"] = source.encode()
+        self.instruction = ""
+        self._set_template()
+        self.__dict__.pop("_prompt_ids", None)
+        reason = self.why_not_z_c(self.z_c)
+        if reason:
+            raise ValueError(f"z_c {self.z_c!r}: {reason}; name another with --z-c")
 
     def encode_prompt(self, problem: str) -> list[int]:
         """The ids of the prompt of a problem, up to where the model's answer begins."""

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from nanolaser.checkpoint import save_pretrained
 
 ROOT = Path(__file__).parents[1]
 PROBLEM = "(14+25)*2-9=?"
@@ -127,7 +130,7 @@ def test_pipe_from_sample_to_verify_gives_the_samplers_number(tmp_path):
         assert row["response_token_ids"] == own["response_token_ids"]
         assert row["logp_zc"] == pytest.approx(own["logp_zc"], abs=1e-4)
         assert row["verdict"] == ("right" if row["r_s"] > 0.5 else "wrong")
-        assert row["text_tokens_differ"] is False  # characters are always cut alike
+        assert row["tokens_from"] == "ids"
 
 
 def test_verify_one_solution(call):
@@ -144,14 +147,14 @@ def test_verify_file_reports_bad_rows_and_does_the_rest(call, tmp_path):
     good = {"question": "2+3=?", "response": "\\boxed{5}", "gold": 5, "mine": "kept"}
     lines = [json.dumps(good), "{", "[]", '{"problem": "x"}', "",
              json.dumps({**good, "finished": False}),
-             json.dumps({**good, "response_token_ids": ["a"]})]  # fmt: skip
+             json.dumps({**good, "response_token_ids": ["a"]}), "[" * 100_000]  # fmt: skip
     data = tmp_path / "in.jsonl"
     data.write_text("\n".join(lines))
     out = tmp_path / "out.jsonl"
     code, _, err = call("verify.py", "--input", data, "--output", out, *C_REF)
     assert code == 1
     for said in ("line 2: not JSON", "line 3: not a JSON object", "line 4: no response",
-                 "line 7: response_token_ids must be a list"):  # fmt: skip
+                 "line 7: response_token_ids", "line 8: nested too deeply"):  # fmt: skip
         assert said in err
     done, cut = rows_of(out.read_text())
     assert (done["mine"], done["r_v"], done["answer"]) == ("kept", 1.0, "5")
@@ -175,17 +178,65 @@ def test_verify_scores_tokens_as_they_are(call, tmp_path):
     assert cut["r_s"] is None
     # Another tokenizer's ids, too large or of another text: the row's text is scored instead.
     write_rows(data, [{**whole, "response_token_ids": wrong} for wrong in ([10**6], ids[:3])])
-    _, _, err = call("verify.py", "--input", data, "--output", tmp_path / "out.jsonl", *C_REF)
-    assert "2 rows carry another tokenizer's ids" in err
+    call("verify.py", "--input", data, "--output", tmp_path / "out.jsonl", *C_REF)
     for row in rows_of((tmp_path / "out.jsonl").read_text()):
         assert row["logp_zc"] == pytest.approx(text["logp_zc"], abs=1e-5)
+        assert row["tokens_from"] == "text"
     write_rows(data, [{"problem": "2+3=?", "response_token_ids": [10**6]}])
     code, _, err = call("verify.py", "--input", data, "--output", tmp_path / "x.jsonl")
     assert code == 2 and "another model's" in err and not (tmp_path / "x.jsonl").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX files")
+def test_what_is_no_regular_file_is_written_to_and_links_are_followed(call, tmp_path):
+    data = write_rows(tmp_path / "in.jsonl", [{"problem": "2+3=?", "response": "\\boxed{5}"}])
+    (tmp_path / "target.jsonl").write_text("old")
+    (tmp_path / "link.jsonl").symlink_to("target.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    for name in ("link.jsonl", "pipe"):
+        code, _, err = call("verify.py", "--input", data, "--output", tmp_path / name, *C_REF)
+        assert code == 0, err
+    assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "pipe").is_fifo()
+    (row,) = rows_of((tmp_path / "target.jsonl").read_text())
+    assert row["answer"] == "5" and rows_of(reader.communicate(timeout=20)[0]) == [row]
+
+
 # ---------------------------------------------------------------------------------------------
 # every script
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("line, code, said", [
+    ("sample.py - <&-", 2, "standard input is closed"),
+    ("verify.py --problem x --solution - <&-", 2, "standard input is closed"),
+    ("verify.py --input - --output - <&-", 2, "standard input is closed"),
+    ("sample.py --c-ref -36 '2+3=?' >&-", 0, ""),
+    ("verify.py --c-ref -36 --problem x --solution y >&- 2>&-", 0, ""),
+])  # fmt: skip
+def test_closed_streams_and_warnings_as_errors(line, code, said):
+    script, _, rest = line.partition(" ")
+    command = f'"{sys.executable}" -W error "{ROOT / script}" {rest}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == code and said in done.stderr
+    assert done.stderr.count("\n") == (1 if said else 0), done.stderr
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("sample.py", [PROBLEM]), ("sample.py", [PROBLEM, "--json", "--n", 2]),
+    ("verify.py", ["--problem", PROBLEM, "--solution", "x"]), ("evaluate.py", ["--max-problems", 1]),
+])  # fmt: skip
+def test_weights_of_nan_are_one_line_before_a_token_is_shown(
+    tiny, call, tmp_path, monkeypatch, script, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    save_pretrained(model, tokenizer, "nan")
+    code, out, err = call(script, *arguments, "--model", "nan")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "NaN or infinity" in err
+    assert os.listdir(tmp_path) == ["nan"]
 
 
 @pytest.mark.parametrize("script", ["sample.py", "verify.py", "evaluate.py"])
@@ -206,10 +257,18 @@ BAD = [
     ("sample.py", ["x", "--votes"], "did you mean --vote"),
     ("sample.py", ["x", "--model", "qwen2.5-7"], "did you mean qwen2.5-7b"),
     ("sample.py", ["x", "--model", "HERE"], "no config.json"),
-    ("sample.py", ["x", "--z-c", "ab"], "2 tokens"),
+    ("sample.py", ["x", "--z-c", "ab"], "no token of this vocabulary"),
+    ("sample.py", ["x", "--z-c", "\U0001f914"], "no token of this vocabulary"),
+    ("sample.py", ["x", "--seed", str(2**64)], "--seed: must be at most"),
+    ("sample.py", ["x", "--temperature", "1e300"], "--temperature: must be 0 or at most 100"),
+    ("sample.py", ["x", "--temperature", "1e-300"], "--temperature: must be 0 or at least 0.01"),
+    ("sample.py", ["x", "--kv-cache-gb", "1e300"], "--kv-cache-gb: must be at most"),
+    ("sample.py", ["x", "--n", str(10**12)], "--n: must be at most"),
+    ("evaluate.py", ["--max-problems", str(10**12)], "--max-problems: must be at most"),
     ("verify.py", [], "nothing to verify"),
     ("verify.py", ["--problem", "x"], "belong together"),
     ("verify.py", ["--problem", "x", "--input", "y"], "not both"),
+    ("verify.py", ["--input", "HERE/good.jsonl", "--output", "HERE"], "is a folder"),
     ("verify.py", ["--input", "HERE/none.jsonl", "--output", "-"], "none.jsonl"),
     ("verify.py", ["--input", "HERE/bad.jsonl", "--output", "-"], "no row can be read"),
     ("verify.py", ["--input", "HERE/good.jsonl", "--output", "HERE/no/where"], "no such folder"),

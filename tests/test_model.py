@@ -182,7 +182,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "'mixtral' .*MixtralFor"),
+    ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "'mixtral'"),
     ({"model_type": "qwen2_moe"}, "'qwen2_moe'"),
     ({"model_type": None}, "model_type None"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

@@ -126,7 +126,7 @@ class FakeTokenizer:
 def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing):
     work = Workload(4, 4, prompt_tokens=24, max_new_tokens=72)
     settings = Settings(6 * work.longest, checkpointing)
-    planned = planning.bytes_by_phase(SHAPE, dtype, settings, work, 1, "cpu", 16)
+    planned = dict(Plan(SHAPE, 64 * GIB, 64 * GIB, H100, dtype, work=work, settings=settings).bytes)
     # what a process takes beside its tensors is the benchmark's business
     for what in ("freed, kept by malloc", "Python, torch"):
         del planned[what]
@@ -227,9 +227,13 @@ def test_few_rows_are_the_last_resort():
 
 
 def test_time_knows_what_costs_time():
-    seconds = lambda *s, world=1, rows=256: planning.seconds_by_phase(  # noqa: E731
-        SHAPES["qwen2.5-7b"], torch.bfloat16, Settings(*s), Workload(), world, rows, H100
-    )
+    def seconds(*s, world=1, rows=256):
+        work = Workload(max_rows=rows)
+        return planning.seconds_by_phase(Plan(
+            SHAPES["qwen2.5-7b"], 10**12, 10**12, H100, torch.bfloat16, device="cuda", world=world,
+            work=work, settings=Settings(*s),
+        ))  # fmt: skip
+
     plain, again, host = seconds(), seconds(16_384, True), seconds(16_384, False, True)
     assert again[1] > 1.2 * plain[1] and again[0] == plain[0]
     assert host[2] > 5 * plain[2]
@@ -328,14 +332,27 @@ def test_ranks_of_a_machine_share_its_memory(machine, monkeypatch):
     assert p.world == 4 and p.device_bytes == 11 * GIB and p.bytes["gathered weights"][0] > 0
 
 
-def test_the_memory_of_this_machine_is_what_a_process_can_see():
-    """A block of 300 MB that is touched is resident, and what is available counts it in."""
-    before, free = planning.resident_bytes(), planning.available_bytes("cpu")
-    block = torch.ones(75 * 10**6)
-    grown = planning.resident_bytes() - before
-    assert grown == pytest.approx(block.nbytes, rel=0.2)
-    assert planning.available_bytes("cpu") > 0.5 * free  # neighbours may take some, too
-    assert 0 < planning.default_kv_cache_gb(torch.device("cpu")) < free / 1e9
+@pytest.mark.parametrize("limit, used, there", [
+    ("max", 0, 8),  # no limit: what the system calls available, and what is ours already
+    (5, 3, 3),  # a container's limit, of which others use 2
+    (64, 3, 8),  # one that is larger than the machine
+])  # fmt: skip
+def test_available_memory_is_that_of_machine_and_container(
+    tmp_path, monkeypatch, limit, used, there
+):
+    monkeypatch.setattr(planning, "Path", lambda path: tmp_path / path.lstrip("/"))
+    in_bytes = lambda gib: gib if gib == "max" else str(gib * GIB)  # noqa: E731
+    for name, content in {
+        "proc/self/statm": f"99999999 {GIB // planning.os.sysconf('SC_PAGE_SIZE')} 0",  # 1 GiB
+        "proc/meminfo": f"MemTotal: 1 kB\nMemFree: 2 kB\nMemAvailable: {7 * 2**20} kB\n",
+        "sys/fs/cgroup/memory.max": in_bytes(limit),
+        "sys/fs/cgroup/memory.current": in_bytes(used),
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert planning.available_bytes("cpu") == there * GIB
+    # half of what is free beside what this process holds
+    assert planning.default_kv_cache_gb(torch.device("cpu")) == (there - 1) * GIB / 2e9
 
 
 @pytest.mark.parametrize(

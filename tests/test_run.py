@@ -50,6 +50,13 @@ def test_a_folder_in_use_is_refused_and_free_after_a_crash(here):
     RunFolder.reopen("out")
 
 
+def test_a_folder_is_left_without_a_warning(here):
+    code = "from nanolaser.files import RunFolder; RunFolder.create('out', 'x', {})"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment(),
+                          capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def environment():
     """This process's environment, with the project importable from any folder."""
     import os

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 
 from nanolaser.cache import KVCache
+from nanolaser.judge import STRETCH, check_prompts
 from nanolaser.sampler import (
-    STRETCH, check_prompts, cut_by_tokens, generate, pad, read_last, sample_next, score, uniforms)
+    cut_by_tokens, generate, pad, read_last, sample_next, score, uniforms)
 from tests import plain
 from tests.core import SIZE, VOCAB, FakeTokenizer, all_logprobs, random_model, read, slow_readout
 

@@ -4,17 +4,24 @@ It decides the reward r_v, so a wrong True teaches a model to cheat and a wrong 
 learned. It is exact where it can be (fractions), rigorous where it cannot (every inexact number
 carries its error bound), bounded always (no input takes long), and says why: see `explain`.
 
+The folder works by itself. Reading order: this file (the box in a text, the public questions);
+parse.py (text to tree, the grammar and the tables of words); compare.py (tree against tree);
+evaluate.py (the value of an expression).
+
 How two answers are compared, first rule that applies:
-  1. the same text, or the same tree (parse.py holds the grammar): equal;
+  1. the same text, or the same tree: equal;
   2. no tree on one side: equal only as normalised text;
-  3. structure against structure: list, set, tuple or interval, union, matrix, relation, ratio,
-     number base, words, each by the rule of its own function below;
-  4. expressions: both sides are evaluated, once if they have no letters, otherwise at fixed
-     pseudo-random points (integers for letters that count something). Rational arithmetic is
-     exact; roots, pi, e, i, logarithms and trigonometry are complex balls of 50 digits or more.
-     One point where they differ proves them unequal; equal means equal at every point where both
-     are defined, with more digits than the numbers written in the answers could hide behind.
-Beyond a limit the answer is "cannot decide", which counts as unequal.
+  3. an option's letter, or labelled values against each other or against bare ones;
+  4. structure against structure: list, set, tuple or interval, union, matrix, relation, ratio,
+     number base, words, each by the rule of its own function in compare.py;
+  5. expressions: both sides are evaluated, once if they have no letters, otherwise at fixed
+     pseudo-random points, of both signs and on every stretch between the constants that occur.
+     Rational arithmetic is exact; roots, pi, e, i, logarithms and trigonometry are complex balls
+     of 50 digits or more. One point where they differ proves them unequal; equal means equal at
+     every point where the gold has a value, with more digits than the numbers written in the
+     answers could hide behind.
+Beyond a limit the answer is "cannot decide", which counts as unequal. What is ambiguous (is P(3) a
+product? is n whole?) is read as the gold shows it.
 
 Policy where graders disagree (as Math-Verify 0.9.0 decides, except where that is wrong as
 mathematics; the trusted side is `gold`):
@@ -27,21 +34,31 @@ mathematics; the trusted side is `gold`):
   (1,3) or 1, 3 for gold \{1,3\}            equal; (3,1) for \{1,3\}: no; \{1,3\} for gold (1,3): no
   (2,3) against x=2, y=3                  equal
   5 against x=5; y=5 against x=5          equal; no
+  |PQ|=6, P(A)=6, a:b=6:1 against 6       equal (a label); 2x=6, x^2=6 against 6: no (an equation)
+  (2,3) against (m,n)=(2,3); (n,m)=(2,3)  equal; no (which letter comes first?)
+  m=1,n=2; m=3,n=2 for (1,2),(3,2)        equal
+  x_1=3, x_2=5 against 3, 5; x=3 or x=5   equal; equal
   x = 5+6 = 11 for gold 11                equal (the last member); 11 for gold 5+6=11: no
   2x+4y=6 against x+2y=3; 0=x-4, x=4      equal (equations up to a factor)
   2x=8 for gold x=4                       no (restating the question is no answer)
   2x>6 against x>3; -x<-3 against x>3     no (not solved); equal
   [-2,7] for gold -2<=x<=7; the reverse   equal; no (restating the question is no answer)
+  x in [-2,7] against -2<=x<=7            equal; |x|>2 against x<-2 or x>2: equal
   15 cm against 15; against 15 m          equal; no (two units must agree, none is converted)
+  15 wizards against 15                   no (units and counted things are a table in parse.py)
+  15% against 15 cm                       no
   90 degrees against 90; against pi/2     equal; no
   42 against 52_8, 52_8 against 52        no (the base is the question)
   2/4 against 1/2; 1+1 against 2          equal; equal (unevaluated is accepted)
   \log without a base                     base 10
   \sqrt{x^2} against x; \sqrt[3]{-8}, -2    no (letters are real, of either sign); equal
+  x + 0x! for gold |x|                    no (an answer cannot narrow what a letter stands for)
   Yes against YES; b against B            equal (words and choice letters); 2a against 2A: no
   3:4 against 3/4; against 6:8            equal; equal (but clock times compare as written)
+  B) Paris, option B for gold B           equal; A or B: no
   5 because x is positive, for gold 5     no (prose is not an answer)
-  several boxes in a text                 the last counts; with strict there must be exactly one
+  several boxes in a text                 the last counts, with those it is a list with (3 and 5);
+                                          with strict there must be exactly one
 """
 
 import re
@@ -50,7 +67,7 @@ from typing import NamedTuple
 
 from .compare import Comparison, without_domain
 from .evaluate import CannotDecide
-from .parse import MAX_CHARS, ParseError, clean, parse, unbox
+from .parse import MAX_CHARS, ParseError, clean, closing_brace, parse, unbox
 
 # ---------------------------------------------------------------------------------------------
 # The answer out of a text
@@ -63,6 +80,9 @@ _BOX_OR_BRACE = re.compile(r"""(?P<box>\\(?:boxed|fbox)(?![A-Za-z])\s{0,8})(?P<o
 # What \boxed 5 or \boxed -3 holds: up to the next space or brace; a bounded run, hence linear.
 _BARE = re.compile(r"-?[^\s{}$\\]{1,100}")
 BOX_WINDOW = 2 * MAX_CHARS  # a longer box holds no answer; the window keeps the search short
+# What may stand between boxes that are one answer: $\boxed{3}$ and $\boxed{5}$.
+_JOINT = re.compile(r"(?:[ \t$,;]|\\[,;:! ()\[\]]|\\q?quad|and|or"
+                    r"|\\text\s?\{\s*(?:and|or)\s*\}){0,40}\n?")
 # A text of a thousand unclosed boxes must cost no more than this many windows.
 MAX_BOX_TRIES = 8
 
@@ -71,8 +91,8 @@ def extract_answer(text: str | None, strict: bool = False) -> str | None:
     r"""Return what the last \boxed{...} of a text holds, or None where there is no box.
 
     Braces are matched; \fbox{5}, \boxed 5 and nested boxes are understood; a box that never closes
-    is passed over. With strict, the rule of the paper's training reward: exactly one "\boxed{" in
-    the text, otherwise None.
+    is passed over. Boxes with nothing but commas or "and" between them are one list, "3, 5". With
+    strict, the rule of the paper's training reward: exactly one "\boxed{", otherwise None.
     """
     # Two boxes are how a policy hedges ("\boxed{4} or \boxed{5}"): with strict that earns nothing.
     # Counted as the paper's gate counts, with the brace.
@@ -97,8 +117,26 @@ def extract_answer(text: str | None, strict: bool = False) -> str | None:
         end = last if alone else end
         content = _last_box(text[end:last + BOX_WINDOW], strict, alone)
         if content is not None:
-            return content
+            return _with_boxes_before(text, end, content) if alone and not strict else content
     return None
+
+
+def _with_boxes_before(text: str, start: int, content: str) -> str:
+    r"""The answer of a last box and of those that lead up to it: "3, 5" of \boxed{3}, \boxed{5}."""
+    # A hedge, "\boxed{4} or \boxed{5}", becomes the list that it is.
+    contents = [content]
+    for _ in range(MAX_BOX_TRIES):
+        window = text[max(0, start - BOX_WINDOW):start]
+        before = max(window.rfind("\\boxed{"), window.rfind("\\fbox{"))
+        opening = window.find("{", before) if before >= 0 else -1
+        closing = closing_brace(window, opening) if before >= 0 else -1
+        if closing < 0 or not _JOINT.fullmatch(window, closing + 1):
+            break
+        other, start = window[opening + 1:closing].strip(), start - len(window) + before
+        # The same answer twice, or in two spellings ("or"), is one.
+        if not any(is_equivalent(other, known) for known in contents):
+            contents.insert(0, other)
+    return ", ".join(contents)
 
 
 def _last_box(window: str, strict: bool, first_only: bool) -> str | None:
@@ -222,6 +260,8 @@ def _decide_by_trees(answer: str, gold: str) -> tuple[bool, str]:
     try:
         reading: dict = {}
         gold_tree = parse(gold, reading)
+        if gold_tree[0] == "sym" and gold_tree[1] in "ABCDEFGHIJ" and (option := _option(answer)):
+            return option == gold_tree[1], "the letter of an option"
         answer_tree = parse(answer, reading)
     except ParseError as error:
         # Two texts that normalise to nothing (only spaces and $) are not equal either.
@@ -250,6 +290,24 @@ def _normalised(text: str) -> str:
     # 1 000 is not 1000. Braces stay, they can matter.
     text = _SPACE.sub(" ", _NOISE.sub("", _TEXT_FACE.sub(r"\1", clean(text))))
     return _IDLE_SPACE.sub("", text).replace("\\dfrac", "\\frac")
+
+
+# "option B", "(B) Paris", "B) 12", "B. 12": the letter, with a word before it or a mark after it.
+_OPTION = re.compile(r"(?P<word>(?:option|choice|answer) ?)?(?P<open>\()?(?P<letter>[A-J])"
+                     r"(?![A-Za-z])(?P<mark>\)|[.:](?= ))? ?(?P<rest>.*)", re.I | re.S)
+# A second option in what follows: "B) or C)", "B) Paris. C) Rome", "option B or C", "A) B".
+_ANOTHER = re.compile(r"(?<![A-Za-z\\])[A-J][).:](?![A-Za-z])|(?:^|,|\b(?:and|or|nor|not)\b) ?"
+                      r"(?:option |choice )?\(?[A-J]\b(?!-)|^ ?(?:,|and\b|or\b)")
+
+
+def _option(answer: str) -> str | None:
+    """The letter of the one option that an answer names, with or without the option's text."""
+    text = _SPACE.sub(" ", _NOISE.sub("", _TEXT_FACE.sub(r"\1", clean(answer)))).strip()
+    match = _OPTION.fullmatch(text)
+    if not match or not (match["mark"] or match["word"] and not match["rest"]) or (
+            match["open"] and match["mark"] != ")") or _ANOTHER.search(match["rest"]):
+        return None
+    return match["letter"].upper()
 
 
 def _form(text: str) -> str:

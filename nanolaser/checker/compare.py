@@ -1,4 +1,4 @@
-r"""Two trees compared: lists, sets, tuples, matrices, ratios, relations, regions of the line, values.
+r"""Two trees compared: lists, sets, tuples, matrices, ratios, relations, regions, expressions.
 
 Reading order: `Comparison.same` picks the rule for the two kinds of tree, one method a rule; then
 small questions about trees; then the sets of real numbers.
@@ -8,7 +8,7 @@ import decimal
 from functools import cmp_to_key
 
 from .evaluate import (FIRST_PRECISION, MAX_PRECISION, Ball, CannotDecide, Evaluator, NoValue,
-                       Work, agree, equal_at, is_zero, letters_of, points_for, rounds_to)
+                       Work, agree, equal_at, letters_of, points_for, rounds_to)
 from .parse import is_structure
 
 # ---------------------------------------------------------------------------------------------
@@ -22,6 +22,7 @@ class Comparison:
         self.work = Work()
         # How deep inside structures we are: some rules hold for a whole answer only.
         self.inside = 0
+        self.exact = False  # inside a matrix, where no decimal stands for a rounded number
 
     def same(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """Equal or not, and the rule that decided; raises CannotDecide."""
@@ -34,6 +35,10 @@ class Comparison:
         #   kinds ("rel", "num")     x=5  against 5       -> relations
         #   kinds ("list", "set")    1, 2 against \{1,2\} -> lists
         kinds = (answer[0], gold[0])
+        if not {"list", "or", "rel"}.isdisjoint(kinds):
+            verdict = self.assignments(answer, gold)
+            if verdict is not None:
+                return verdict
         if "list" in kinds or "or" in kinds:
             return self.lists(answer, gold)
         if "rel" in kinds:
@@ -67,15 +72,16 @@ class Comparison:
         self.inside -= 1
         return verdict
 
-    def matched(self, answers: tuple, golds: tuple) -> bool:
+    def matched(self, answers: tuple, golds: tuple, equal=None) -> bool:
         """Can the two lists be paired off? Greedy is right, because equality is transitive."""
+        equal = equal or self.equal
         # Against hedging: 3, 5, 7 for gold 3, 5 lists the right values and one more, and is wrong.
         if len(answers) != len(golds):
             return False
         left = list(answers)
         for gold in golds:
             # Usually the order is the same, so the first one left over is the partner.
-            found = next((k for k, answer in enumerate(left) if self.equal(answer, gold)), None)
+            found = next((k for k, answer in enumerate(left) if equal(answer, gold)), None)
             if found is None:
                 return False
             # Each answer is used once: 5, 5 must not pass for 5, 3 by pairing the same 5 twice.
@@ -92,25 +98,107 @@ class Comparison:
         """As sequences: the same length, and equal at every place."""
         return len(answers) == len(golds) and all(map(self.equal, answers, golds))
 
+    def assignments(self, answer: tuple, gold: tuple) -> tuple[bool, str] | None:
+        """Labelled values against each other or against bare ones; None where no label stands."""
+        one, other = self.table(answer), self.table(gold, trusted=True)
+        if one and other:
+            # Both say what their values are of: y=5 is not x=5, but y=9, x=2 is x=2, y=9.
+            names, others = tuple(one[1][0]), tuple(other[1][0])
+            if set(names) == set(others):
+                names = others
+            elif not len(names) == len(others) == 1 or names[0][0] == "sym" or (
+                    not self.equal(names[0], others[0])):  # |PQ| and |QP|
+                return None  # the rules for equations decide
+            return self.matched(_rows(one[1], names), _rows(other[1], others)), "values by name"
+        bare = gold if one else answer
+        if not one and not other or any(item[0] == "rel" for item in (bare, *_items(bare))):
+            return None
+        order, rows = one or other
+        if len(rows) == 1 < len(rows[0]) and "or" in (answer[0], gold[0]):
+            return False, "alternatives for different letters"
+        # x_1=3, x_2=5 are the solutions of one unknown, where the other side shows no order.
+        if len(rows) == 1 < len(rows[0]) and bare[0] in ("list", "or", "set") and (
+                len({str(name[-1]).split("_")[0] for name in rows[0]}) == 1):
+            found = tuple(rows[0].values())
+        elif order is None:
+            return False, "names in an order of their own"
+        else:
+            found = _rows(rows, order)
+        labelled = found[0] if len(found) == 1 else ("list", found)
+        #   x=5 -> 5      x=2, x=9 -> the list 2, 9      m=1,n=2;m=3,n=2 -> the list (1,2), (3,2)
+        equal, rule = self.same(*((labelled, gold) if one else (answer, labelled)))
+        return equal, f"the values of {len(rows)} assignments; {rule}"
+
+    def table(self, node: tuple, trusted: bool = False) -> tuple[tuple, list] | None:
+        r"""(order of the names, {name: value} of each solution) of assignments, or None.
+
+        The order is that of the letters, or of a tuple (\rho, \theta) as written; None where a
+        tuple (n, m) turns its letters round, and nobody knows what (4, 7) would be.
+        """
+        rows: list[dict] = []
+        label = None
+        for item in node[1] if node[0] in ("list", "or", "set") else (node,):
+            if item[0] == "rel":
+                assigned = self.assigned(item, trusted)
+                if assigned is None:
+                    return None
+                label, value = assigned
+            else:
+                value = item  # the 9 of x=2, 9 and the (3,2) of (m,n)=(1,2), (3,2)
+            if label is None:
+                return None
+            # x in {2, 9} and (m,n) in {(1,2), (3,2)}: one solution an element
+            several = item[0] == "rel" and item[1] == ("in",) and value[0] == "set"
+            for one in value[1] if several else (value,):
+                if label[0] == "tuple":
+                    if one[:3] != ("tuple", "(", ")") or not (
+                            len(set(label[3])) == len(label[3]) == len(one[3])):
+                        return None
+                    rows.append(dict(zip(label[3], one[3])))
+                #   m=1, n=2, m=3, n=2: the second m begins another solution
+                elif rows and not several and label not in rows[-1]:
+                    rows[-1][label] = one
+                else:
+                    rows.append({label: one})
+        if not rows or any(row.keys() != rows[0].keys() for row in rows):
+            return None
+        if label[0] != "tuple":
+            return tuple(sorted(rows[0], key=str)), rows
+        latin = [name[1] for name in label[3] if name[1][1:2] in ("", "_")]
+        return (label[3] if latin == sorted(latin) else None), rows
+
+    def assigned(self, node: tuple, trusted: bool) -> tuple | None:
+        """(label, value) of x = 5, |PQ| = 6, (m,n) = (4,7), 5 = x, x = 5+6 = 11 or x in [0,1]."""
+        # "~" is \approx: x \approx 3.14 names a value just as = does.
+        if node[1] != ("in",) and any(op not in ("=", "~") for op in node[1]):
+            return None
+        sides = node[2]
+        if not is_label(sides[0]):
+            # 5 = x, where the letter stands alone
+            if len(sides) == 2 and sides[1][0] in ("sym", "call") and is_label(sides[1]) and (
+                    node[1] != ("in",)):
+                return sides[1], sides[0]
+            return None
+        # A gold x = 5+6 = 11 shows its working; a value alone would not show which was asked for.
+        if trusted and len(sides) > 2 or not self.true_chain(sides[1:]):
+            return None
+        return sides[0], sides[-1]  # the last member is the result: x = 5+6 = 11 answers 11
+
+    def true_chain(self, sides: tuple) -> bool:
+        """Are all members without letters equal, and the last one of them, if there are any?"""
+        # x = 5+7 = 11 is not 11, otherwise any wrong derivation that ends in a guess at the gold
+        # would pass. Members with letters are left out, they can be definitions.
+        closed = [side for side in sides if side[0] != "text" and not letters_of(side)]
+        return not closed or closed[-1] is sides[-1] and all(
+            self.equal(side, closed[0]) for side in closed[1:])
+
     def lists(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """A bare list against a list, a set or a tuple."""
         #   list  3, 5 -> (3, 5)      set  \{3,5\} -> (3, 5)      tuple  (3,5) -> (3, 5)
         answers, golds = _items(answer), _items(gold)
         if "set" in (answer[0], gold[0]):
             return self.covered(answers, golds), "the same set of elements"
-        # Only gold may be the inequalities. For gold (-oo,1) U (3,oo) the answer x<1 or x>3 can be
-        # the question itself, copied; see the policy table.
-        if "or" in (answer[0], gold[0]) and gold[0] in ("or", "list") and answer[0] in (
-                "tuple", "setop") and all(item[0] == "rel" for item in golds):
-            return same_region(answer, gold, self.work), "an interval that solves the inequalities"
-        # Names on one side are enough; names on both sides are two lists,
-        # compared as relations below.
-        names = _assigned_names(gold) or _assigned_names(answer)
-        if names and "tuple" in (answer[0], gold[0]):
-            # x=2, y=3 is the point (2, 3), its coordinates in the order of the letters.
-            return (self.in_order(_by_name(answer), _by_name(gold)),
-                    "coordinates against assignments in the order of their letters")
-        if "tuple" in (answer[0], gold[0]):
+        if "tuple" in (answer[0], gold[0]) and not all(item[0] == "rel" for item in golds):
             point = gold if gold[0] == "tuple" else answer
             #   (1, 3] against 1, 3: half open, so an interval, which is no list of its ends
             if point[1:3] != ("(", ")"):
@@ -121,12 +209,20 @@ class Comparison:
             if gold[0] == "tuple":
                 return self.in_order(answers, golds), "the elements of a tuple in order"
             return self.matched(answers, golds), "the same elements in any order"
-        if answer[0] not in ("list", "or") or gold[0] not in ("list", "or"):
-            return False, "one answer against several"
-        #   gold x=2, y=3: the answer 2, 3 is right; 3, 2 would swap the unknowns
-        if _assigned_names(gold) and not any(item[0] == "rel" for item in answers):
-            return self.in_order(answers, golds), "values in the order of the named golds"
-        return self.matched(answers, golds), "the same elements in any order"
+        if answer[0] in ("list", "or") and gold[0] in ("list", "or") and (
+                self.matched(answers, golds)):
+            return True, "the same elements in any order"
+        # x<1 or x>3 is a region of the line, which |x-2|>1 is only after some work.
+        return self.regions(answer, gold)
+
+    def regions(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """Solved inequalities and memberships as sets of reals; intervals only for such a gold."""
+        # The order of the roles matters: gold [-2,7], answer -2<=x<=7: it can be the question,
+        # copied. The letter must be the same where both sides have one: x>2 is not f(x)>2.
+        about, gold_about = _subjects(answer), _subjects(gold)
+        if len(gold_about) != 1 or about and about != gold_about:
+            return False, "an inequality or several answers against something else"
+        return same_region(answer, gold, self.work), "the same solutions"
 
     def sets(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """Sets against sets; with a tuple or a single value the policy table decides."""
@@ -168,7 +264,10 @@ class Comparison:
         if len(answer[1]) != len(gold[1]) or len(answer[1][0]) != len(gold[1][0]):
             return False, "matrices of different shapes"
         # The parser has checked that rows have one length, so a first row speaks for all.
-        return all(map(self.in_order, answer[1], gold[1])), "matrix entries"
+        self.exact = True
+        equal = all(map(self.in_order, answer[1], gold[1]))
+        self.exact = False
+        return equal, "matrix entries"
 
     def ratios(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """3:4 is 6:8 and 3/4; what a clock could show is a time, which the parser knows."""
@@ -205,50 +304,32 @@ class Comparison:
 
     # -- equations and inequalities -----------------------------------------------------------
     def relations(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
-        """Equations, assignments, inequalities, and a value against any of them."""
+        """Equations and inequalities; labelled values have gone through `assignments`."""
+        # 5+6 = 11 without a name is 11 as well, if it is true; as gold it asks for the chain.
+        if answer[0] == "rel" and set(answer[1]) <= {"=", "~"} and not any(
+                map(letters_of, answer[2])) and (gold[0] != "rel" or letters_of(gold)) and (
+                self.true_chain(answer[2])):
+            equal, rule = self.same(answer[2][-1], gold)
+            return equal, f"the last member of a chain; {rule}"
         if answer[0] == gold[0] == "rel":
             return self.two_relations(answer, gold)
-        relation, other = (answer, gold) if answer[0] == "rel" else (gold, answer)
         # x<5 is no 5; only the interval that solves a gold inequality may stand against it.
-        if any(op not in ("=", "in", "~") for op in relation[1]):
-            # The order of the roles matters: -2<=x<=7 as an answer can be a copy of the question.
-            if relation is gold and other[0] in ("tuple", "setop", "set", "domain"):
-                return same_region(other, gold, self.work), "an interval that solves the inequality"
-            return False, "an inequality against something else"
-        # gold x = 5+6 = 11 shows its working; 11 alone would not show which member was asked for.
-        if relation is gold and len(gold[1]) > 1:
-            return False, "a chain as gold wants a chain"
-        if not _is_name(relation[2][0]):
-            turned = _assignment(relation)  # 5 = x
-            if not turned:
-                return False, "an equation against something else"
-            relation = ("rel", ("=",), turned)
-        # A chain must be true: x = 5+7 = 11 is not 11, otherwise any wrong derivation
-        # that ends in a guess at the gold would pass. Members with letters are left
-        # out, they can be definitions.
-        constants = [side for side in relation[2] if not is_structure(side) and not letters_of(side)]
-        if not all(self.equal(side, constants[0]) for side in constants[1:]):
-            return False, "a chain of unequal members"
-        # The last member is the result: x = 5+6 = 11 answers 11.
-        equal, rule = self.same(*((relation[2][-1], other) if answer[0] == "rel"
-                                  else (other, relation[2][-1])))
-        return equal, f"right-hand side; {rule}"
+        return self.regions(answer, gold)
 
     def two_relations(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """A relation against a relation; chains are compared link by link, in any order."""
-        one, other = _assignment(answer), _assignment(gold)
-        if one and answer[1] == ("in",) != gold[1] and one[0] in gold[2]:
-            return self.same(one[1], gold)  # x in [2, oo) is as good as [2, oo)
-        # f(x) = (x+1)^2 against f(x) = x^2+2x+1: the right sides decide, with
-        # the rules for expressions.
-        if one and other and one[0] == other[0]:
-            equal, rule = self.same(one[1], other[1])
-            return equal, f"the same name; {rule}"
+        if any(op not in ("=", "~") for op in gold[1]):
+            # A letter's inequalities are sets of reals, where they are solved.
+            try:
+                return self.regions(answer, gold)
+            except CannotDecide:
+                pass
         # Past this point sides are subtracted, which is only possible with numbers.
         if any(is_structure(side) for side in answer[2] + gold[2]):
             return False, "relations between structures that differ"
         answers, golds = _links(answer), _links(gold)
-        if other and not letters_of(other[1]) and len(answers) == 1 and answers[0][0] == "=":
+        solved = self.assigned(gold, True)
+        if solved and not letters_of(solved[1]) and len(answers) == 1 and answers[0][0] == "=":
             # The gold is solved: 2x = 10 only restates the question, x - 5 = 0 is let pass.
             # The difference has no factor but the sign here: 0 = x-4 passes for x = 4,
             # 2x-8 = 0 does not. Factors would let any equation with the right root pass,
@@ -256,50 +337,32 @@ class Comparison:
             opposite = ("neg", answers[0][1])
             return (self.equal(answers[0][1], golds[0][1]) or self.equal(opposite, golds[0][1]),
                     "an equation that is solved, up to its sign")
-        if len(answers) != len(golds):
-            return False, "chains of different lengths"
         # 1 < x <= 4 and 4 >= x > 1 have the same two links, met in another order.
-        left = list(answers)
-        for op, difference in golds:
-            found = next((k for k, link in enumerate(left)
-                          if link[0] == op and self.link(op, link[1], difference)), None)
-            if found is None:
-                return False, "equations up to a factor, inequalities as they stand"
-            del left[found]
-        return True, "equations up to a factor, inequalities as they stand"
+        return self.matched(answers, golds, self.link), (
+            "equations up to a factor, inequalities as they stand")
 
-    def link(self, op: str, answer: tuple, gold: tuple) -> bool:
-        """left - right of both sides: the same for < and <=, proportional for = and !=."""
+    def link(self, answer: tuple, gold: tuple) -> bool:
+        """(op, left - right) of both sides: the same for < and <=, proportional for = and !=."""
+        (op, answer), (gold_op, gold) = answer, gold
+        if op != gold_op:
+            return False
         # A factor of an inequality is refused (2x>6 for x>3), since division by it is the question.
         if op in ("<", "<="):
             return self.equal(answer, gold)
-        points, _ = points_for(answer, gold, self.work)
-        pairs, compared = [], 0
-        for point in points:
-            # A point where one side has no value is skipped, such as x = 0 of 1/x.
-            try:
-                pairs.append([Evaluator(point, FIRST_PRECISION + 30, self.work).value(side)
-                              for side in (answer, gold)])
-            except CannotDecide:
-                continue
         # Proportional means: l(p) r(b) = r(p) l(b) at every point p, with one fixed base
         # point b where both are nonzero. Without such a point an identity (x = x) would
         # be proportional to everything.
-        base = next((p for p in pairs if not is_zero(p[0]) and not is_zero(p[1])), None)
-        if base is None or not letters_of(answer) or not letters_of(gold):
-            return False
-        # Thirty digits more than usual, for the two products lose some; the
-        # values come with bounds.
-        evaluator = Evaluator({}, FIRST_PRECISION + 30, self.work)
-        for pair in pairs:
-            with decimal.localcontext(evaluator.context):
-                left = evaluator.mul(pair[0], base[1])
-                right = evaluator.mul(pair[1], base[0])
-                if not agree(left, right):
-                    return False
-            compared += 1
-        # Three, as in `at_points`; one point alone is the base itself and proves nothing.
-        return compared >= 3
+        zero = ("num", 0, None)
+        for point in points_for(answer, gold, self.work)[0]:
+            try:
+                if equal_at(point, answer, zero, self.work)[0] or (
+                        equal_at(point, gold, zero, self.work)[0]):
+                    continue
+            except CannotDecide:
+                continue  # a point where one side has no value, such as x = 0 of 1/x
+            return bool(letters_of(answer) and letters_of(gold)) and self.equal(
+                ("mul", (answer, _placed(gold, point))), ("mul", (gold, _placed(answer, point))))
+        return False
 
     # -- numbers and expressions --------------------------------------------------------------
     def scalars(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
@@ -342,7 +405,7 @@ class Comparison:
             return self.at_points(answer, gold)
         # No letters: one evaluation settles it, whereas functions need several points.
         equal, exact = equal_at({}, answer, gold, self.work)
-        if not equal and rounds_to(answer, gold, self.work):
+        if not equal and not self.exact and rounds_to(answer, gold, self.work):
             return True, "a decimal that agrees to six places"
         return equal, "exact rational arithmetic" if exact else "values to many digits"
 
@@ -406,41 +469,54 @@ def _parts(node: tuple, op: str) -> tuple:
     return _parts(node[2], op) + _parts(node[3], op)
 
 
-def _is_name(node: tuple) -> bool:
-    """Can this be what an assignment names: x, m_max, f(x), f(2)?"""
-    # f(2) = 7 assigns too, but f(x+1) = 7 is an equation about f, hence only letters and numbers.
-    return node[0] in ("sym", "call") and not (node[0] == "call" and any(
-        arg[0] not in ("sym", "num") for arg in node[2]))
+def is_label(node: tuple) -> bool:
+    r"""Can this be what an answer names its value with: x, f(2), |PQ|, (m, n), a:b, \sin A?
+
+    What holds a number or a sum, such as 2x, x^2 or x+y, is an equation's side and no label:
+    to restate the question's equation 2x = 8 is no answer 8.
+    """
+    kind = node[0]
+    if kind in ("sym", "text"):
+        return True
+    if kind in ("call", "fn"):
+        return all(arg[0] in ("sym", "num", "rel") for arg in node[2])
+    if kind == "tuple":
+        return node[1:3] == ("(", ")") and all(part[0] == "sym" for part in node[3])
+    if kind in ("abs", "inv"):
+        return is_label(node[1])
+    if kind == "ratio":
+        return all(map(is_label, node[1]))
+    if kind != "mul":
+        return False
+    # XY/YZ is a ratio of segments; PQ is a segment, m\angle A a measure; xy is a product.
+    if any(part[0] == "inv" for part in node[1]):
+        return all(map(is_label, node[1]))
+    return all(part[0] == "sym" and (part[1][0].isupper() or " " in part[1] or part[1] == "m")
+               for part in node[1])
 
 
-def _assignment(node: tuple) -> tuple | None:
-    """(name, value) of x = 5, f(x) = x^2, 5 = x or x in [0,1]; None for any other relation."""
-    # "~" is \approx: x \approx 3.14 names a value just as = does.
-    if node[1] not in (("=",), ("in",), ("~",)):
-        return None
-    left, right = node[2]
-    if _is_name(left):
-        return left, right
-    return (right, left) if _is_name(right) and node[1] == ("=",) else None
+def _rows(rows: list, order: tuple) -> tuple:
+    """Each solution as one value, or as the tuple of its values in a given order of the names."""
+    values = [tuple(row[name] for name in order) for row in rows]
+    return tuple(row[0] if len(row) == 1 else ("tuple", "(", ")", row) for row in values)
 
 
-def _assigned_names(node: tuple) -> list | None:
-    """The names in a list of assignments to different letters, such as x=2, y=3."""
-    if node[0] not in ("list", "or"):
-        return None
-    found = [_assignment(item) if item[0] == "rel" else None for item in node[1]]
-    names = [pair[0] for pair in found if pair]
-    # The set removes doubles: x=2, x=3 are two solutions for one letter, not two coordinates.
-    return names if len(names) == len(node[1]) == len(set(names)) else None
+def _placed(node, point: dict):
+    """The tree with numbers in the place of its letters."""
+    if not isinstance(node, tuple):
+        return node
+    if node[:1] == ("sym",) and node[1] in point:
+        return ("num", point[node[1]], None)
+    return tuple([_placed(part, point) for part in node])
 
 
-def _by_name(node: tuple) -> tuple:
-    """The values of a list of assignments, sorted by name; the items of anything else."""
-    if not _assigned_names(node):
-        return _items(node)
-    pairs = [_assignment(item) for item in node[1]]
-    # By name and not as written, so that y=3, x=2 is the point (2, 3).
-    return tuple(value for _, value in sorted(pairs, key=lambda pair: str(pair[0])))
+def _subjects(node: tuple) -> set:
+    """What inequalities and memberships are about, x or f(x); nothing for an interval."""
+    if node[0] == "or":
+        return set().union(*map(_subjects, node[1]))
+    if node[0] != "rel":
+        return set()
+    return {node[2][0]} if node[1] == ("in",) else {name for name, *_ in _solved(node)}
 
 
 def _links(node: tuple) -> list:
@@ -556,13 +632,13 @@ def _ends(node: tuple) -> tuple:
     if node[0] == "rel":
         if node[1] == ("in",):
             return _ends(node[2][1])
-        return tuple([end for _, end, _ in _solved(node)] + [
-            ("neg", end) for _, end, size in _solved(node) if size])
+        links = _solved(node)
+        return tuple([link[2] for link in links] + [("neg", link[2]) for link in links if link[3]])
     raise CannotDecide("not a set of real numbers")
 
 
 def _solved(node: tuple) -> list:
-    """The links of a solved inequality, x < c or |x| < c, as (op, c, is it |x|?)."""
+    """The links of a solved inequality, x < c or |x| < c, as (x, op, c, is it |x|?)."""
     links = []
     for op, left, right in zip(node[1], node[2], node[2][1:]):
         #   3 < x becomes x > 3, so that the letter is on the left
@@ -570,9 +646,9 @@ def _solved(node: tuple) -> list:
             left, right, op = right, left, _TURNED.get(op)
         name = left[1] if left[0] == "abs" else left
         # One letter, alone on its side: 2x < 6 as gold is not solved, and solving is not done here.
-        if not _is_name(name) or letters_of(right) or op not in _TURNED:
+        if name[0] not in ("sym", "call") or letters_of(right) or op not in _TURNED:
             raise CannotDecide("an inequality that is not solved")
-        links.append((op, right, left[0] == "abs"))
+        links.append((name, op, right, left[0] == "abs"))
     return links
 
 
@@ -607,4 +683,4 @@ def _holds(node: tuple, place: int, places: dict) -> bool:
                 ">=": place >= there, "=": place == there, "!=": place != there}[op]
 
     # A chain holds where all its links hold: 1 < x <= 4.
-    return all([link(*each) for each in _solved(node)])
+    return all([link(*each) for _, *each in _solved(node)])

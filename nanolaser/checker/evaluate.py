@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from .parse import is_structure, parse
 
 # Every bound below is a wall against slow inputs (a model under RL finds them by accident), and far
 # above what a benchmark answer needs. To meet one is an unequal verdict, never an exception: one
@@ -71,32 +72,32 @@ def letters_of(node) -> set:
     return found
 
 
-def _counted(node) -> tuple[set, set]:
-    """(letters that stand for whole numbers, other letters under a floor or ceiling).
+def nodes(tree):
+    """Every node of a tree, the tree itself first."""
+    stack = [tree]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, tuple):
+            if part and isinstance(part[0], str):
+                yield part
+            stack.extend(part)
 
-    n! and floor(n/2) and (-1)^n are only meant for whole n; floor(x) is meant for all x.
-    """
-    if not isinstance(node, tuple) or not node:
-        return set(), set()
-    # Only sure cases are whole for any name: x! has no other value here, gcd(a,b) neither.
-    if node[0] in _WHOLE or node[0] == "fn" and node[1] in ("gcd", "lcm"):
-        return letters_of(node), set()
-    if node[0] in ("sum", "prod"):
-        return letters_of(node[2]) | letters_of(node[3]), set()
-    letters = set()
-    if node[0] in ("floor", "ceil"):
-        letters = letters_of(node[1])
-    elif node[0] == "pow" and node[1][0] == "neg" and not letters_of(node[1]):
-        # (-1)^n: at n = 1234/5678 it would be complex, and (-1)^(2n) = 1 would be denied.
-        #   pow of neg of something without letters; the exponent's letters become whole
-        letters = letters_of(node[2])
-    whole = {name for name in letters if name[0] in _INTEGER_LETTERS}
-    # floor(x) stays a function of real x: at whole x alone it would be equal to x.
-    stepped = letters - whole if node[0] in ("floor", "ceil") else set()
-    for part in node:
-        more = _counted(part)
-        whole, stepped = whole | more[0], stepped | more[1]
-    return whole, stepped
+
+def _counted(tree: tuple) -> set:
+    """The letters that stand for whole numbers: n! and floor(n/2) and (-1)^n are only meant so."""
+    found = set()
+    for node in nodes(tree):
+        # Only sure cases are whole for any name: x! has no other value here, gcd(a,b) neither.
+        if node[0] in _WHOLE or node[0] == "fn" and node[1] in ("gcd", "lcm"):
+            found |= letters_of(node)
+        elif node[0] in ("sum", "prod"):
+            found |= letters_of(node[2]) | letters_of(node[3])
+        # floor(x) stays a function of real x: at whole x alone it would be equal to x.
+        #   (-1)^n: at n = 1234/5678 it would be complex, and (-1)^(2n) = 1 would be denied
+        elif node[0] in ("floor", "ceil") or (
+                node[0] == "pow" and node[1][0] == "neg" and not letters_of(node[1])):
+            found |= {name for name in letters_of(node[-1]) if name[0] in _INTEGER_LETTERS}
+    return found
 
 
 def _hash(text: str, salt: int) -> int:
@@ -111,44 +112,28 @@ _BRANCHING = {"abs", "floor", "ceil", "root", "log"}
 _SMOOTH = {"sin", "cos", "tan", "cot", "sec", "csc", "cis", "sinh", "cosh", "tanh", "coth"}
 
 
-def _branches(node, smooth: set = _SMOOTH) -> bool:
+def _branches(tree: tuple, smooth: set = _SMOOTH) -> bool:
     """Could the expression follow different rules on different stretches of a letter?"""
-    if not isinstance(node, tuple):
-        return False
     # |x|, floor(x), sqrt(x^2), max(x, 20), arcsin(sin x); x^{1/2} and x^y, but not x^3 and 2^x.
-    if node[:1] == ("pow",) and letters_of(node[1]) and not (
-            node[2][0] == "num" and node[2][1].denominator == 1):
-        return True
-    if node[:1] and node[0] in _BRANCHING or node[:1] == ("fn",) and node[1] not in smooth:
-        return bool(letters_of(node))
-    return any([_branches(part, smooth) for part in node])
+    return any((node[0] in _BRANCHING or node[0] == "fn" and node[1] not in smooth) and (
+        letters_of(node)) or node[0] == "pow" and letters_of(node[1]) and not (
+            node[2][0] == "num" and node[2][1].denominator == 1) for node in nodes(tree))
 
 
-def _constants(node, work: "Work", found: list) -> None:
-    """Append the sizes of the numbers that stand in an expression: where its branches can begin."""
-    if not isinstance(node, tuple) or len(found) >= 6:
-        return
-    if not node or not isinstance(node[0], str):
-        for part in node:
-            _constants(part, work, found)
-    elif letters_of(node):
-        closed = [part for part in node[1] if not letters_of(part)] if node[0] in (
-            "add", "mul") else []
-        #   20 \cdot 30 x  ->  600 as well as what stands deeper; exponents place no branch
-        if len(closed) > 1:
-            _constants((node[0], tuple(closed)), work, found)
-        for part in node[1:2] if node[0] == "pow" else node[1:]:
-            _constants(part, work, found)
-    elif node[0] == "inv":
-        _constants(node[1], work, found)  # x/600 - 1 branches at 600
-    else:
-        try:
-            value = Evaluator({}, FIRST_PRECISION, work).value(node)
-        except CannotDecide:
-            return
-        size = abs(value if not isinstance(value, Ball) else Fraction(value.re))
-        if size and size < 10 ** 12 and size not in found:
-            found.append(size)
+def _constants(trees: tuple, work: "Work") -> list:
+    """The sizes of numbers that stand in the expressions: where their branches can begin."""
+    #   |x/600 - 2^{10}|  ->  600, 1/600, 2^{10}, 2, 10; eight are enough for any answer
+    found: list = []
+    for node in (node for tree in trees for node in nodes(tree)):
+        if len(found) < 8 and not is_structure(node) and not letters_of(node):
+            try:
+                value = Evaluator({}, FIRST_PRECISION, work).value(node)
+            except CannotDecide:
+                continue
+            size = abs(value if not isinstance(value, Ball) else Fraction(value.re))
+            if 0 < size < 10 ** 12 and size not in found:
+                found.append(size)
+    return found
 
 
 def _near(value) -> Fraction:
@@ -165,7 +150,7 @@ def _stretches(constants: list) -> list:
     beyond = 2 * math.prod(max(c, 1 / Fraction(c)) for c in constants)
     marks = [Fraction(0), *sorted(constants)]
     inside = [low + (high - low) * Fraction(377, 1000) for low, high in zip(marks, marks[1:])]
-    inside += [(marks[-1] or 1) * Fraction(1377, 1000), min(beyond, 10 ** 12) * Fraction(1377, 1000)]
+    inside += [Fraction(1377, 1000) * c for c in (marks[-1] or 1, min(beyond, 10 ** 12))]
     return [_near(sign * value) for value in inside for sign in (1, -1)]
 
 
@@ -178,14 +163,14 @@ def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], se
     by an answer, and only where nothing on either side depends on its sign or its fraction.
     """
     letters = sorted(letters_of(answer) | letters_of(gold))
-    (whole, stepped), (more_whole, more_stepped) = _counted(gold), _counted(answer)
     branching = _branches(gold) or _branches(answer)
+    whole = _counted(gold)
     if not branching and not _branches(gold, set()):
-        whole |= {name for name in more_whole if name[0] in _INTEGER_LETTERS}
-    stepped = (stepped | more_stepped) - whole
+        whole |= {name for name in _counted(answer) if name[0] in _INTEGER_LETTERS}
+    whole.intersection_update(letters)
     # Four points for smooth expressions; more where there are branches; twenty where something is
     # counted: floor(sqrt(n)) and floor(n/2) agree at n = 2, 3, 4 and 5, and part only then.
-    count = 20 if whole or stepped else 8 if branching else 4
+    count = 20 if whole else 8 if branching else 4
     points: list[dict] = []
     for k in range(count):
         point = {}
@@ -203,8 +188,6 @@ def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], se
                 # Several counting letters: small, since n! and binomials grow fast,
                 # and 15 keeps them cheap.
                 point[name] = single if len(whole) == 1 else 1 + bits % 15
-            elif name in stepped and k % 2:
-                point[name] = sign * (bits % 10)  # floor(x) and ceil(x) - 1 differ here only
             else:
                 # About 0.1 to 10, never 0 or 1, where x and x^2 would meet. Where there are
                 # branches, other sizes too, each letter in its turn.
@@ -214,16 +197,17 @@ def points_for(answer: tuple, gold: tuple, work: "Work") -> tuple[list[dict], se
                 point[name] = _near(sign * size)
         points.append(point)
     if whole or branching:
-        constants: list = []
-        for side in (gold, answer):
-            _constants(side, work, constants)
+        # floor(x) and ceil(x) - 1 differ at whole numbers only.
+        points += [{name: round(value) or 1 for name, value in point.items()}
+                   for point in points[:8]]
+        constants = _constants((gold, answer), work)
         # Each letter passes through its stretches while the others stand still.
-        for j, name in enumerate(letters[:4]):
+        for name in letters[:4]:
             stretches = _stretches(constants)
             if name in whole:
                 stretches = {int(c) + d for c in (*constants, stretches[-2]) for d in (0, 1)
                              if 15 < c < 10 ** 9}
-            points += [{**points[(k + j) % 4], name: value} for k, value in enumerate(stretches)]
+            points += [{**points[k % 4], name: value} for k, value in enumerate(stretches)]
     return points, whole
 
 
@@ -449,10 +433,9 @@ class Evaluator:
         if isinstance(value, Ball):
             return value
         digits = (value.numerator.bit_length() + value.denominator.bit_length()) * 0.302
-        # At a random point long fractions are made by the point, not written by anyone.
-        # 20 digits beyond its own length tell the fraction from every other that could
-        # be written so. The cap keeps a power at a random point, of thousands of
-        # digits, from asking for thousands.
+        # At a random point long fractions are made by the point, not written by anyone. 20 digits
+        # beyond its own length tell the fraction from every other that could be written so. The cap
+        # keeps a power at a random point, of thousands of digits, from asking for thousands.
         self.need = max(self.need, min(int(digits) + 20, 300) if self.point else int(digits) + 20)
         # Quadratic, as a long division is.
         self.work.spend(2 + int(digits * digits) // 20000)
@@ -840,7 +823,7 @@ class Evaluator:
         bits = n.numerator.bit_length() + n.denominator.bit_length()
         if k < 0 or k * bits > MAX_BITS:
             raise CannotDecide("a binomial outside its limits")
-        self.work.spend(2 + k * k * bits // 10000)
+        self.work.spend(2 + 3 * k + k * k * bits // 10000)
         #   n (n-1) ... (n-k+1) / k!
         if n.denominator == 1 and n >= 0:
             return math.comb(int(n), int(k))
@@ -903,7 +886,7 @@ class Evaluator:
         return self.mul(self.evaluate(x), self.do_call(name, ()))
 
     def do_deg(self, x):
-        """Degrees are radians in a trigonometric function, and elsewhere a unit: 90° + 1 is not 91."""
+        """pi/180 in a trigonometric function, and elsewhere a unit: 90° + 1 is not 91."""
         if not self.in_trig:
             return self.do_unit(x, "degree")
         return self.mul(self.mul(self.evaluate(x), self.do_const("pi")), Fraction(1, 180))
@@ -955,20 +938,22 @@ class Evaluator:
         return self.do_sum(name, low, high, body, multiply=True)
 
     def do_fn(self, name, args):
-        """Functions of one argument and, by `several`, of many."""
+        """sin and cos by their series, gcd, lcm, max, min of many; the others by a formula."""
         if name in ("gcd", "lcm", "max", "min"):
             return self.several(name, [self.evaluate(arg) for arg in args])
-        if name in _CIRCULAR:
-            # Saved and restored, for a sine can stand in a sine: the inner one
-            # ends, the outer goes on.
-            outer, self.in_trig = self.in_trig, True
-            value = self.evaluate(args[0])
-            self.in_trig = outer
-            return self.circular(name, value)
+        # Saved and restored, for a sine can stand in a sine: the inner one ends, the outer goes on.
+        outer = self.point, self.in_trig
+        self.in_trig = name in CIRCULAR
         value = self.evaluate(args[0])
-        if name in ("sinh", "cosh", "tanh", "coth"):
-            return self.hyperbolic(name, value)
-        return self.inverse_circular(name, value)
+        if name in ("sin", "cos"):
+            # sin 0 is exactly 0: as a ball around zero it could not be divided, counted or raised.
+            exact = _is_exact_zero(value)
+            value = int(name == "cos") if exact else self.cosine_sine(value)[name == "sin"]
+        else:
+            self.point, self.in_trig = {"x": value}, False
+            value = self.evaluate(_formula(name))
+        self.point, self.in_trig = outer
+        return value
 
     def several(self, name: str, values: list):
         """gcd, lcm, max, min of rational numbers."""
@@ -981,56 +966,24 @@ class Evaluator:
             raise CannotDecide(f"{name} of numbers that are not whole")
         return (math.gcd if name == "gcd" else math.lcm)(*map(int, values))
 
-    def circular(self, name: str, value):
-        """The trigonometric functions as quotients of cos and sin."""
-        # sin 0 is exactly 0: as a ball around zero it could not be divided, counted or raised to.
-        if _is_exact_zero(value) and name in ("sin", "tan"):
-            return 0
-        cosine, sine = self.cosine_sine(value)
-        if name in ("sin", "cos"):
-            return sine if name == "sin" else cosine
-        if name == "cis":
-            return self.add(cosine, self.mul(Ball(_ZERO, _ONE, _ZERO), sine))
-        if name in ("sec", "csc"):
-            return self.inverse(cosine if name == "sec" else sine)
-        #   tan = sin/cos, cot = cos/sin; where the divisor could be zero there is no value
-        over, under = (sine, cosine) if name == "tan" else (cosine, sine)
-        return self.mul(over, self.inverse(under))
 
-    def hyperbolic(self, name: str, value):
-        """As quotients of e^x + e^-x and e^x - e^-x."""
-        # One exponential serves all four: e^-x is its inverse.
-        grown = self.exp(value)
-        back = self.inverse(grown)
-        plus, minus = self.add(grown, back), self.add(grown, self.neg(back))
-        half = Fraction(1, 2)
-        if name in ("sinh", "cosh"):
-            return self.mul(half, minus if name == "sinh" else plus)
-        return self.mul(*((minus, self.inverse(plus)) if name == "tanh"
-                          else (plus, self.inverse(minus))))
-
-    def inverse_circular(self, name: str, value):
-        """By complex logarithms; arcsin, arctan of a real argument come out real within error."""
-        if name in ("arcsec", "arccsc", "arccot"):
-            #   arcsec x = arccos 1/x,   arccsc x = arcsin 1/x,   arccot x = arctan 1/x
-            name, value = {"arcsec": "arccos", "arccsc": "arcsin", "arccot": "arctan"}[name], (
-                self.inverse(value))
-        unit = Ball(_ZERO, _ONE, _ZERO)
-        turned = self.mul(unit, self.ball(value))
-        #   arctan z = i/2 (log(1 - iz) - log(1 + iz))
-        if name == "arctan":
-            low, high = self.log(self.add(1, self.neg(turned))), self.log(self.add(1, turned))
-            return self.mul(Ball(_ZERO, Decimal("0.5"), _ZERO), self.add(low, self.neg(high)))
-        #   arcsin z = -i log(iz + sqrt(1 - z^2)),   arccos z = pi/2 - arcsin z
-        # The same formulas hold for real and complex z, and beyond 1, where arcsin is complex.
-        root = self.power(self.add(1, self.neg(self.mul(value, value))), Fraction(1, 2))
-        result = self.neg(self.mul(unit, self.log(self.add(turned, root))))
-        if name == "arcsin":
-            return result
-        return self.add(self.mul(Fraction(1, 2), self.do_const("pi")), self.neg(result))
+CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
+# By complex logarithms, which hold for real and complex x, and beyond 1, where arcsin is complex;
+# arcsin and arctan of a real argument come out real within error.
+_FORMULAS = {
+    "tan": r"\frac{\sin x}{\cos x}", "cot": r"\frac{\cos x}{\sin x}", "sec": r"\frac{1}{\cos x}",
+    "csc": r"\frac{1}{\sin x}", "cis": r"\cos x + i \sin x", "sinh": r"\frac{e^x - e^{-x}}{2}",
+    "cosh": r"\frac{e^x + e^{-x}}{2}", "tanh": r"\frac{e^x - e^{-x}}{e^x + e^{-x}}",
+    "coth": r"\frac{e^x + e^{-x}}{e^x - e^{-x}}", "arcsin": r"-i \ln(ix + \sqrt{1 - x^2})",
+    "arccos": r"\frac{\pi}{2} - \arcsin x", "arctan": r"\frac{i}{2}(\ln(1 - ix) - \ln(1 + ix))",
+    "arcsec": r"\arccos \frac{1}{x}", "arccsc": r"\arcsin \frac{1}{x}",
+    "arccot": r"\arctan \frac{1}{x}"}
 
 
-_CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
+@lru_cache(maxsize=None)
+def _formula(name: str) -> tuple:
+    """The tree of a function's formula in x, read once."""
+    return parse(_FORMULAS[name])
 
 
 def _is_exact_zero(value) -> bool:

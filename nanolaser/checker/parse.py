@@ -29,13 +29,14 @@ The tree is made of tuples whose first entry names the kind, so equal trees are 
 
 What is ambiguous is refused rather than guessed: `\sqrt12`, `\frac123`, `x2`, `1/2x`, `2\frac43`,
 `\sin x/2`, an ellipsis. Three conventions are chosen: `a/bc` is a/(bc), `2^10` is 1024, and `2e-3`
-is 0.002 (checker.py also tries 2e - 3, where e is Euler's number).
+is 0.002 (the checker also tries 2e - 3, where e is Euler's number).
 Every loop is linear in the text, and recursion stops at MAX_DEPTH brackets.
 """
 
 import re
 import unicodedata
 from fractions import Fraction
+from functools import cached_property
 
 # The bounds keep parsing linear and shallow for any text a model can write. Past one of them there
 # is a ParseError, so the answer can still be right as equal text, never by arithmetic.
@@ -60,7 +61,7 @@ GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta i
             "mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta "
             "Lambda Xi Pi Sigma Phi Psi Omega ell hbar aleph mho partial".split())
 # Without a backslash too: models write sin(x) as often as \sin(x). A new function needs an
-# evaluation rule in checker.py beside its entry here.
+# evaluation rule in evaluate.py beside its entry here.
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh "
                 "coth ln lg log exp cis gcd lcm max min".split())
 #   \sin^{-1} x is arcsin x, and not 1/sin x: the mathematician's reading, also that of graders
@@ -72,41 +73,35 @@ FUNCTION_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec
 # Words that are symbols when written without a backslash, in plain text or inside \text{}.
 NAMES = {"pi": ("const", "pi"), "inf": ("const", "inf"), "infty": ("const", "inf"),
          "infinity": ("const", "inf"), "oo": ("const", "inf"), "percent": ("op", "%"),
+         "percentage": ("op", "%"), "pct": ("op", "%"),
          "degree": ("op", "deg"), "degrees": ("op", "deg"), "deg": ("op", "deg"),
-         "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("cmd", "root"),
-         "cbrt": ("cmd", "cbrt"), "union": ("op", "cup"), "abs": ("plain", "abs"),
+         "and": ("sep", "and"), "or": ("sep", "or"), "sqrt": ("plain", "2"),
+         "cbrt": ("plain", "3"), "union": ("op", "cup"), "abs": ("plain", "abs"),
          "floor": ("plain", "floor"), "ceil": ("plain", "ceil")}
 # The values are the tokens that the parser sees, so \times, \cdot and * are one token "*", and the
 # grammar needs one rule for the three of them.
-COMMANDS = {
-    "cdot": ("op", "*"), "times": ("op", "×"), "ast": ("op", "*"), "cdotp": ("op", "*"),
-    "div": ("op", "/"), "slash": ("op", "/"), "pm": ("op", "pm"), "mp": ("op", "mp"),
-    "le": ("op", "<="), "leq": ("op", "<="), "leqslant": ("op", "<="), "leqq": ("op", "<="),
-    "ge": ("op", ">="), "geq": ("op", ">="), "geqslant": ("op", ">="), "geqq": ("op", ">="),
-    "lt": ("op", "<"), "gt": ("op", ">"), "ne": ("op", "!="), "neq": ("op", "!="),
-    "in": ("op", "in"), "approx": ("op", "~"), "cup": ("op", "cup"), "cap": ("op", "cap"),
-    "setminus": ("op", "setminus"), "backslash": ("op", "setminus"),
-    "lfloor": ("op", "lfloor"), "rfloor": ("op", "rfloor"), "lceil": ("op", "lceil"),
-    "rceil": ("op", "rceil"), "lvert": ("op", "|"), "rvert": ("op", "|"), "vert": ("op", "|"),
-    "lbrace": ("op", "\\{"), "rbrace": ("op", "\\}"), "{": ("op", "\\{"), "}": ("op", "\\}"),
-    "lbrack": ("op", "["), "rbrack": ("op", "]"), "langle": ("op", "<("), "rangle": ("op", ")>"),
-    "lparen": ("op", "("), "rparen": ("op", ")"), "%": ("op", "%"), "$": ("op", "$"),
-    "euro": ("op", "euro"), "pounds": ("op", "sterling"),
-    "circ": ("op", "circ"), "degree": ("op", "deg"), "prime": ("op", "'"), "\\": ("op", "\\\\"),
-    "cr": ("op", "\\\\"), "choose": ("op", "choose"), "colon": ("op", ":"),
-    "frac": ("cmd", "frac"), "dfrac": ("cmd", "frac"), "tfrac": ("cmd", "frac"),
-    "cfrac": ("cmd", "frac"), "sqrt": ("cmd", "sqrt"), "binom": ("cmd", "binom"),
-    "dbinom": ("cmd", "binom"), "tbinom": ("cmd", "binom"), "sum": ("cmd", "sum"),
-    "prod": ("cmd", "prod"), "angle": ("cmd", "angle"), "triangle": ("cmd", "triangle"),
-    # A mark makes another name of a letter, and each mark its own: \hat x is not \bar x.
-    "overline": ("mark", "bar"), "bar": ("mark", "bar"), "hat": ("mark", "hat"),
-    "widehat": ("mark", "hat"), "tilde": ("mark", "tilde"), "widetilde": ("mark", "tilde"),
-    "dot": ("mark", "dot"), "ddot": ("mark", "ddot"), "vec": ("mark", "vec"),
-    "overrightarrow": ("mark", "vec"), "overleftrightarrow": ("mark", "line"),
-    "emptyset": ("set", ""), "varnothing": ("set", ""),
-    "infty": ("const", "inf"), "pi": ("const", "pi"), "imath": ("const", "i"),
-    "land": ("sep", "and"), "lor": ("sep", "or"),
-}
+# A mark makes another name of a letter, and each mark its own: \hat x is not \bar x.
+COMMANDS = {name: (kind, value) for kind, value, names in (
+    ("op", "*", "cdot ast cdotp"), ("op", "×", "times"), ("op", "/", "div slash"),
+    ("op", "pm", "pm"), ("op", "mp", "mp"), ("op", "<=", "le leq leqslant leqq"),
+    ("op", ">=", "ge geq geqslant geqq"), ("op", "<", "lt"), ("op", ">", "gt"),
+    ("op", "!=", "ne neq"), ("op", "in", "in"), ("op", "~", "approx"), ("op", "cup", "cup"),
+    ("op", "cap", "cap"), ("op", "setminus", "setminus backslash"), ("op", "lfloor", "lfloor"),
+    ("op", "rfloor", "rfloor"), ("op", "lceil", "lceil"), ("op", "rceil", "rceil"),
+    ("op", "|", "lvert rvert vert"), ("op", "\\{", "lbrace {"), ("op", "\\}", "rbrace }"),
+    ("op", "[", "lbrack"), ("op", "]", "rbrack"), ("op", "<(", "langle"), ("op", ")>", "rangle"),
+    ("op", "(", "lparen"), ("op", ")", "rparen"), ("op", "%", "%"), ("op", "$", "$"),
+    ("op", "euro", "euro"), ("op", "sterling", "pounds"), ("op", "circ", "circ"),
+    ("op", "deg", "degree"), ("op", "'", "prime"), ("op", "\\\\", "\\ cr"), ("op", ":", "colon"),
+    ("op", "choose", "choose"), ("op", "over", "over"), ("cmd", "frac", "frac dfrac tfrac cfrac"),
+    ("cmd", "sqrt", "sqrt"), ("cmd", "binom", "binom dbinom tbinom"), ("cmd", "sum", "sum"),
+    ("cmd", "prod", "prod"), ("cmd", "angle", "angle"), ("cmd", "triangle", "triangle"),
+    ("mark", "bar", "overline bar"), ("mark", "hat", "hat widehat"), ("mark", "dot", "dot"),
+    ("mark", "tilde", "tilde widetilde"), ("mark", "ddot", "ddot"), ("mark", "vec",
+    "vec overrightarrow"), ("mark", "line", "overleftrightarrow"), ("set", "",
+    "emptyset varnothing"), ("const", "inf", "infty"), ("const", "pi", "pi"),
+    ("const", "i", "imath"), ("sep", "and", "land"), ("sep", "or", "lor"))
+    for name in names.split()}
 # Commands whose argument is words, a unit, or ordinary mathematics in another face.
 TEXT_COMMANDS = set("text mbox hbox textbf textit textrm textsf texttt textnormal mathrm mathbf "
                     "mathit mathsf mathtt operatorname rm bf".split())
@@ -121,25 +116,18 @@ SILENT = set("tiny small large Large LARGE huge Huge left right middle big Big b
 MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "psmallmatrix"}
 
 # "5 meters" and "5 m" must give one tree. A unit is only read after a number: m alone is a letter.
-# Unit spellings; the first of a line is the one name that is compared.
-UNITS = {}
-for _line in ("m meter meters metre metres", "cm centimeter centimeters centimetre centimetres",
-              "mm millimeter millimeters millimetre millimetres", "in inch inches", "ft foot feet",
-              "km kilometer kilometers kilometre kilometres", "yd yard yards", "mi mile miles",
-              "g gram grams", "kg kilogram kilograms", "mg milligram milligrams",
-              "lb lbs pound pounds", "oz ounce ounces", "ton tons tonne tonnes",
-              "s sec secs second seconds", "ms millisecond milliseconds", "day days",
-              "min mins minute minutes", "h hr hrs hour hours", "week weeks", "month months",
-              "yr yrs year years", "century centuries", "l liter liters litre litres",
-              "ml milliliter milliliters millilitre millilitres", "gal gallon gallons",
-              "pint pints", "quart quarts", "acre acres", "dollar dollars usd buck bucks",
-              "cent cents", "euro euros", "penny pennies pence", "rad radian radians",
-              "degree degrees", "people person persons", "n newton newtons", "j joule joules",
-              "w watt watts", "v volt volts", "hz hertz", "c celsius", "f fahrenheit", "k kelvin",
-              "a amp amps", "child children", "man men", "woman women", "die dice", "mph", "kph",
-              "times"):
-    for _word in _line.split():
-        UNITS[_word] = _line.split()[0]
+# The first of a line is the one name that is compared; plurals are found by `unit_name`.
+UNITS = {spelling: line.split()[0] for line in (
+    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "in inch", "mph",
+    "kph", "ft foot feet", "km kilometer kilometre", "yd yard", "mi mile", "g gram",
+    "kg kilogram", "day", "mg milligram", "lb lbs pound", "oz ounce", "ton tonne",
+    "s sec secs second", "week", "month", "ms millisecond", "min mins minute", "h hr hrs hour",
+    "yr yrs year", "century", "acre", "pint", "l liter litre", "ml milliliter millilitre",
+    "gal gallon", "quart", "dollar usd buck", "cent", "euro", "penny pence", "rad radian",
+    "degree", "people person", "n newton", "j joule", "w watt", "v volt", "hz hertz", "c celsius",
+    "f fahrenheit", "k kelvin", "a amp", "child children", "times", "man men", "woman women",
+    "die dice")
+    for spelling in line.split()}
 # Counted things, which golds often leave out: 12 apples is 12. Singular; see `unit_name`.
 COUNTED = set("""unit way point solution student apple book boy girl ball marble coin ticket page
     question game car cookie egg step tile triangle square side path flower tree dog cat bag box pen
@@ -157,9 +145,11 @@ _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "squared": "^2", "cubic": "^
 
 def unit_name(word: str) -> str | None:
     """The one name of a unit or a counted thing, in singular or plural; None for other words."""
-    singulars = (word, word[:-1] if word[-1:] == "s" else "", word[:-2] if word[-2:] == "es" else "",
-                 word[:-3] + "y" if word[-3:] == "ies" else "")
-    return UNITS.get(word) or next((one for one in singulars if one in COUNTED), None)
+    singulars = [word, word.removesuffix("s"), word.removesuffix("es"),
+                 word[:-3] + "y" if word.endswith("ies") else word]
+    # Short spellings have no plural: "as" is no amperes.
+    return next((UNITS.get(one, one) for one in singulars if one in COUNTED or one in UNITS and (
+        one == word or len(one) > 2)), None)
 
 
 def unit_of(words: list) -> str | None:
@@ -195,17 +185,14 @@ NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7
 # Unicode signs become the LaTeX that stands for them, so that there is one grammar for both. A
 # space after each command: "\pi r" from πr must not read as the command \pir.
 _UNICODE = str.maketrans({
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "∓": r"\mp ",
-    "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "√": " sqrt ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∖": r"\setminus ",
-"ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
-    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
-    "λ": r"\lambda ", "μ": r"\mu ", "µ": r"\mu ", "φ": r"\varphi ", "ϕ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ",
-    "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
-    "€": r"\euro ", "£": r"\pounds ",
+    **{sign: f"\\{name} " for pair in (
+        "×times ·cdot ⋅cdot ∙cdot ÷div πpi ∞infty ±pm ∓mp ≤le ≥ge ⩽le ⩾ge ≠ne ∪cup ∩cap ∈in "
+        "∅emptyset ≈approx ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil ∖setminus αalpha βbeta γgamma δdelta "
+        "θtheta λlambda μmu µmu φvarphi ϕphi ωomega σsigma €euro £pounds").split()
+       for sign, name in [(pair[0], pair[1:])]},
+    **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("ℝℤℕℚℂ", "RZNQC")},
+    "−": "-", "°": r"^\circ ", "º": r"^\circ ", "√": " sqrt ", "“": '"', "”": '"', "’": "'",
+    "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
     # Invisible: zero-width characters vanish, odd spaces become plain ones.
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",
     "\u202f": " ",
@@ -323,6 +310,8 @@ def clean(text: str) -> str:
     # 0.333. \right. is a delimiter that shows nothing.
     if text.endswith(".") and not text.endswith("..") and not text.endswith("\\right."):
         text = text[:-1].rstrip()
+    elif text.endswith((",", ";")) and text[-2:-1] != "\\":
+        text = text[:-1].rstrip()
     if "+/-" in text:
         text = text.replace("+/-", "\\pm ")
     # Only the whole text: in "(A) 5" the letter stands beside a value.
@@ -342,6 +331,8 @@ def clean(text: str) -> str:
 # each repeats one class of characters at a time and begins with what only it begins with.
 #   space      invisible, but remembered: 3 1/4 is a mixed number, 31/4 is not
 #   based      52_8, 52_{10}, 52_{\text{eight}}; 1A_{16} only where letters can be digits
+#   time       2:05, 10:30, 1:02:03 as a clock shows them: as the ratio 2:5, 2:05 would equal 4:10,
+#              which is another time; 2:5 and 3:100 are ratios
 #   thousands  1,234,567 if the whole run of digits and commas has that form: not 27,54,108
 #   num        also 6.02e23
 # Thousands begin with a digit that is not 0, since 0,123 is a European decimal
@@ -351,6 +342,7 @@ _TOKEN = re.compile(r"""
   | (?P<based>\d+\s?_\s?(?:\d{1,2}(?!\d)|\{\s?\d{1,2}\s?\}|\{\s?\\text\s?\{\s?[a-z]+\s?\}\s?\})
        |\d[0-9A-F]*_(?:1[26](?!\d)|\{1[26]\}))
   | (?P<repeating>\d*\.\d*\\(?:overline|bar|dot)\s?\{\d+\})
+  | (?P<time>(?<![\d.:])(?:1?\d|2[0-4]|0\d)(?:\s?:\s?[0-5]\d){1,2}(?!\s?[\d.:]))
   | (?P<thousands>(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d))
   | (?P<num>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)
   | (?P<command>\\(?:[A-Za-z]+|.))
@@ -564,8 +556,8 @@ STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", 
               "base", "time", "said"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
 # What can begin a factor, by kind of token, and which operators can.
-_STARTS = {"num", "based", "repeating", "sym", "const", "fn", "cmd", "plain", "mark", "bold",
-           "set", "domain", "begin", "node"}
+_STARTS = {"num", "based", "repeating", "time", "sym", "const", "fn", "cmd", "plain", "mark",
+           "bold", "set", "domain", "begin", "node"}
 _OPENERS = {"(", "[", "{", "\\{", "lfloor", "lceil", "<("}
 END = ("end of text", "", False)
 
@@ -618,6 +610,7 @@ class _Parser:
         # Four sentinels, because no rule looks further ahead than that.
         self.tokens, self.at, self.reading = tokens + [END] * 4, 0, reading
         self.depth, self.bars = 0, 0  # open groups; open absolute values
+        self.bold: set = set()  # letters in bold type: vectors or matrices
         self.signed = False  # whether a plus-minus sign was met
         self.indices = set()  # letters that a sum counts with: its i is not the imaginary unit
 
@@ -651,6 +644,7 @@ class _Parser:
     def answer(self) -> tuple:
         """The whole text: items, and nothing after them."""
         node = self.items()
+        node = self.over(node) if self.is_op("over") else node
         # Everything must be consumed. To ignore a rest would make "5 because x is positive" equal
         # to 5, and pay for any hedge that begins with the right value.
         if self.peek() is not END:
@@ -716,7 +710,7 @@ class _Parser:
         """A sum with its unit; set operations and ratios bind looser than +."""
         #   \$5  ->  ("unit", 5, "dollar")
         currency = CURRENCY[self.expect(*CURRENCY)] if self.is_op(*CURRENCY) else ""
-        node = self.time() or self.sum()
+        node = self.sum()
         while self.is_op("cup", "cap", "setminus") or self.union_letter(node):
             op = self.peek()[1].replace("U", "cup")
             self.at += 1
@@ -742,28 +736,6 @@ class _Parser:
         if unit:
             return ("unit", node, unit)
         return ("said", node, " ".join(words)) if words else node
-
-    def time(self) -> tuple | None:
-        """2:05, 10:30 or 1:02:03 as a clock shows it; 2:5 and 3:100 are ratios."""
-        #   2:05  ->  ("time", (2, 5)): as a ratio it would equal 4:10, another time
-        found, end = [], self.at
-        while self.tokens[end][0] == "num" and (width := len(self.tokens[end][1])) in (1, 2):
-            if found and (width < 2 or self.tokens[end][1] > "59"):
-                return None
-            found.append(self.tokens[end][1])
-            end += 1
-            if self.tokens[end][:2] != ("op", ":"):
-                break
-            end += 1
-        if not 2 <= len(found) <= 3 or "." in "".join(found) or int(found[0]) > 24:
-            return None
-        # 3:06 PM, 1:20x: not the time alone, and no ratio either.
-        after = self.tokens[end]
-        if after is not END and after[0] not in ("sep", "text", "word") and (
-                after[1] not in (",", ";", ")", "}", "=")):
-            raise ParseError("something after a time")
-        self.at = end
-        return ("time", tuple(map(int, found)))
 
     def union_letter(self, node: tuple) -> bool:
         """(0,1) U (2,3): a plain U between two sets."""
@@ -848,19 +820,16 @@ class _Parser:
         """A product; with before_function, the argument of an unbracketed function (sin 2x)."""
         # The tree of a product is flat, ("mul", (a, b, c)), and division is a factor ("inv", x), so
         # that one rule evaluates a/b, \frac{a}{b} and a b^{-1}.
-        vector = self.peek()[0] == "bold"
         factors = [self.factor()]
-        vector = vector or is_vector(factors[0])
         divided = None  # the factors after the last '/', while they are still juxtaposed
         while True:
             # In the argument of an unbracketed function "*" and "/" end it:
             #   \sin x \cdot y  ->  (\sin x) y
             if not before_function and self.is_op("*", "×", "/"):
-                op, bold = self.expect("*", "×", "/"), self.peek()[0] == "bold"
+                op = self.expect("*", "×", "/")
                 divided = [] if op == "/" else None
-                node, before = self.factor(), vector
-                vector = bold or is_vector(node)
-                if op == "×" and before and vector:
+                node = self.factor()
+                if op == "×" and self.is_vector(factors[-1]) and self.is_vector(node):
                     #   \vec a \times \vec b: an unknown function of both, in this order
                     factors[-1] = ("call", "×", (factors[-1], node))
                 elif divided is None:
@@ -875,10 +844,8 @@ class _Parser:
                     break
                 if self.peek()[0] in ("num", "based", "repeating") and not self.number_may_follow():
                     raise ParseError("a number right after a factor is ambiguous")
-                before, vector = vector, self.peek()[0] == "bold"
                 node = self.factor()
-                vector = vector or is_vector(node)
-                if before and vector:
+                if self.is_vector(factors[-1]) and self.is_vector(node):
                     row = factors[-1][2] if factors[-1][:2] == ("call", "row") else (factors[-1],)
                     factors[-1] = ("call", "row", (*row, node))
                 elif divided:
@@ -893,8 +860,19 @@ class _Parser:
             else:
                 break
         # `product` checks that all factors are numbers, or one of them a matrix.
-        return product(factors, any(map(is_capital, factors)) and self.both_orders())
+        return product(factors, any(map(is_capital, factors)) and self.both_orders)
 
+    def is_vector(self, node: tuple) -> bool:
+        """A bold letter, an arrow over a name, a cross product, and sums and multiples of them."""
+        if node[0] in ("add", "mul"):
+            found = sum(map(self.is_vector, node[1]))
+            return found > 0 if node[0] == "add" else found == 1  # of two it is a dot product
+        if node[0] in ("neg", "pow"):
+            return self.is_vector(node[1])
+        return node[0] == "sym" and (node[1].startswith("vec ") or node[1] in self.bold) or (
+            node[:2] in (("call", "×"), ("call", "row")))
+
+    @cached_property
     def both_orders(self) -> bool:
         """AB - BA is no zero: who writes both orders of two capitals means matrices."""
         pairs = {(a[1], b[1]) for a, b in zip(self.tokens, self.tokens[1:])
@@ -998,6 +976,7 @@ class _Parser:
         if kind == "num":
             return self.number(value)
         if kind in ("sym", "bold"):
+            self.bold.update([value] if kind == "bold" else [])
             return self.symbol(value)
         if kind == "const":
             return ("sym" if value in self.indices else kind, value)
@@ -1005,7 +984,10 @@ class _Parser:
         if kind == "node":
             return value
         if kind in ("text", "word"):
-            return ("text", value.lower())  # words in a list; next to arithmetic they are refused
+            # Words in a list; next to arithmetic they are refused. In brackets PQRS and pqrs are
+            # different points, Yes and yes are one word.
+            folded = self.depth < 2 or value.istitle()
+            return ("text", value.lower() if folded else value)
         if kind == "based":
             #   052_8  ->  ("base", "52", 8): zeros in front do not count
             digits, _, base = value.replace(" ", "").partition("_")
@@ -1013,6 +995,8 @@ class _Parser:
                     number_base(base.replace("\\text", "").strip("{}")))
         if kind == "repeating":
             return repeating(value)
+        if kind == "time":
+            return (kind, tuple(int(part) for part in value.split(":")))
         if kind == "set":
             return ("set", ())
         if kind == "domain":
@@ -1073,10 +1057,12 @@ class _Parser:
             mark, self.at = self.at, self.at + 1
             power = self.raw()
             name, self.at = (f"{name}^{power}", self.at) if self.is_op("(") else (name, mark)
-        if self.is_op("(") and self.reading.setdefault(name, self.shows_function(name)):
+        if self.is_op("(") and name not in self.reading:
+            self.reading[name] = self.shows_function(name)
+        if self.is_op("(") and self.reading[name]:
             inside = self.bracket()
             args = inside[3] if inside[0] == "tuple" else (inside,)
-            if any(is_structure(arg) for arg in args):
+            if any(is_structure(arg) and arg[0] != "rel" for arg in args):  # P(X = 2)
                 raise ParseError("a function of something that is not a number")
             return ("call", name, args)
         return ("sym", name)
@@ -1097,7 +1083,7 @@ class _Parser:
             inside.append(self.tokens[end])
             end += 1
         lone = inside[1:] if inside and inside[0][1] == "-" else inside
-        return any(token[1] == "," for token in inside) or (
+        return any(token[1] in (",", "=") for token in inside) or (
             len(lone) == 1 and lone[0][0] in ("num", "sym", "const"))
 
     def raw(self) -> str:
@@ -1127,6 +1113,8 @@ class _Parser:
             #   {9 \choose 2}  ->  ("binom", 9, 2)
             if self.take("choose"):
                 inside = ("binom", scalar(inside), scalar(self.inner()))
+            elif self.is_op("over"):
+                inside = self.over(inside)
             self.expect("}")
             return inside
         if self.is_op("|"):
@@ -1160,6 +1148,11 @@ class _Parser:
         if (opening, closing) not in (("(", ")"), ("[", "]")):
             raise ParseError("brackets do not match")
         return inside
+
+    def over(self, top: tuple) -> tuple:
+        r"""{a \over b}, as plain TeX writes a fraction: all of the group on either side."""
+        self.expect("over")
+        return ("mul", (scalar(top), ("inv", scalar(self.inner()))))
 
     def inner(self) -> tuple:
         """The items in a bracket; bars opened outside cannot close inside it."""
@@ -1200,7 +1193,7 @@ class _Parser:
         # \sin(1, 2) has no value; gcd, lcm, max and min take any number of arguments.
         if len(args) != 1 and name not in ("gcd", "lcm", "max", "min"):
             raise ParseError(f"{name} of several arguments")
-        # `log` without a base is the decimal one; that is policy, see the table in checker.py.
+        # `log` without a base is the decimal one; that is policy, see the table in __init__.py.
         if name == "log":
             node = ("log", base or ("num", 10, None), args[0])
         elif name in ("ln", "lg"):
@@ -1275,17 +1268,10 @@ class _Parser:
             raise ParseError("a root of several digits needs braces")
         return ("root", degree, scalar(self.argument()))
 
-    def cmd_root(self) -> tuple:
-        """sqrt as plain text or as the sign takes the whole number after it."""
-        return ("root", ("num", 2, None), scalar(self.argument(whole_number=True)))
-
-    def cmd_cbrt(self) -> tuple:
-        """cbrt(x), as plain text has it."""
-        return ("root", ("num", 3, None), scalar(self.argument()))
-
     def plain(self, kind: str) -> tuple:
-        """abs(x), floor(x) and ceil(x), as plain text has them."""
-        return (kind, scalar(self.argument()))
+        """sqrt 12, cbrt(x), abs(x), floor(x), ceil(x), as plain text has them."""
+        inside = scalar(self.argument(whole_number=True))
+        return ("root", ("num", int(kind), None), inside) if kind.isdigit() else (kind, inside)
 
     def cmd_angle(self, kind: str = "angle") -> tuple:
         """An angle or triangle is one name: angle ABC is not a product of A, B and C."""
@@ -1357,7 +1343,7 @@ def number(text: str) -> tuple:
         shift += int(exponent)
     if shift:
         value = value * 10 ** shift if shift > 0 else Fraction(value, 10 ** -shift)
-    # `places` remembers that a decimal was written; checker.py rounds only against those.
+    # `places` remembers that a decimal was written; the checker rounds only against those.
     return ("num", value, len(decimals) if point or exponent else None)
 
 
@@ -1396,11 +1382,6 @@ def scalar(node: tuple) -> tuple:
     if is_structure(node):
         raise ParseError("arithmetic on something that is not a number")
     return node
-
-
-def is_vector(node: tuple) -> bool:
-    """An arrow over a name, or a cross product; bold letters are known by their token."""
-    return node[0] == "sym" and node[1].startswith("vec ") or node[:2] == ("call", "×")
 
 
 def is_capital(node: tuple) -> bool:

@@ -21,7 +21,7 @@ C H K D L V), and besides them
 Worked example, Qwen2.5-7B on one GPU of 80 GB: n = 7.6e9 weights in bf16 (e = 2) are 15 GB, their
 gradients 15 more.  AdamW's fp32 masters, two moments and gradients are 4 * 4 * n = 122 GB: those
 must go to the host's memory (offload_optimizer).  Of 80 GB a plan may fill 72, so 42 are left for
-activations.  A layer keeps 250 kB a token, 28 layers and a micro-batch of 16,384 tokens 115 GB:
+activations.  A layer keeps 225 kB a token, 28 layers and a micro-batch of 16,384 tokens 103 GB:
 too much, so they are computed again in the backward pass (gradient_checkpointing), and 4 remain.
 """
 
@@ -30,7 +30,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -47,9 +48,10 @@ GIB = 2**30
 PHASES = ("sample", "update", "step")
 # What the formulas leave out (small tensors, a GPU's fragments) is why a tenth stays free.
 FILL = 0.9
-# glibc serves blocks below 32 MiB from a heap in which freed ones leave holes: on models of 10M to
-# 135M parameters a process was measured to take 1.2 to 1.4 times the bytes that are alive.
-HEAP_BLOCK, HEAP = 32 * 2**20, 0.3
+# glibc serves blocks below 32 MiB from a heap in which freed ones leave holes.  Measured on models
+# of 10M to 135M parameters, with and without checkpointing, fp32 and bf16: about 1.5 times the
+# bytes of the gradients, which come and go with every step.
+HEAP_BLOCK, HEAP = 32 * 2**20, 1.5
 EASY_ROWS = 16  # fewer rows at a time leave a GPU idle: rather pay for another setting
 
 # ---------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def parameters(c: ModelConfig) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# what is to be done, and how
+# what is planned
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Workload:
     prompt_tokens: int = 2048  # the longest prompt
     max_new_tokens: int = 8192
     steps: int = 800
-    max_rows: int = 256  # rows sampled at a time, where there is memory for them
+    max_rows: int = 256  # sampled at a time
     evaluated: int = 0  # solutions to held-out problems, in all evaluations of the run together
 
     # Mean lengths matter for the time only: memory must suffice for the longest rollout anyway.
@@ -135,6 +137,10 @@ class Workload:
         """Rollouts of the rank that has the most."""
         return -(-self.problems // world) * self.group_size
 
+    def rows(self, world: int) -> int:
+        """Rollouts R that are sampled at a time, where there is memory for them."""
+        return min(self.max_rows, self.share(world))
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -143,6 +149,163 @@ class Settings:
     micro_batch_tokens: int = 16_384
     gradient_checkpointing: bool = False  # a third more arithmetic in the update
     offload_optimizer: bool = False  # AdamW in host memory, stepped there
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is."""
+
+    flops: float  # operations/s of matrix products in the compute dtype
+    memory: float  # bytes/s
+    source: str  # where the numbers are from
+
+
+H100 = Rates(0.4 * 989e12, 0.6 * 3.35e12, "40 % of an H100's 989 TFLOP/s, 60 % of its 3.35 TB/s")
+# Assumed, never measured: bytes/s of the host's memory, to a GPU and between GPUs; and the seconds
+# that a layer takes however little it computes, 40 kernels of 6 us.
+HOST_MEMORY, HOST_LINK, PEER_LINK, LAYER = 100e9, 40e9, 200e9, 40 * 6e-6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on given machines, what it would need there, and whether there is as much."""
+
+    config: ModelConfig
+    device_bytes: int  # what there is for each rank
+    host_bytes: int  # likewise; of a CPU run the same
+    rates: Rates
+    dtype: torch.dtype = torch.float32
+    name: str = "model"
+    device: str = "cpu"  # or "cuda"
+    world: int = 1  # ranks
+    work: Workload = Workload()
+    settings: Settings = Settings()
+    least_rows: int = 1  # to be sampled at a time, if all are as long as may be
+
+    @cached_property
+    def rows(self) -> int:
+        """How many of the longest rows are sampled at a time: the KV cache gets what the rest
+        leaves while sampling, but holds at least `least_rows`."""
+        none, one = (sum(x[0] for x in bytes_by_phase(self, rows).values()) for rows in (0, 1))
+        rows = int((FILL * self.device_bytes - none) / (one - none))
+        return min(max(rows, self.least_rows), self.work.rows(self.world))
+
+    @cached_property
+    def bytes(self) -> dict[str, tuple[int, int, int]]:
+        """What lies on the device of a rank: {what: bytes in each phase}."""
+        return bytes_by_phase(self, self.rows)
+
+    @property
+    def totals(self) -> tuple[int, int, int]:
+        """Bytes on the device in each phase."""
+        return tuple(map(sum, zip(*self.bytes.values())))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes on the device in the phase that needs most."""
+        return max(self.totals)
+
+    @property
+    def host_needed(self) -> int:
+        """Bytes of host memory for each rank of a GPU run: offloaded masters, moments and
+        gradients, all in fp32, and what Python and torch take."""
+        offloaded = 16 * parameters(self.config) // self.world * self.settings.offload_optimizer
+        return 0 if self.device == "cpu" else offloaded + 3 * GIB
+
+    @property
+    def micro_batch(self) -> int:
+        """Padded tokens N of the largest micro-batch: a row is never cut, and a step with fewer
+        rollouts than it could hold fills it less."""
+        longest = self.work.longest
+        most = self.work.share(self.world) * longest
+        return min(max(self.settings.micro_batch_tokens, longest), most)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """The sampler's budget: what the KV cache may grow to, in bytes."""
+        spare = int(FILL * self.device_bytes) - self.totals[0]
+        return self.bytes["KV cache"][0] + max(0, spare)
+
+    @property
+    def fits(self) -> bool:
+        """Is there as much memory, with a tenth to spare?"""
+        there = (self.device_bytes, self.host_bytes)
+        return all(x <= FILL * y for x, y in zip((self.peak_bytes, self.host_needed), there))
+
+    def table(self) -> str:
+        """The plan as text, at most 100 columns wide."""
+        s, w, seconds = self.settings, self.work, seconds_by_phase(self)
+        unit, label, digits = (GIB, "GiB", 1) if self.peak_bytes > 4 * GIB else (2**20, "MiB", 0)
+        cell = lambda x: f"{x / unit:,.{digits}f}" if x else "-"  # noqa: E731
+        line = lambda what, cells: (  # noqa: E731
+            f"  {what:<28}" + "".join(f"{x:>10}" for x in cells)
+        )
+        ranks = f"each of {self.world} ranks on " if self.world > 1 else ""
+        lines = [
+            f"{self.name}: {parameters(self.config):,} parameters, {str(self.dtype)[6:]}, "
+            f"{ranks}{self.device}",
+            f"  {w.problems} problems x {w.group_size} solutions a step; at most "
+            f"{w.prompt_tokens:,} + {w.max_new_tokens:,} tokens each",
+            f"  micro-batch {s.micro_batch_tokens:,} tokens, {self.rows} of the longest rows "
+            "sampled at a time,",
+            f"  gradient checkpointing {'on' if s.gradient_checkpointing else 'off'}, optimizer in "
+            f"{'host' if s.offload_optimizer else 'device'} memory",
+            "",
+            line(f"{label} on the device", PHASES),
+        ]
+        for what, sizes in self.bytes.items():
+            if any(sizes):
+                lines.append(line(what, map(cell, sizes)))
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        lines += [
+            line("together", map(cell, self.totals)),
+            line("there is", [cell(self.device_bytes)]) + f"   {verdict} (it may fill {FILL:.0%})",
+        ]
+        if self.device != "cpu":
+            needed, there = self.host_needed / GIB, self.host_bytes / GIB
+            lines.append(f"  host memory: {needed:,.0f} GiB a rank of {there:,.0f}")
+        lines += [
+            "",
+            line("time of a step, about", map(span, seconds)),
+            f"  {w.steps} steps: {span(sum(seconds) * w.steps)}, if solutions have "
+            f"{w.mean_new_tokens:,} tokens on average",
+        ]
+        if w.evaluated:  # sampled like those of a step, and no more
+            more = span(seconds[0] * w.evaluated / (w.problems * w.group_size))
+            lines.append(f"  evaluations: {more} more, for {w.evaluated:,} solutions")
+        return "\n".join([*lines, f"  rates: {self.rates.source}"])
+
+
+def span(seconds: float) -> str:
+    """A time in the largest unit of which it holds two, or in seconds."""
+    for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.{int(seconds < 100 * size)}f} {unit}"
+    return f"{seconds:.{1 if seconds >= 1 else 2}f} s"
+
+
+def plan(config: ModelConfig, wanted: Settings = Settings(), **run) -> Plan:
+    """The cheapest settings with which a run fits, or the most frugal ones if none does; `wanted`
+    is what would be taken if memory were no matter, `run` the fields of Plan.
+
+    The choice depends on bytes alone, never on measured rates: the same machine makes it again.
+    """
+    p = Plan(config, **run)
+    # In order of the time that they cost: smaller micro-batches, but a row is never cut; then
+    # recomputing; then offloading, for which a CPU has no second memory.
+    sizes = [wanted.micro_batch_tokens]
+    while sizes[-1] // 2 >= p.work.longest:
+        sizes.append(sizes[-1] // 2)
+    again = {wanted.gradient_checkpointing, True}
+    away = {wanted.offload_optimizer, wanted.offload_optimizer or p.device != "cpu"}
+    # First with enough rows at a time to be worth it, then, if need be, with fewer.
+    for least, off, check, size in itertools.product(
+        (EASY_ROWS, 1), sorted(away), sorted(again), sizes
+    ):
+        p = replace(p, settings=Settings(size, check, off), least_rows=least)
+        if p.fits:
+            return p
+    return p
 
 
 # ---------------------------------------------------------------------------------------------
@@ -169,95 +332,135 @@ def layer_activation_bytes(c: ModelConfig, dtype: torch.dtype) -> int:
     return norms + attention + 4 * c.intermediate_size * e
 
 
-def sampling_bytes(
-    c: ModelConfig, dtype: torch.dtype, work: Workload, R: int, longest_rows: int
-) -> dict[str, int]:
-    """What is there only while a rank samples R rows at a time, with a KV cache that would hold
-    `longest_rows` of them, if all were as long as may be."""
-    e, T, C = dtype.itemsize, work.prompt_tokens, c.hidden_size
-    kv = kv_bytes(c, dtype, longest_rows, work.longest)
+def sampling_bytes(p: Plan, longest_rows: int) -> dict[str, int]:
+    """What is there only while a rank samples, with a KV cache for so many of the longest rows."""
+    c, e, T, R = p.config, p.dtype.itemsize, p.work.prompt_tokens, p.work.rows(p.world)
+    C, I, V = c.hidden_size, c.intermediate_size, c.vocab_size  # noqa: E741
+    kv = kv_bytes(c, p.dtype, longest_rows, p.work.longest)
     # Three moments that do not meet: one layer of the cache grows, so it is there twice ...
     growing = kv // c.num_hidden_layers
     # ... prompts are read, each distinct one once (a group may be cut by the batch's border), and
-    # one layer's keys and values fanned out to the rows ...
-    prompts = -(-R // work.group_size) + 1
-    copied = kv_bytes(c, dtype, R, T) // c.num_hidden_layers
-    prefill = max(copied, prompts * T * e * (3 * c.intermediate_size + 4 * C))
+    # one layer's keys and values fanned out to the R rows ...
+    prompts = -(-R // p.work.group_size) + 1
+    copied = kv_bytes(c, p.dtype, R, T) // c.num_hidden_layers
+    prefill = max(copied, prompts * T * e * (3 * I + 4 * C))
     # ... a token is drawn for every row: (R, V) logits, probabilities and their sums, in fp32.
-    drawing = R * c.vocab_size * 3 * 4
+    drawing = 3 * R * V * 4
     return {
         "KV cache": kv,
-        "fp32 output matrix": c.vocab_size * C * 4 if e < 4 else 0,
+        "fp32 output matrix": V * C * 4 if e < 4 else 0,
         "prefill, or a token a row": max(growing, prefill, drawing),
     }
 
 
-def updating_bytes(
-    c: ModelConfig, dtype: torch.dtype, N: int, responses: int, checkpointing: bool
-) -> dict[str, int]:
-    """What is there only while a micro-batch of N tokens is learned from, of which the readout
-    reads `responses`."""
-    e, C, V, L = dtype.itemsize, c.hidden_size, c.vocab_size, c.num_hidden_layers
-    layer = layer_activation_bytes(c, dtype)
-    # Forward.  With checkpointing a layer's input is all that is kept; around the layers, token
+def updating_bytes(p: Plan) -> dict[str, int]:
+    """What is there only while a micro-batch is learned from."""
+    c, e, N, again = p.config, p.dtype.itemsize, p.micro_batch, p.settings.gradient_checkpointing
+    C, I, L, V = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size  # noqa: E741
+    layer = layer_activation_bytes(c, p.dtype)
+    # Forward.  With checkpointing a layer's input is all that is kept.  Around the layers: token
     # ids, the final norm, and the hidden states picked for the readout.
-    kept = N * (L * (C * e if checkpointing else layer) + 8 + (4 + 2 * e) * C + 4 + C * e)
-    # Readout: a block of logits, never (N, V), three times its hidden states, and the gradient of
-    # all hidden states.  bf16: the output matrix's gradient is summed in fp32, and pieces of it
-    # widened, old and new.
-    block = min(responses, max(1, BLOCK_LOGITS // V))
-    readout = (block * (V + 3 * C) + responses * C) * 4
+    kept = N * (L * (C * e if again else layer) + 8 + (4 + 2 * e) * C + 4 + C * e)
+    # Readout of the response tokens, and of the token after the end of each row: a block of
+    # logits, never (N, V), three times its hidden states, and the gradient of all hidden states.
+    # bf16: the output matrix's gradient is summed in fp32, and pieces of it widened, old and new.
+    read = N * (p.work.max_new_tokens + 1) // p.work.longest
+    readout = (min(read, max(1, BLOCK_LOGITS // V)) * (V + 3 * C) + read * C) * 4
     readout += (V + 2 * min(CHUNK_VOCAB, V)) * C * 4 if e < 4 else 0
     # Backward: the gradients that flow through one layer, and its activations if computed anew.
-    flowing = N * (max(2 * c.intermediate_size * e, 16 * C) + (layer if checkpointing else 0))
+    flowing = N * (max(2 * I * e, 16 * C) + (layer if again else 0))
     # Last of all comes the embedding's gradient, dense; the activations are gone by then.
     dense = embedding_parameters(c) * e - kept
     return {"activations": kept, "log-probs, or backward": max(readout, flowing, dense)}
 
 
-def bytes_by_phase(
-    c: ModelConfig, dtype: torch.dtype, s: Settings, work: Workload, world: int, device: str,
-    longest_rows: int,
-) -> dict[str, tuple[int, int, int]]:  # fmt: skip
+def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]]:
     """What lies on one rank's device: {what: (bytes while sampling, updating, stepping)}, with a
     KV cache for so many of the longest rows."""
-    n, e, share = parameters(c), dtype.itemsize, work.share(world)
+    c, n, e = p.config, parameters(p.config), p.dtype.itemsize
+    shard = lambda per_weight: per_weight * n // p.world  # noqa: E731
+    masters = e < 4 or p.settings.offload_optimizer
     # a CPU has only the one memory: to "offload" there saves nothing
-    bf16, away = e < 4, s.offload_optimizer and device != "cpu"
-    shard = lambda per_weight: per_weight * n // world  # noqa: E731
+    away = p.settings.offload_optimizer and p.device != "cpu"
     # two moments, and masters where they are not the weights themselves
-    state = 0 if away else shard(12 if bf16 or s.offload_optimizer else 8)
-    # A row is never cut, and a step with fewer rollouts than a micro-batch holds fills it less.
-    N = min(max(s.micro_batch_tokens, work.longest), share * work.longest)
+    state = 0 if away else shard(12 if masters else 8)
     # The gradients of a bf16 model are summed in fp32 (see optimizer.py): from the first
     # SUMMED_IN_BF16 micro-batches on, or, if there are no more, when all are done.
-    sums = shard(4) if bf16 and not away else 0
-    early = share * work.longest > SUMMED_IN_BF16 * N
+    sums = shard(4) if masters and not away else 0
+    many = p.work.share(p.world) * p.work.longest > SUMMED_IN_BF16 * p.micro_batch
     table = {
         "weights": (shard(e),) * 3,
         "optimizer state": (state,) * 3,
         "gradients": (0, shard(e), 0 if sums else shard(e)),
-        "gradients summed in fp32": (0, sums if early else 0, sums),
+        "gradients summed in fp32": (0, sums if many else 0, sums),
     }
-    sampling = sampling_bytes(c, dtype, work, min(work.max_rows, share), longest_rows)
-    table |= {what: (size, 0, 0) for what, size in sampling.items()}
-    # of each row the response is read, and the token after its end
-    responses = N * (work.max_new_tokens + 1) // work.longest
-    updating = updating_bytes(c, dtype, N, responses, s.gradient_checkpointing)
-    table |= {what: (0, size, 0) for what, size in updating.items()}
-    if world > 1:
+    table |= {what: (size, 0, 0) for what, size in sampling_bytes(p, longest_rows).items()}
+    table |= {what: (0, size, 0) for what, size in updating_bytes(p).items()}
+    if p.world > 1:
         # sampling: a gathered copy; update: the embeddings and two layers (one computing, one
         # on its way) gathered, with their gradients before they are scattered
         gathered = 2 * e * (2 * layer_parameters(c) + embedding_parameters(c))
         table["gathered weights"] = (n * e, gathered, 0)
-    if device == "cpu" and c.hidden_size * c.intermediate_size * e < HEAP_BLOCK:
-        alive = [sum(sizes) for sizes in zip(*table.values())]
-        table["freed, kept by malloc"] = tuple(int(HEAP * size) for size in alive)
-    # Python and torch, and about 75 MiB of what they load on first use; on a GPU the CUDA context
+    if p.device == "cpu" and c.hidden_size * c.intermediate_size * e < HEAP_BLOCK:
+        table["freed, kept by malloc"] = (int(HEAP * shard(e)),) * 3
+    # Python and torch, and about 135 MiB of what they load on first use; on a GPU the CUDA context
     # and the matrix library's workspace
-    before = resident_bytes() + 75 * 2**20 if device == "cpu" else 3 * GIB // 2
-    table["Python, torch" if device == "cpu" else "CUDA context"] = (before,) * 3
+    before = resident_bytes() + 135 * 2**20 if p.device == "cpu" else 3 * GIB // 2
+    table["Python, torch" if p.device == "cpu" else "CUDA context"] = (before,) * 3
     return table
+
+
+# ---------------------------------------------------------------------------------------------
+# seconds
+
+
+def measure_rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
+    """Those of the device at hand, measured in under a second."""
+    size = 8192 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    big = torch.empty(16 * size * size, device=device)  # no cache holds it
+
+    def seconds(code: str) -> float:
+        timer = Timer(code, globals={"a": a, "big": big}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=0.1).median
+
+    flops, memory = 2 * size**3 / seconds("a @ a"), big.nbytes / seconds("big.fill_(1)")
+    return Rates(flops, memory, f"measured: {flops / 1e9:,.0f} GFLOP/s, {memory / 1e9:,.0f} GB/s")
+
+
+def seconds_by_phase(p: Plan) -> tuple[float, float, float]:
+    """Seconds of one step on each rank: sampling, updating, stepping.  An estimate, for solutions
+    half as long as they may be: it knows neither padding nor attention."""
+    c, s, work, rates, e = p.config, p.settings, p.work, p.rates, p.dtype.itemsize
+    n, launches = parameters(c), c.num_hidden_layers * LAYER
+    # the input embedding is looked up, not multiplied; tied, the same matrix is the output's
+    active = n - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
+    rollouts, prompt, new = work.share(p.world), work.mean_prompt_tokens, work.mean_new_tokens
+    gather = n * e / PEER_LINK if p.world > 1 else 0  # of all weights
+
+    # Sampling: turns of one token a row, each of which reads all weights and all keys and values.
+    # In the last ones, for the longest rows, there are few rows: those come on top.
+    turns = rollouts * new / p.rows + (work.max_new_tokens - new)
+    read = n * e + kv_bytes(c, p.dtype, p.rows, prompt + new // 2)
+    turn = max(p.rows * 2 * active / rates.flops, read / rates.memory) + launches
+    prefill = rollouts / work.group_size * prompt * 2 * active / rates.flops
+    sample = gather + prefill + turns * turn
+
+    # Updating: a pass forward computes 2 operations a weight and token, the one backward as much
+    # as two; checkpointing goes forward once more.  For a micro-batch the ranks gather the weights
+    # in both directions, and scatter the gradients.
+    passes, tokens = (4 if s.gradient_checkpointing else 3), rollouts * (prompt + new)
+    batches = max(1, tokens / max(s.micro_batch_tokens, prompt + new))
+    update = passes * tokens * 2 * active / rates.flops
+    update += batches * (3 * gather + passes * launches)
+
+    # Stepping: gradient, two moments and master are read, the latter three and the weight written.
+    step = 30 * n / p.world / (HOST_MEMORY if s.offload_optimizer else rates.memory)
+    if s.offload_optimizer:
+        # The weights come back once; gradients go, and are added to fp32 sums, several times.
+        trips = max(1, batches // SUMMED_IN_BF16)
+        step += n / p.world * ((1 + trips) * e / HOST_LINK + trips * (e + 8) / HOST_MEMORY)
+    return sample, update, step
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,215 +499,6 @@ def available_bytes(device: str | torch.device = "cpu") -> int:
             continue
         free = min(free, left + resident_bytes())
     return free
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a device is."""
-
-    flops: float  # operations/s of matrix products in the compute dtype
-    memory: float  # bytes/s
-    source: str  # where the numbers are from
-
-
-H100 = Rates(0.4 * 989e12, 0.6 * 3.35e12, "40 % of an H100's 989 TFLOP/s, 60 % of its 3.35 TB/s")
-# Assumed, never measured: bytes/s of the host's memory, to a GPU and between GPUs; and the seconds
-# that a layer takes however little it computes, 40 kernels of 6 us.
-HOST_MEMORY, HOST_LINK, PEER_LINK, LAYER = 100e9, 40e9, 200e9, 40 * 6e-6
-
-
-def measure_rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
-    """Those of the device at hand, measured in under a second."""
-    size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    big = torch.empty(16 * size * size, device=device)  # no cache holds it
-
-    def seconds(code: str) -> float:
-        timer = Timer(code, globals={"a": a, "big": big}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.1).median
-
-    flops, memory = 2 * size**3 / seconds("a @ a"), big.nbytes / seconds("big.fill_(1)")
-    return Rates(flops, memory, f"measured: {flops / 1e9:,.0f} GFLOP/s, {memory / 1e9:,.0f} GB/s")
-
-
-def seconds_by_phase(
-    c: ModelConfig, dtype: torch.dtype, s: Settings, work: Workload, world: int, rows: int,
-    rates: Rates,
-) -> tuple[float, float, float]:  # fmt: skip
-    """Seconds of one step on each rank: sampling `rows` at a time, updating, stepping.  An
-    estimate, for solutions half as long as they may be: it knows neither padding nor attention."""
-    n, e, L = parameters(c), dtype.itemsize, c.num_hidden_layers
-    # the input embedding is looked up, not multiplied; tied, the same matrix is the output's
-    active = n - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
-    rollouts, prompt, new = work.share(world), work.mean_prompt_tokens, work.mean_new_tokens
-    gather = n * e / PEER_LINK if world > 1 else 0  # of all weights
-
-    # Sampling: turns of one token a row, each of which reads all weights and all keys and values.
-    # In the last ones, for the longest rows, there are few rows: those come on top.
-    turns = rollouts * new / rows + (work.max_new_tokens - new)
-    read = n * e + kv_bytes(c, dtype, rows, prompt + new // 2)
-    turn = max(rows * 2 * active / rates.flops, read / rates.memory) + L * LAYER
-    prefill = rollouts / work.group_size * prompt * 2 * active / rates.flops
-    sample = gather + prefill + turns * turn
-
-    # Updating: a pass forward computes 2 operations a weight and token, the one backward as much
-    # as two; checkpointing goes forward once more.  For a micro-batch the ranks gather the weights
-    # in both directions, and scatter the gradients.
-    passes, tokens = (4 if s.gradient_checkpointing else 3), rollouts * (prompt + new)
-    batches = max(1, tokens / max(s.micro_batch_tokens, prompt + new))
-    update = passes * tokens * 2 * active / rates.flops
-    update += batches * (3 * gather + passes * L * LAYER)
-
-    # Stepping: gradient, two moments and master are read, the latter three and the weight written.
-    step = 30 * n / world / (HOST_MEMORY if s.offload_optimizer else rates.memory)
-    if s.offload_optimizer:
-        # The weights come back once; gradients go, and are added to fp32 sums, several times.
-        trips = max(1, batches // SUMMED_IN_BF16)
-        step += n / world * ((1 + trips) * e / HOST_LINK + trips * (e + 8) / HOST_MEMORY)
-    return sample, update, step
-
-
-# ---------------------------------------------------------------------------------------------
-# the plan
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would need with the settings chosen for it, and whether there is as much."""
-
-    name: str
-    config: ModelConfig
-    dtype: torch.dtype
-    device: str  # "cpu" or "cuda"
-    world: int
-    work: Workload
-    settings: Settings
-    rows: int  # rollouts sampled at a time, if all are as long as may be
-    bytes: dict[str, tuple[int, int, int]] = field(repr=False)  # {what: in each phase}
-    device_bytes: int  # what there is for each rank
-    host_bytes: int  # likewise; of a CPU run the same
-    seconds: tuple[float, float, float]  # of one step, by phase
-    source: str  # where the rates are from
-
-    @property
-    def totals(self) -> tuple[int, int, int]:
-        """Bytes on the device in each phase."""
-        return tuple(map(sum, zip(*self.bytes.values())))
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes on the device in the phase that needs most."""
-        return max(self.totals)
-
-    @property
-    def host_needed(self) -> int:
-        """Bytes of host memory for each rank of a GPU run: offloaded masters, moments and
-        gradients, all in fp32, and what Python and torch take."""
-        offloaded = 16 * parameters(self.config) // self.world * self.settings.offload_optimizer
-        return 0 if self.device == "cpu" else offloaded + 3 * GIB
-
-    @property
-    def kv_cache_bytes(self) -> int:
-        """The sampler's budget: what the KV cache may grow to, in bytes."""
-        spare = int(FILL * self.device_bytes) - self.totals[0]
-        return self.bytes["KV cache"][0] + max(0, spare)
-
-    @property
-    def fits(self) -> bool:
-        """Is there as much memory, with a tenth to spare?"""
-        there = (self.device_bytes, self.host_bytes)
-        return all(x <= FILL * y for x, y in zip((self.peak_bytes, self.host_needed), there))
-
-    def table(self) -> str:
-        """The plan as text, at most 100 columns wide."""
-        s, w = self.settings, self.work
-        unit, label, digits = (GIB, "GiB", 1) if self.peak_bytes > 4 * GIB else (2**20, "MiB", 0)
-        show = lambda x: f"{x / unit:>10,.{digits}f}" if x else f"{'-':>10}"  # noqa: E731
-        line = lambda what, sizes: f"  {what:<28}" + "".join(map(show, sizes))  # noqa: E731
-        lines = [
-            f"{self.name}: {parameters(self.config):,} parameters, {str(self.dtype)[6:]}, "
-            + f"each of {self.world} ranks on " * (self.world > 1) + self.device,
-            f"  {w.problems} problems x {w.group_size} solutions a step; at most "
-            f"{w.prompt_tokens:,} + {w.max_new_tokens:,} tokens each",
-            f"  micro-batch {s.micro_batch_tokens:,} tokens, {self.rows} of the longest rows "
-            "sampled at a time,",
-            f"  gradient checkpointing {'on' if s.gradient_checkpointing else 'off'}, optimizer in "
-            f"{'host' if s.offload_optimizer else 'device'} memory",
-            f"\n  {label + ' on the device':<28}" + "".join(f"{p:>10}" for p in PHASES),
-            *(line(what, sizes) for what, sizes in self.bytes.items() if any(sizes)),
-            line("together", self.totals),
-            line("there is", [self.device_bytes])
-            + f"   {'fits' if self.fits else 'DOES NOT FIT'} (a plan may fill {FILL:.0%})",
-            *[f"  host memory: {self.host_needed / GIB:,.0f} GiB a rank of "
-              f"{self.host_bytes / GIB:,.0f}"] * (self.device != "cpu"),
-            f"\n  {'time of a step, about':<28}" + "".join(f"{span(x):>10}" for x in self.seconds),
-            f"  {w.steps} steps: {span(sum(self.seconds) * w.steps)}, if solutions have "
-            f"{w.mean_new_tokens:,} tokens on average",
-        ]
-        if w.evaluated:  # sampled like those of a step, and no more
-            seconds = self.seconds[0] * w.evaluated / (w.problems * w.group_size)
-            lines.append(f"  evaluations: {span(seconds)} more, for {w.evaluated:,} solutions")
-        return "\n".join([*lines, f"  rates: {self.source}"])
-
-
-def span(seconds: float) -> str:
-    """A time in the largest unit of which it holds two, or in seconds."""
-    for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.{int(seconds < 100 * size)}f} {unit}"
-    return f"{seconds:.{1 if seconds >= 1 else 2}f} s"
-
-
-def plan(
-    config: ModelConfig,
-    *,
-    device_bytes: int,
-    host_bytes: int,
-    rates: Rates,
-    dtype: torch.dtype = torch.float32,
-    name: str = "model",
-    device: str = "cpu",
-    world: int = 1,
-    work: Workload = Workload(),
-    wanted: Settings = Settings(),
-) -> Plan:
-    """The cheapest settings with which a run fits, or the most frugal ones if none does.
-
-    device_bytes and host_bytes are what there is for each rank; `wanted` is what would be taken
-    if memory were no matter.  The choice depends on bytes alone, never on measured rates, so that
-    the same machine makes the same choice again.
-    """
-    most = min(work.max_rows, work.share(world))
-
-    def with_settings(s: Settings, least: int) -> Plan:
-        """The plan with these settings, whether it fits or not.  The KV cache gets what the rest
-        leaves while sampling, but holds at least so many of the longest rows."""
-        table = lambda rows: bytes_by_phase(  # noqa: E731
-            config, dtype, s, work, world, device, rows
-        )
-        none, one = (sum(sizes[0] for sizes in table(rows).values()) for rows in (0, 1))
-        rows = int((FILL * device_bytes - none) / (one - none))
-        rows = min(max(rows, least), most)
-        seconds = seconds_by_phase(config, dtype, s, work, world, rows, rates)
-        return Plan(
-            name, config, dtype, device, world, work, s, rows, table(rows), device_bytes,
-            host_bytes, seconds, rates.source,
-        )  # fmt: skip
-
-    # In order of the time that they cost: smaller micro-batches, but a row is never cut; then
-    # recomputing; then offloading, for which a CPU has no second memory.
-    sizes = [wanted.micro_batch_tokens]
-    while sizes[-1] // 2 >= work.longest:
-        sizes.append(sizes[-1] // 2)
-    again = {wanted.gradient_checkpointing, True}
-    away = {wanted.offload_optimizer, wanted.offload_optimizer or device != "cpu"}
-    # First with enough rows at a time to be worth it, then, if need be, with fewer.
-    leasts = (min(EASY_ROWS, most), 1)
-    for least, off, check, size in itertools.product(leasts, sorted(away), sorted(again), sizes):
-        p = with_settings(Settings(size, check, off), least)
-        if p.fits:
-            return p
-    return p
 
 
 # ---------------------------------------------------------------------------------------------

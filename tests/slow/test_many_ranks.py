@@ -110,7 +110,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line(tmp_path, rank, moment
     said, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "everything is in" not in said
     assert len(ranks.ours(err)) == 1, err
-    assert f"error: rank {rank} died or was killed; --resume goes on" in err
+    assert "error: another rank died or was killed" in err and "--resume" in err
     # what was being written is gone, or, if the writer is dead, cleared away by the next run
     if rank:
         assert not kills.half_written(out)

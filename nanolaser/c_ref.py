@@ -1,0 +1,96 @@
+"""
+c_ref: what log pi(z_c | x, y) is in the untouched model, measured before the first step.
+
+r_s is how far log pi(z_c) has risen above that.  In a language model that has never seen z_c used it
+is nearly the same whatever x and y are (PAPER: -23.11 +- 0.04 nats for Qwen2.5), so its mean over a
+few hundred solutions stands for the second model that one would otherwise have to carry along.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .grpo import of_all_ranks, sample
+from .model import CausalLM
+from .sampler import read_last
+from .scale.distributed import ALONE, World, gathered
+
+FEW_ENDED = 30  # solutions below which c_ref is said to be uncertain
+
+
+class NothingEnded(ValueError):
+    """Not one of the sampled solutions was finished."""
+
+
+@dataclass
+class CRef:
+    """log pi(z_c | x, y) of the untouched model, in nats, over `count` finished solutions."""
+
+    mean: float
+    std: float | None  # None: of one solution there is no spread
+    count: int
+    others: list[tuple[str, float, float]]  # (token, mean, std) of other unused special tokens
+
+
+def estimate(
+    model: CausalLM, tokenizer, problems: list, pairs: int, world: World = ALONE, **sampling
+) -> CRef:
+    """c_ref as the mean over up to `pairs` sampled (problem, solution) pairs (300 in the PAPER), and
+    the same for every other unused special token, steadiest first.
+
+    NothingEnded, a ValueError, if not one solution was finished.
+    """
+    # As many problems as pairs, where there are so many: one solution of each.
+    n, model = -(-pairs // len(problems)), gathered(model, world)
+    rollouts = of_all_ranks(sample(model, tokenizer, problems, n, world, **sampling), world)
+    rollouts = [r for r in rollouts if r.finished][:pairs]
+    if not rollouts:
+        raise NothingEnded(
+            "c_ref cannot be estimated: no solution came to an end within --max-new-tokens; "
+            "raise it, or give --c-ref a number"
+        )
+    # Read after the fact, by one more forward pass: the sampler reads z_c alone, and here the other
+    # tokens that might do are of interest as well.
+    candidates = [tokenizer.z_c_id, *tokenizer.unused_special_ids()]
+    mine = world.shard(range(len(rollouts)))
+    prompts = [rollouts[i].prompt_tokens for i in mine]
+    responses = [rollouts[i].response_tokens for i in mine]
+    read = read_last(model, prompts, responses, candidates).tolist()
+    rows = world.gather([[i, *values] for i, values in zip(mine, read)], by=0)
+    values = torch.tensor(rows)[:, 1:]  # (pairs, candidates)
+    mean, count = values.mean(0).tolist(), len(values)
+    if not math.isfinite(mean[0]):
+        raise ValueError("the model's log-probs are not finite: try --dtype float32")
+    if count == 1:
+        return CRef(mean[0], None, 1, [])
+    std = values.std(0).tolist()
+    others = sorted(zip(tokenizer.tokens(candidates[1:]), mean[1:], std[1:]), key=lambda x: x[2])
+    return CRef(mean[0], std[0], count, others)
+
+
+def doubts(c: CRef, o) -> list[str]:
+    """What is odd about an estimate of c_ref for a run of these options."""
+    said = []
+    # Cut off in a trial with short solutions, most of the 300 say nothing.
+    if c.count < FEW_ENDED:
+        off = "by any amount" if not c.std else f"by {2 * c.std / c.count**0.5:.1f} nats"
+        said.append(
+            f"{c.count} solutions are few; c_ref may well be off {off} (--max-new-tokens "
+            f"{o.max_new_tokens} cut off the others)"
+        )
+    # r_s = 1 stands for log pi(z_c) = c_ref + 1 / beta_v, and that is below 0.
+    room = -1 / o.beta_v
+    if c.mean > room:
+        least = math.ceil(-100 / c.mean) / 100
+        said.append(f"r_s cannot reach 1 from there; --beta-v has to be at least {least}")
+    # The spread is noise in r_s before anything is learned: beta_v * std of a scale of 0 to 1.
+    if c.std is not None and c.std > 0.2 / o.beta_v:
+        better = [f"{t} ({m:.1f} +- {s:.2f})" for t, m, s in c.others if s < c.std and m < room]
+        said.append(
+            f"that is a wide spread for --beta-v {o.beta_v}; steadier tokens for --z-c: "
+            f"{', '.join(better[:3]) or 'none'}"
+        )
+    return said
