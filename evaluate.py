@@ -59,7 +59,8 @@ from nanolaser.problems import (
     ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
 )  # fmt: skip
 from nanolaser.rollout import Rollout, judged_rows, self_reward
-from nanolaser.sampler import generate, score
+from nanolaser.scoring import score
+from nanolaser.sampler import generate
 from nanolaser.scale.plan import default_kv_cache_gb
 
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them

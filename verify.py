@@ -39,7 +39,7 @@ from nanolaser.files import read_jsonl, to_jsonl, write_atomic
 from nanolaser.judge import open_model
 from nanolaser.report import verification_table
 from nanolaser.rollout import self_reward
-from nanolaser.sampler import score
+from nanolaser.scoring import score
 
 # Which key holds the tokens of which text.
 TOKENS = {"problem": "prompt_token_ids", "response": "response_token_ids"}

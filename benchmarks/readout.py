@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being installed
 
-from nanolaser import judge, load_pretrained, sampler  # noqa: E402
+from nanolaser import judge, load_pretrained, sampler, scoring  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import arithmetic_problems  # noqa: E402
@@ -205,7 +205,7 @@ def asking(o: Options, name: str, prepared: tuple) -> dict:
         # every row once: the prompts as many times as they have solutions
         seconds["readout"].append(step_seconds(model, size, x, 1, length))
         began = time.process_time()
-        sampler.score(model, z_c_id, x, y)
+        scoring.score(model, z_c_id, x, y)
         seconds["second pass"].append(time.process_time() - began)
         began = time.process_time()
         written = ask()

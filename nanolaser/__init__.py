@@ -13,7 +13,7 @@ _HOME = {
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
     "generate": "sampler",
-    "score": "sampler",
+    "score": "scoring",
     "Rollout": "rollout",
     "extract_answer": "checker",
     "is_equivalent": "checker",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import c_ref, grpo, log, metrics, report
+from . import grpo, log, metrics, report, scoring
 from .checker import is_equivalent, parses
 from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
 from .cli import Progress, check_options, warn
@@ -196,18 +196,18 @@ def find_c_ref(run: Run) -> None:
     with Progress("c_ref", o.c_ref_pairs, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         try:
-            c = c_ref.estimate(
+            c = scoring.estimate(
                 run.model, tokenizer, problems, o.c_ref_pairs, run.world, **how
             )
-        except c_ref.NothingEnded as error:
+        except scoring.NothingEnded as error:
             if not o.trial:
                 raise
             warn(f"{error}; this trial goes on with -20")
-            c = c_ref.CRef(-20.0, None, 0, [])
+            c = scoring.CRef(-20.0, None, 0, [])
     tokenizer.c_ref, tokenizer.c_ref_std = c.mean, c.std
     spread = "" if c.std is None else f", spread {c.std:.2f}"
     print(f"c_ref = {c.mean:.2f} nats{spread} ({tokenizer.z_c}; {c.count} solutions ended)")
-    for doubt in c_ref.doubts(c, o):
+    for doubt in scoring.doubts(c, o):
         warn(doubt)
 
 

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from .cache import KVCache
 from .model import CausalLM
-from .readout import token_logprobs
 from .rollout import Rollout
 
 PREFILL_TOKENS = 16_384  # of prompts, padding included, in one forward pass
@@ -134,7 +133,7 @@ def generate(
         if count < 1:
             raise ValueError(f"{name} is {count}; it must be at least 1")
     tokens = [tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-    _refuse_empty(tokens)
+    refuse_empty(tokens)
     rollouts = [Rollout(i, x, sample_id=j) for i, x in enumerate(tokens) for j in range(n)]
     firsts = [i * n for i in range(len(tokens))] if streams is None else streams
     streams = [first + j for first in firsts for j in range(n)]
@@ -294,61 +293,8 @@ def cut_by_tokens(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-# ---------------------------------------------------------------------------------------------
-# given solutions: what was not sampled here is read in one forward pass
-
-
-@torch.no_grad()
-def read_last(
-    model: CausalLM,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    token_ids: list[int],
-    batch_tokens: int = 16_384,
-    on_read: Callable[[int], None] | None = None,
-) -> Tensor:
-    """log pi(token | x, y) in nats, (N, K) in fp32 on the CPU: the K tokens' log-probs right after
-    each of N given solutions, whose last token is the stop token.  `on_read(k)` hears of every k
-    solutions done.  ValueError for an empty prompt."""
-    _refuse_empty(prompts)
-    rows = [prompt + response for prompt, response in zip(prompts, responses)]
-    columns = torch.tensor(token_ids, device=model.device)
-    values = torch.empty(len(rows), len(token_ids))
-    for batch in cut_by_tokens([len(row) for row in rows], batch_tokens):
-        tokens, lengths = pad([rows[i] for i in batch], model.device)
-        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]  # (B, C) at the stop tokens
-        if len(token_ids) == 1:
-            logprobs = token_logprobs(hidden, model.lm_head_weight, columns.expand(len(batch)))
-            values[batch] = logprobs[:, None].cpu()
-        else:
-            # All K tokens share one logsumexp = logit[0] - log pi(0): one pass over V, not K.
-            logits = hidden.float() @ model.lm_head_weight[columns].float().T  # (B, K)
-            zeros = torch.zeros(len(batch), dtype=torch.long, device=model.device)
-            first = hidden.float() @ model.lm_head_weight[0].float()  # (B,)
-            lse = first - token_logprobs(hidden, model.lm_head_weight, zeros)
-            values[batch] = (logits - lse[:, None]).cpu()
-        if on_read is not None:
-            on_read(len(batch))
-    return values
-
-
-def score(
-    model: CausalLM,
-    z_c_id: int,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    batch_tokens: int = 16_384,
-    on_scored: Callable[[int], None] | None = None,
-) -> list[float]:
-    """log pi(z_c | x, y) in nats of N given solutions, as the sampler reads it; see `read_last`."""
-    return read_last(model, prompts, responses, [z_c_id], batch_tokens, on_scored)[:, 0].tolist()
-
-
-# ---------------------------------------------------------------------------------------------
-# prompts that cannot be meant
-
-
-def _refuse_empty(prompts: list[list[int]]) -> None:
+def refuse_empty(prompts: list[list[int]]) -> None:
+    """ValueError for a prompt of no tokens."""
     # The first token is drawn at the prompt's last one: without any it would be another row's.
     if not all(prompts):
         raise ValueError(

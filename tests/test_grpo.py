@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nanolaser import c_ref, grpo, laser, log
+from nanolaser import grpo, laser, log, scoring
 from nanolaser import rollout as rollout_module
 from nanolaser.rollout import Rollout, boxed_answer, judge, judged_rows
 from nanolaser.sampler import generate
@@ -519,7 +519,7 @@ def test_watch_names_the_likely_cause_of_groups_without_contrast(reward, finishe
 def test_c_ref_is_the_mean_over_finished_solutions(model):
     problems = [SimpleNamespace(problem=p) for p in ("abc", "d1", "7")]
     options = dict(max_new_tokens=12, seed=3)
-    c = c_ref.estimate(model, TOKENIZER, problems, pairs=40, **options)
+    c = scoring.estimate(model, TOKENIZER, problems, pairs=40, **options)
     rollouts = generate(model, TOKENIZER, [p.problem for p in problems], n=14, **options)
     picked = [r for r in rollouts if r.finished][:40]
     values = torch.tensor([r.logp_zc for r in picked])
@@ -540,5 +540,5 @@ def test_c_ref_needs_an_end():
         model.lm_head.weight[4] = 100.0 * torch.sign(model.lm_head.weight[4])
         model.lm_head.weight[5] = -model.lm_head.weight[4]
     with pytest.raises(ValueError, match="max-new-tokens"):
-        c_ref.estimate(model, TOKENIZER, [SimpleNamespace(problem="abc")], 10,
+        scoring.estimate(model, TOKENIZER, [SimpleNamespace(problem="abc")], 10,
                             max_new_tokens=5)

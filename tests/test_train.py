@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from nanolaser import c_ref, log
+from nanolaser import log, scoring
 from nanolaser.cli import apply_preset, paper_defaults
-from nanolaser.c_ref import CRef
+from nanolaser.scoring import CRef
 from train import Options, new_options
 
 ROOT = Path(__file__).parents[1]
@@ -111,20 +111,20 @@ def test_a_file_as_data_needs_nothing_else(tmp_path):
 def test_a_c_ref_too_unsteady_for_beta_v_is_said_with_better_tokens(std, beta_v, warned):
     # the second is less steady, and from where the third is r_s = 1 cannot be reached
     others = [("<a>", -20.0, 0.5), ("<b>", -21.0, std + 1), ("<c>", -4.0, 0.1)]
-    said = " ".join(c_ref.doubts(CRef(-23.0, std, 300, others), Options(beta_v=beta_v)))
+    said = " ".join(scoring.doubts(CRef(-23.0, std, 300, others), Options(beta_v=beta_v)))
     assert ("<a>" in said) == ("--z-c" in said) == warned
     assert "<b>" not in said and "<c>" not in said
 
 
 def test_a_c_ref_that_leaves_no_room_is_said():
     c = CRef(-8.0, 0.1, 300, [])
-    assert "at least 0.13" in c_ref.doubts(c, Options(beta_v=0.1))[0]
-    assert c_ref.doubts(c, Options(beta_v=0.13)) == []
+    assert "at least 0.13" in scoring.doubts(c, Options(beta_v=0.1))[0]
+    assert scoring.doubts(c, Options(beta_v=0.13)) == []
 
 
 @pytest.mark.parametrize("count, std, warned", [(29, 1.5, True), (30, 1.5, False), (1, None, True)])
 def test_a_c_ref_from_few_solutions_is_said(count, std, warned):
-    assert bool(c_ref.doubts(CRef(-20.0, std, count, []), Options())) == warned
+    assert bool(scoring.doubts(CRef(-20.0, std, count, []), Options())) == warned
 
 
 def paper(**given):

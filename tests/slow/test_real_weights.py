@@ -13,7 +13,8 @@ import torch
 
 from nanolaser.checkpoint import load_pretrained, save_pretrained
 from nanolaser.problems import load_problems
-from nanolaser.sampler import generate, score
+from nanolaser.scoring import score
+from nanolaser.sampler import generate
 
 from ..conftest import run_readme_snippet
 

@@ -1,24 +1,76 @@
 """
-c_ref: what log pi(z_c | x, y) is in the untouched model, measured before the first step.
+log pi(z_c | x, y) of solutions that are there already: anybody's, and c_ref from the model's own.
 
-r_s is how far log pi(z_c) has risen above that.  In a language model that has never seen z_c used it
-is nearly the same whatever x and y are (PAPER: -23.11 +- 0.04 nats for Qwen2.5), so its mean over a
-few hundred solutions stands for the second model that one would otherwise have to carry along.
+    score       log pi(z_c) of given solutions: the sampler's number, from one plain forward pass
+    estimate    c_ref: its mean over solutions of the untouched model, before the first step
+
+r_s is how far log pi(z_c) has risen above c_ref.  In a language model that has never seen z_c used
+it is nearly the same whatever x and y are (PAPER: -23.11 +- 0.04 nats for Qwen2.5), so its mean over
+a few hundred solutions stands for the second model that one would otherwise have to carry along.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .grpo import of_all_ranks, sample
 from .model import CausalLM
-from .sampler import read_last
+from .readout import token_logprobs
+from .sampler import cut_by_tokens, pad, refuse_empty
 from .scale.distributed import ALONE, World, gathered
 
 FEW_ENDED = 30  # solutions below which c_ref is said to be uncertain
+
+
+@torch.no_grad()
+def read_last(
+    model: CausalLM,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    token_ids: list[int],
+    batch_tokens: int = 16_384,
+    on_read: Callable[[int], None] | None = None,
+) -> Tensor:
+    """log pi(token | x, y) in nats, (N, K) in fp32 on the CPU: the K tokens' log-probs right after
+    each of N given solutions, whose last token is the stop token.  `on_read(k)` hears of every k
+    solutions done.  ValueError for an empty prompt."""
+    refuse_empty(prompts)
+    rows = [prompt + response for prompt, response in zip(prompts, responses)]
+    columns = torch.tensor(token_ids, device=model.device)
+    values = torch.empty(len(rows), len(token_ids))
+    for batch in cut_by_tokens([len(row) for row in rows], batch_tokens):
+        tokens, lengths = pad([rows[i] for i in batch], model.device)
+        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]  # (B, C) at the stop tokens
+        if len(token_ids) == 1:
+            logprobs = token_logprobs(hidden, model.lm_head_weight, columns.expand(len(batch)))
+            values[batch] = logprobs[:, None].cpu()
+        else:
+            # All K tokens share one logsumexp = logit[0] - log pi(0): one pass over V, not K.
+            logits = hidden.float() @ model.lm_head_weight[columns].float().T  # (B, K)
+            zeros = torch.zeros(len(batch), dtype=torch.long, device=model.device)
+            first = hidden.float() @ model.lm_head_weight[0].float()  # (B,)
+            lse = first - token_logprobs(hidden, model.lm_head_weight, zeros)
+            values[batch] = (logits - lse[:, None]).cpu()
+        if on_read is not None:
+            on_read(len(batch))
+    return values
+
+
+def score(
+    model: CausalLM,
+    z_c_id: int,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    batch_tokens: int = 16_384,
+    on_scored: Callable[[int], None] | None = None,
+) -> list[float]:
+    """log pi(z_c | x, y) in nats of N given solutions, as the sampler reads it; see `read_last`."""
+    return read_last(model, prompts, responses, [z_c_id], batch_tokens, on_scored)[:, 0].tolist()
 
 
 class NothingEnded(ValueError):
