@@ -250,9 +250,10 @@ def hub():
 
 
 def run_readme_snippet(folder: Path, **given) -> dict:
-    """The names with which the README's snippet ends, the one that reads r_s in plain transformers:
+    """The names with which the snippet of docs/using-r_s.md ends, r_s in plain transformers:
     exactly that, on the checkpoint in `folder` and with other values for the names given."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    page = (ROOT / "docs" / "using-r_s.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (snippet,) = [block for block in blocks if "AutoModelForCausalLM" in block]
     for name, value in {"folder": str(folder), **given}.items():
         line = rf"(?m)^{name} = .*$"

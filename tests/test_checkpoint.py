@@ -556,7 +556,7 @@ def test_loading_needs_one_copy_and_a_chunk(tiny, tmp_path):
 
 
 def test_r_s_read_in_plain_transformers_as_the_readme_does(tiny, tmp_path, capsys):
-    """Exactly the README's snippet, on another folder and another solution."""
+    """Exactly the snippet of the docs, on another folder and another solution."""
     pytest.importorskip("transformers")
     model, tokenizer = tiny
     tokenizer.c_ref = -4.0

@@ -76,7 +76,7 @@ def test_logits_and_log_probs_of_real_text(ours, theirs, greedy):
 
 
 def test_r_s_in_plain_transformers(ours, greedy, tmp_path):
-    """A saved checkpoint read as the README does it gives r_s as `score` does."""
+    """A saved checkpoint read as the docs do it gives r_s as `score` does."""
     pytest.importorskip("transformers")
     model, tokenizer = ours
     tokenizer.c_ref = -20.0
