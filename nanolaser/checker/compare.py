@@ -482,6 +482,9 @@ def is_label(node: tuple) -> bool:
         return all(arg[0] in ("sym", "num", "rel") for arg in node[2])
     if kind == "tuple":
         return node[1:3] == ("(", ")") and all(part[0] == "sym" for part in node[3])
+    # |PQ| and |z| are lengths that a question asks for; |x| = 3 is an equation to be solved.
+    if kind == "abs" and node[1][0] == "sym":
+        return node[1][1][0] in "zw" or " " in node[1][1] or node[1][1][0].isupper()
     if kind in ("abs", "inv"):
         return is_label(node[1])
     if kind == "ratio":

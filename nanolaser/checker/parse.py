@@ -118,8 +118,8 @@ MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "
 # "5 meters" and "5 m" must give one tree. A unit is only read after a number: m alone is a letter.
 # The first of a line is the one name that is compared; plurals are found by `unit_name`.
 UNITS = {spelling: line.split()[0] for line in (
-    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "in inch", "mph",
-    "kph", "ft foot feet", "km kilometer kilometre", "yd yard", "mi mile", "g gram",
+    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "in inch",
+    "ft foot feet", "km kilometer kilometre", "yd yard", "mi mile", "g gram",
     "kg kilogram", "day", "mg milligram", "lb lbs pound", "oz ounce", "ton tonne",
     "s sec secs second", "week", "month", "ms millisecond", "min mins minute", "h hr hrs hour",
     "yr yrs year", "century", "acre", "pint", "l liter litre", "ml milliliter millilitre",
@@ -127,7 +127,7 @@ UNITS = {spelling: line.split()[0] for line in (
     "degree", "people person", "n newton", "j joule", "w watt", "v volt", "hz hertz", "c celsius",
     "f fahrenheit", "k kelvin", "a amp", "child children", "times", "man men", "woman women",
     "die dice")
-    for spelling in line.split()}
+    for spelling in line.split()} | {"mph": "mi / h", "kph": "km / h"}
 # Counted things, which golds often leave out: 12 apples is 12. Singular; see `unit_name`.
 COUNTED = set("""unit way point solution student apple book boy girl ball marble coin ticket page
     question game car cookie egg step tile triangle square side path flower tree dog cat bag box pen
