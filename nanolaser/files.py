@@ -191,7 +191,15 @@ def to_jsonl(rows: Iterator[dict] | Sequence[dict]) -> str:
 # ---------------------------------------------------------------------------------------------
 # a run
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
+# The logs of a training run, and of their rows what is read again when it is resumed.
+NUMBER = (int, float)
+LOGS = {
+    "metrics.jsonl": {"step": int, "seconds_rollout": NUMBER, "seconds_check": NUMBER,
+                      "seconds_update": NUMBER, "response_tokens": NUMBER},
+    "samples.jsonl": {"step": int},
+    "evals.jsonl": {"step": int, "n": int, "accuracy": (*NUMBER, type(None)), "verification": dict,
+                    "majority_vote": dict, "weighted_vote": dict},
+}  # fmt: skip
 
 
 class RunFolder:
@@ -290,8 +298,8 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Forget every log line after `step`: those steps are about to be done again."""
-        for name in LOGS if self.first else ():
-            kept = [row for row in self.read(name, {"step": int}) if row["step"] <= step]
+        for name, fields in LOGS.items() if self.first else ():
+            kept = [row for row in self.read(name, fields) if row["step"] <= step]
             write_atomic(self.path / name, to_jsonl(kept))
 
     # -- checkpoints -------------------------------------------------------------------------

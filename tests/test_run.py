@@ -75,15 +75,21 @@ def test_a_damaged_config_is_one_clear_error(here, damage):
         RunFolder.reopen("elsewhere")
 
 
+def metrics(step, **more):
+    """A row of metrics.jsonl with all that a resumed run reads of it."""
+    seconds = dict(seconds_rollout=1.5, seconds_check=0, seconds_update=2.5)
+    return {"step": step, **seconds, "response_tokens": 9.5, **more}
+
+
 def test_logs_are_cut_back_to_the_checkpoint(here):
     run = RunFolder.create("out", "x", {})
-    run.append("metrics.jsonl", [{"step": s, "text": "a\u2028b\n\x85"} for s in range(1, 6)])
+    run.append("metrics.jsonl", [metrics(s, text="a\u2028b\n\x85") for s in range(1, 6)])
     run.append("samples.jsonl", [{"step": s} for s in (1, 1, 4, 4)])
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "rew')  # the power failed here
     assert [row["step"] for row in run.read("metrics.jsonl")] == [1, 2, 3, 4, 5]
     run.cut_back(3)
-    run.append("metrics.jsonl", [{"step": 4}])
+    run.append("metrics.jsonl", [metrics(4)])
     assert [row["step"] for row in run.read("metrics.jsonl")] == [1, 2, 3, 4]
     assert run.read("samples.jsonl") == [{"step": 1}, {"step": 1}]
     assert run.read("evals.jsonl") == []
@@ -91,14 +97,20 @@ def test_logs_are_cut_back_to_the_checkpoint(here):
 
 def test_lines_in_the_midst_that_are_no_rows_are_named(here):
     run = RunFolder.create("out", "x", {})
-    for line in ("5", "[]", "null", "{", '{"step": "2"}', '{"step": true}', '{"stp": 2}', "\xff",
-                 '{"step": 2, "x": NaN}', '{"step": 1e999}', "[" * 100_000):  # fmt: skip
-        text = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
+    good = json.dumps(metrics(2))
+    bad = [json.dumps(metrics(step)) for step in ("2", True, None, 2.0)]
+    bad += [good.replace("1.5", x) for x in ("NaN", "1e999", "null", '"x"')]
+    for line in ("5", "[]", "null", "{", '{"step": 2}', "\xff", "[" * 100_000, *bad):
+        text = f"{json.dumps(metrics(1))}\n{line}\n{json.dumps(metrics(3))}\n"
         (run.path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=r"metrics.jsonl:2 is damaged") as error:
             run.cut_back(5)
         assert "\n" not in str(error.value) and len(str(error.value)) < 200
         assert (run.path / "metrics.jsonl").read_bytes() == text.encode("latin-1")
+    (run.path / "metrics.jsonl").write_text(good + "\n")
+    (run.path / "evals.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match=r"evals.jsonl:1 is damaged"):
+        run.cut_back(5)
 
 
 def test_a_line_cut_short_never_becomes_half_of_a_new_one(here):
