@@ -51,6 +51,22 @@ def ours(err: str) -> list[str]:
     return [line for line in err.splitlines() if any(mark in line for mark in marks)]
 
 
+def processes(out: Path, size: int) -> list[int]:
+    """The process ids of the ranks whose run is in `out`, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            pairs = (folder / "environ").read_bytes().split(b"\0")
+            settings = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
+        except OSError:  # gone, or not ours
+            continue
+        if str(out).encode() in words and b"LOCAL_RANK" in settings:
+            found[int(settings[b"LOCAL_RANK"])] = int(folder.name)
+    assert sorted(found) == list(range(size))
+    return [found[rank] for rank in range(size)]
+
+
 def assert_close(a: Path, b: Path, tolerance: float = 1e-5) -> None:
     """Two runs have sampled the same and learned the same: every number of every log, and every
     weight and moment of the checkpoints."""

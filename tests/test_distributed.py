@@ -1,10 +1,12 @@
 """Two ranks (gloo, CPU) against one process: the same rollouts, losses, weights and checkpoints.
 
-The four ranks, kills and signals of slow/test_many_ranks.py take minutes; these take seconds.
+What four ranks do, and what signals and kills at other moments, takes minutes: see
+slow/test_many_ranks.py.
 """
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -99,6 +101,20 @@ def test_one_process_goes_on_where_two_were(runs):
     assert code == 0, err
     assert "resuming after step 2" in out
     ranks.assert_close(one, two)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="Linux")
+def test_a_killed_rank_ends_the_run_with_one_line(tmp_path):
+    """In the midst of a step, which the other rank then cannot finish."""
+    out, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    process = ranks.start(2, *OPTIONS, "--steps", "500", "--out", out)
+    assert kills.until(process, lambda: log.exists() and len(log.read_text().splitlines()) > 2)
+    os.kill(ranks.processes(out, 2)[1], signal.SIGKILL)
+    said, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "everything is in" not in said
+    assert len(ranks.ours(err)) == 1 and "--resume" in ranks.ours(err)[0], err
+    assert not kills.half_written(out)
+    assert (out / "checkpoints/latest").read_text().startswith("step-")
 
 
 def test_a_wrong_option_is_said_once(tmp_path):

@@ -218,6 +218,19 @@ def test_settings_grow_cheaper_with_memory():
         )
 
 
+@pytest.mark.parametrize("prompt, new", [(64, 8192), (64, 1024), (2048, 64)])
+def test_the_cache_takes_what_is_left_and_no_more(prompt, new):
+    """Whatever the lengths, as many rows are sampled at a time as there is room for: the plan
+    fits, and one of twice the rows would not."""
+    p = planning.plan(SHAPES["llama-3.1-8b"], device_bytes=60 * 10**9, host_bytes=10**12, world=8,
+                      dtype=torch.bfloat16, device="cuda", rates=H100,
+                      work=Workload(512, prompt_tokens=prompt, max_new_tokens=new))  # fmt: skip
+    assert p.fits and not p.settings.offload_optimizer and p.rows > 16
+    if p.rows < 256:
+        twice = planning.bytes_by_phase(p, 2 * p.rows)
+        assert sum(sizes[0] for sizes in twice.values()) > FILL * p.device_bytes
+
+
 def test_few_rows_are_the_last_resort():
     """What fits with one row at a time only is still a plan."""
     small = SHAPES["smollm2-1.7b"]  # two gigabytes of KV cache for a row of the paper's length

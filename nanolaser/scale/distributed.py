@@ -100,6 +100,8 @@ class World:
     def gather(self, items: list, by: str | int | None = None) -> list:
         """The items of all ranks, on every rank: anything that JSON can hold.  They come rank
         after rank or, to undo `shard`, sorted by item[by]."""
+        # Rank 0 calls gather([[0, "a"], [2, "c"]], by=0) and rank 1 gather([[1, "b"]], by=0):
+        # both get [[0, "a"], [1, "b"], [2, "c"]].
         if self.size == 1:
             return items
         data = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8)
@@ -151,6 +153,9 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        # A layer's rows are gathered from all ranks just before its forward pass, and again before
+        # its backward pass; after it the gradients are reduced, and each rank keeps its own rows.
+        # So a rank holds 1/size of the weights, and one or two whole layers at a time.
         self.mesh = init_device_mesh(device.type, (self.size,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=self.mesh)
@@ -201,6 +206,7 @@ def join() -> Iterator[World]:
         return
     import torch.distributed as dist
 
+    # torchrun has put into the environment who we are, and where its store is.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
     with contextlib.ExitStack() as stack:
@@ -208,6 +214,7 @@ def join() -> Iterator[World]:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
+            # gloo also where there are GPUs: what `gather` sends lies in host memory
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
@@ -246,6 +253,8 @@ def gathered(model: CausalLM, world: World) -> CausalLM:
     its own (sampling); any other model as it is."""
     if world.size == 1 or not hasattr(model.model.norm.weight, "to_local"):
         return model
+    # Sampling makes thousands of small forward passes, one a token: to gather every layer for each
+    # would cost far more than one gathered copy of all, 15 GB for 7B in bf16.
     with torch.device("meta"):
         copy = CausalLM(model.config)
     weights = {name: world.all_gather(local(p)) for name, p in model.named_parameters()}

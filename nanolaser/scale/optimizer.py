@@ -59,7 +59,9 @@ class Optimizer:
     ):
         self.world = world
         self.names, self.parameters = zip(*model.named_parameters())
-        self.rows = [local(p) for p in self.parameters]  # this rank's; alone: the parameters
+        # Of many ranks a parameter is a DTensor, which stands for the whole.  What is stepped are
+        # the plain rows that this rank holds; alone, they are the parameters themselves.
+        self.rows = [local(p) for p in self.parameters]
         self.is_bf16 = model.dtype != torch.float32
         self.staging = None
         if offload:
@@ -68,6 +70,7 @@ class Optimizer:
             # page-locked block up to a power of two, which for them can mean twice the memory.)
             largest, pinned = max(p.numel() for p in self.rows), model.device.type == "cuda"
             self.staging = torch.empty(largest, dtype=model.dtype, pin_memory=pinned)
+        # A float32 model that is stepped where it lies needs no second copy of its weights.
         if self.is_bf16 or offload:
             self.master = [self._to_master(p.detach()).requires_grad_() for p in self.rows]
         else:
@@ -96,6 +99,8 @@ class Optimizer:
     def accumulate(self) -> None:
         """Called after each micro-batch's backward pass, which has added to the model's .grad: of a
         bf16 model these sums are moved into fp32 before their rounding is seen."""
+        # 40 micro-batches: moved after 16 and 32, and the last 8 by `clip`.  A float32 model's
+        # .grad is as exact as any other sum, so it stays where it is until then.
         self.unmoved += 1
         if self.is_bf16 and self.unmoved == SUMMED_IN_BF16:
             self._move_gradients()
@@ -137,6 +142,7 @@ class Optimizer:
         self.adam.step()
         if self.master is self.rows:
             return
+        # The only rounding to bf16 in an update, and it does not add up: the masters never see it.
         for rows, master in zip(self.rows, self.master):
             if self.staging is not None:  # rounded before it travels: half the bytes
                 master = self._staged(rows).copy_(master)
@@ -155,6 +161,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything an exact resume needs, as named tensors; of many ranks, this one's rows."""
+        # Gradients are not part of it: a checkpoint is written between two updates.
         tensors = {}
         for name, master in zip(self.names, self.master):
             for key, value in self.adam.state[master].items():  # step, exp_avg, exp_avg_sq

@@ -186,8 +186,11 @@ class Plan:
     def rows(self) -> int:
         """How many of the longest rows are sampled at a time: the KV cache gets what the rest
         leaves while sampling, but holds at least `least_rows`."""
+        # What is left without any, divided by what the first one costs and its layer of a cache
+        # that grows, see `sampling_bytes`.
         none, one = (sum(x[0] for x in bytes_by_phase(self, rows).values()) for rows in (0, 1))
-        rows = int((FILL * self.device_bytes - none) / (one - none))
+        L = self.config.num_hidden_layers
+        rows = int((FILL * self.device_bytes - none) / (one - none) * L / (L + 1))
         return min(max(rows, self.least_rows), self.work.rows(self.world))
 
     @cached_property
@@ -291,14 +294,16 @@ def plan(config: ModelConfig, wanted: Settings = Settings(), **run) -> Plan:
     The choice depends on bytes alone, never on measured rates: the same machine makes it again.
     """
     p = Plan(config, **run)
-    # In order of the time that they cost: smaller micro-batches, but a row is never cut; then
-    # recomputing; then offloading, for which a CPU has no second memory.
+    # In order of the time that they cost: smaller micro-batches are nearly free, but a row is never
+    # cut; recomputing is a third more arithmetic; offloading moves all gradients to the host, and
+    # steps 7B weights there in seconds instead of milliseconds.  (A CPU has no second memory.)
     sizes = [wanted.micro_batch_tokens]
     while sizes[-1] // 2 >= p.work.longest:
         sizes.append(sizes[-1] // 2)
     again = {wanted.gradient_checkpointing, True}
     away = {wanted.offload_optimizer, wanted.offload_optimizer or p.device != "cpu"}
-    # First with enough rows at a time to be worth it, then, if need be, with fewer.
+    # First with enough rows at a time to be worth it, then, if need be, with fewer: reading all
+    # weights for the next token costs a GPU as much for one row as for a hundred.
     for least, off, check, size in itertools.product(
         (EASY_ROWS, 1), sorted(away), sorted(again), sizes
     ):
@@ -314,6 +319,8 @@ def plan(config: ModelConfig, wanted: Settings = Settings(), **run) -> Plan:
 
 def kv_bytes(c: ModelConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
     """Bytes of a KV cache of `rows` rows with room for `tokens` each, in whole blocks."""
+    # Qwen2.5-7B in bf16: 2 (keys and values) * 28 layers * 4 heads * 128 * 2 bytes = 57 kB a token,
+    # 0.6 GB for a row of the paper's 10,240
     slots = -(-tokens // KVCache.BLOCK) * KVCache.BLOCK
     per_slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
     return rows * slots * per_slot
@@ -382,7 +389,8 @@ def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]
     masters = e < 4 or p.settings.offload_optimizer
     # a CPU has only the one memory: to "offload" there saves nothing
     away = p.settings.offload_optimizer and p.device != "cpu"
-    # two moments, and masters where they are not the weights themselves
+    # AdamW's two moments, 4 bytes a weight each, and as much for masters where those are not the
+    # weights themselves
     state = 0 if away else shard(12 if masters else 8)
     # The gradients of a bf16 model are summed in fp32 (see optimizer.py): from the first
     # SUMMED_IN_BF16 micro-batches on, or, if there are no more, when all are done.
@@ -482,6 +490,7 @@ def available_bytes(device: str | torch.device = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    # All memory there is; less, where the system says what others have taken of it.
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -521,6 +530,7 @@ def local_folder(model: str) -> Path | None:
 def known_config(model: str) -> ModelConfig | None:
     """The shape behind --model: `tiny` or a local folder, else an alias of SHAPES or its hub id;
     None for what only a download could tell."""
+    # The config.json of a folder is the truth; SHAPES stand in for what is not here yet.
     if folder := local_folder(model):
         return load_config(folder)
     aliases = {hub_id.lower(): alias for alias, hub_id in ALIASES.items()}
@@ -540,6 +550,7 @@ def plan_for(options, rates: Rates | None = None) -> Plan:
             f"the shape of {o.model!r} is not known without a download; known are "
             f"{', '.join(sorted(SHAPES))}, their hub ids, and local folders"
         )
+    # What `auto` will mean when the model is loaded.
     device, dtype = o.device, o.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -548,6 +559,7 @@ def plan_for(options, rates: Rates | None = None) -> Plan:
     prompt = 64 if o.data == "arithmetic" else o.max_prompt_tokens
     # all held-out problems before and after, a quarter of them in between
     evaluated = int(o.eval_problems * o.eval_n * (2 + (o.steps - 1) // o.eval_every / 4))
+    # The worst case for memory, the mean for the time: see Workload.
     work = Workload(
         o.problems_per_step, o.group_size, prompt, o.max_new_tokens, o.steps, o.max_rows,
         evaluated,
@@ -588,6 +600,7 @@ def settle(options):
             chosen["kv_cache_gb"] = p.kv_cache_bytes / 1e9
         return replace(options, **chosen)
     print(plan_for(options).table(), file=sys.stderr)
+    # The same options with every known model, the largest first, until one fits.
     by_size = sorted(SHAPES, key=lambda alias: parameters(SHAPES[alias]), reverse=True)
     fitting = (x for x in by_size if plan_for(replace(options, model=x), rates=H100).fits)
     needs = (p.device, p.peak_bytes, p.device_bytes)

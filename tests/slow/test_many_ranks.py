@@ -73,22 +73,6 @@ def test_bf16_with_the_optimizer_offloaded(tmp_path):
     assert after[2]["reward"] == pytest.approx(before[2]["reward"], abs=0.2)
 
 
-def processes(out: Path, size: int) -> list[int]:
-    """The process ids of the ranks whose run is in `out`, by rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            pairs = (folder / "environ").read_bytes().split(b"\0")
-            settings = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
-        except OSError:  # gone, or not ours
-            continue
-        if str(out).encode() in words and b"LOCAL_RANK" in settings:
-            found[int(settings[b"LOCAL_RANK"])] = int(folder.name)
-    assert sorted(found) == list(range(size))
-    return [found[rank] for rank in range(size)]
-
-
 def steps(out: Path) -> int:
     log = out / "metrics.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
@@ -101,7 +85,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line(tmp_path, rank, moment
     out = tmp_path / "run"
     process = ranks.start(4, *LONG, "--out", out)
     assert kills.until(process, lambda: steps(out) >= 2)
-    victim = processes(out, 4)[rank]
+    victim = ranks.processes(out, 4)[rank]
     if moment == "write":
         kills.until(process, lambda: kills.half_written(out))
     else:
