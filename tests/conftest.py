@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts import nanolaser from beside them
 
 # The benchmark data and two real tokenizers, where somebody has put them beside the project.
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(os.environ.get("NANOLASER_DATA") or ROOT.parent / "shared" / "data")
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from nanolaser.checker import (MAX_CHARS, explain, extract_answer, is_correct, is_equivalent,
                                parses)
 
+from .conftest import SHARED
+
 DATA = Path(__file__).parent / "data"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the benchmark data is not here")
 
 
