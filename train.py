@@ -48,7 +48,6 @@ from nanolaser.cli import (
     parse_args,
     warn,
 )
-from nanolaser.files import finite
 from nanolaser.rollout import Rollout, judge
 from nanolaser.run import Run, begin, choose, evaluate, finish, prepare, save, short_name, take_up
 from nanolaser.scale.distributed import join
@@ -233,8 +232,7 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     m |= dict(zip(("seconds_rollout", "seconds_check", "seconds_update"), seconds))
     tokens = sum(len(r.response_tokens) for r in rollouts)
     m |= {"tokens_per_second": tokens / seconds[0], "lr": learning_rate(step, o)}
-    # NaN becomes None: it is no JSON, and the log of a run that goes wrong is the one that is read
-    return finite(m), rollouts
+    return m, rollouts
 
 
 def learning_rate(step: int, o: Options) -> float:
