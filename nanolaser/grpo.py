@@ -306,9 +306,9 @@ def update(
     grad_clip: float,
     updates: int = 1,
 ) -> dict:
-    """`updates` optimizer steps on one batch of N rollouts with advantages and class weights (N,) or
-    (P, G); returns the statistics and the gradient norm of the last one, and how many were skipped
-    because a gradient was not finite."""
+    """`updates` optimizer steps on one batch of rollouts with advantages and class weights (P, G);
+    returns the statistics and the gradient norm of the last one, and how many were skipped because
+    a gradient was not finite."""
     advantages, weights = advantages.flatten(), weights.flatten()
     old_logprobs, skipped, world = None, 0, optimizer.world
     if updates > 1:

@@ -39,8 +39,11 @@ What LaSeR adds
 Why one log-probability is enough (PAPER, method): let the policy answer "is y correct?" with z_c
 for yes, and be paid for it by RL with a KL penalty beta_v towards the starting model.  Its optimum
 has a closed form,  r = beta_v log(pi(z_c) / pi_ref(z_c)) + beta_v log Z.  pi_ref(z_c) is tiny
-(e^-23 for Qwen2.5-7B), so Z - 1 is about e^-23 * e^10 = 2e-6: log Z is nothing.  And log pi_ref(z_c)
-hardly varies (23.11 +- 0.04 nats), so the constant c_ref replaces a whole second model.
+(e^-23 for Qwen2.5-7B), so Z - 1 is about e^-23 * e^10 = 2e-6: log Z is nothing.  And
+log pi_ref(z_c) hardly varies (-23.11 +- 0.04 nats), so the constant c_ref replaces a whole second
+model.
+
+Equations: 7 and 12 are the numbers of the PAPER, where they could be confirmed; else the section.
 
 Conventions: P problems, G group size, N = P * G rollouts, M response tokens; log-probabilities in
 nats.  A truncated rollout has no end, hence no z_c: `finished` says which rollouts have one.
@@ -108,8 +111,8 @@ def self_reward_loss(
     beta_v: float,
     kind: str = "mse",
 ) -> Tensor:
-    """SUM over rollouts (n,) of w * (r_s - r_v)^2 (PAPER, Eq. 12); divide by N_c + N_i, the finished
-    rollouts of the whole batch, for the mean.
+    """SUM over rollouts (n,) of w * (r_s - r_v)^2 (PAPER, Eq. 12); divide by N_c + N_i, the
+    finished rollouts of the whole batch, for the mean.
 
     A sum, so that a batch cut into micro-batches adds up to the same number.  r_s is not clipped.
     "bce" and "sft" are the paper's ablations on pi(z_c) itself; for "sft" `logp_zc` is that of the
@@ -156,8 +159,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 def mixed_advantages(
     r_v: Tensor, r_s: Tensor, finished: Tensor, tau: float, min_std: float = 0.1
 ) -> Tensor:
-    """A = (1 - tau) A_v + tau A_s, all (P, G); A_s normalises r_s clipped to [0, 1] (PAPER, advantage
-    integration).
+    """A = (1 - tau) A_v + tau A_s, all (P, G); A_s normalises r_s clipped to [0, 1] (PAPER,
+    advantage integration).
 
     Groups whose r_s hardly differ (std <= min_std) keep A = A_v: normalising would blow noise up
     to the size of a signal.  tau = 1 is the paper's ablation, r_s as the only reward: then there
@@ -189,7 +192,7 @@ def policy_loss(
 ) -> Tensor:
     """SUM over response tokens (m,), stop token included, of PPO's clipped surrogate, to be
     minimised (arXiv 1707.06347, Eq. 7; dual clip: arXiv 1912.09729).  Divide by M, the tokens of
-    the whole batch and never of a micro-batch, for the mean over tokens (DAPO, arXiv 2503.14476)."""
+    the whole batch and never of a micro-batch, for the mean over tokens (arXiv 2503.14476)."""
     # +-20 keeps exp() finite after a bad step.
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     # A = 1: the loss is -ratio, and from ratio 1.2 on a constant -1.2, without a gradient.  The
@@ -209,8 +212,8 @@ def off_policy(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
-    """How far the policy has moved since it sampled, as SUMS over tokens (m,): (tokens whose clip is
-    active, the estimate k3 of KL(old || new) in nats, http://joschu.net/blog/kl-approx.html)."""
+    """How far the policy has moved since it sampled, as SUMS over tokens (m,): (tokens whose clip
+    is active, the estimate k3 of KL(old || new) in nats, http://joschu.net/blog/kl-approx.html)."""
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high) > -advantages * ratio

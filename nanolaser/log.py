@@ -1,5 +1,5 @@
 """
-What a training run says: the numbers of a step, a line about it, and a word when nothing is learned.
+What a training run says: the numbers of a step, a line about it, a word when nothing is learned.
 
     statistics   rollouts of a step -> the keys of metrics.jsonl that speak of them
     step_line    metrics of a step -> one aligned line

@@ -239,6 +239,7 @@ def curves(path: str | Path, runs: Mapping[str, tuple[Sequence[dict], Sequence[d
     """The course of training of one or more runs in six panels; name -> (lines of metrics.jsonl,
     lines of evals.jsonl).  Points are held-out evaluations, grey lines the borders of phases."""
     def paint(figure: Any) -> None:
+        """Fill the figure."""
         # One step axis for all: what happens at a border of phases is read down the column.
         axes = figure.subplots(2, 3, sharex=True)
         for axis, (title, label, keys, held_out) in zip(axes.flat, PANELS):

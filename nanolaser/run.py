@@ -86,8 +86,8 @@ class Run:
 
 
 def choose(o, given, world: World) -> tuple[Any, RunFolder | None, Path | None]:
-    """(the run's options, its folder if it is to be resumed, the checkpoint to go on from), from the
-    options of the command line, of which `given` were typed.  ValueError where they contradict."""
+    """(the run's options, its folder if it is to be resumed, the checkpoint to go on from), from
+    the options of the command line, of which `given` were typed; ValueError if they contradict."""
     folder = checkpoint = None
     if world.is_first and o.resume is not None:
         folder, o = reopen(o, given)

@@ -54,7 +54,7 @@ def _splitmix(x: Tensor) -> Tensor:
 
 
 def uniforms(seed: int, streams: Tensor, steps: Tensor) -> Tensor:
-    """Float64 in [0, 1), one for each (seed, stream, step): the same on any device, in any order."""
+    """Float64 in [0, 1), one a (seed, stream, step): the same on any device, in any order."""
     # Counter-based: where torch.rand keeps a state that every draw moves on, this is a hash of its
     # arguments, and a row that moves, waits or begins anew has nothing to carry.
     key = _splitmix(torch.full_like(streams, seed) * _GOLDEN + _GOLDEN)

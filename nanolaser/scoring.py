@@ -5,8 +5,9 @@ log pi(z_c | x, y) of solutions that are there already: anybody's, and c_ref fro
     estimate    c_ref: its mean over solutions of the untouched model, before the first step
 
 r_s is how far log pi(z_c) has risen above c_ref.  In a language model that has never seen z_c used
-it is nearly the same whatever x and y are (PAPER: -23.11 +- 0.04 nats for Qwen2.5), so its mean over
-a few hundred solutions stands for the second model that one would otherwise have to carry along.
+it is nearly the same whatever x and y are (PAPER: -23.11 +- 0.04 nats for Qwen2.5), so its mean
+over a few hundred solutions stands for the second model that one would otherwise have to carry
+along.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class CRef:
 def estimate(
     model: CausalLM, tokenizer, problems: list, pairs: int, world: World = ALONE, **sampling
 ) -> CRef:
-    """c_ref as the mean over up to `pairs` sampled (problem, solution) pairs (300 in the PAPER), and
-    the same for every other unused special token, steadiest first.
+    """c_ref as the mean over up to `pairs` sampled (problem, solution) pairs (300 in the PAPER),
+    and the same for every other unused special token, steadiest first.
 
     NothingEnded, a ValueError, if not one solution was finished.
     """

@@ -54,6 +54,7 @@ def compile_template(source: str, names: dict[str, str]) -> Callable[[str], str]
         raise ValueError(f"the chat template is not valid: {_said(error)}") from None
 
     def render(content: str) -> str:
+        """The prompt of one problem."""
         n = len(content)  # a long problem may cost more
         environment.steps, environment.length = STEPS + 100 * n, LENGTH + 10 * n
         try:

@@ -46,9 +46,9 @@ R1_TEMPLATE = (
     "Assistant solves it. The Assistant first thinks about the reasoning process in the mind and "
     "then provides the User with the answer. The reasoning process is enclosed within <think> "
     "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., <think> "
-    "reasoning process here </think> <answer> answer here </answer>. User: You must put your answer "
-    "inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer "
-    "will be extracted automatically by the \\boxed{} tag.\nThis is the problem:\n"
+    "reasoning process here </think> <answer> answer here </answer>. User: You must put your "
+    "answer inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final "
+    "answer will be extracted automatically by the \\boxed{} tag.\nThis is the problem:\n"
     "{{ messages[-1]['content'] }}\nAssistant: <think>"
 )
 
@@ -202,7 +202,7 @@ class Tokenizer:
 
     @property
     def asks_for_tags(self) -> bool:
-        """Does the prompt ask for the answer within <answer> tags (as Open-Reasoner-Zero's does)?"""
+        """Does the prompt ask for the answer within <answer> tags, as Open-Reasoner-Zero's does?"""
         prompt = self.prompt_text("")
         return "<answer>" in prompt and "</answer>" in prompt
 
@@ -343,7 +343,7 @@ class Tokenizer:
             raise ValueError(f"laser.json: self_reward_loss is {self.self_reward_loss!r}")
         self.c_ref = _typed(laser, "c_ref", (int, float), None)
         if self.c_ref is not None and self.c_ref > 0:
-            raise ValueError(f"laser.json: c_ref is {self.c_ref}, but no log-probability is above 0")
+            raise ValueError(f"laser.json: c_ref is {self.c_ref}, and no log-prob is above 0")
         self.c_ref_std = _typed(laser, "c_ref_std", (int, float), None)
 
 

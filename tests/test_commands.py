@@ -1,4 +1,5 @@
-"""sample.py and verify.py, and what is wrong with a command line of any script, as a user runs them, on the embedded model.
+"""sample.py, verify.py, and what is wrong with any script's command line, as a user runs them,
+ on the embedded model.
 
 What a user pipes, kills or starts side by side runs in processes of its own; everything else runs
 a script in this process (`call`), which saves two seconds of imports each.
@@ -224,7 +225,8 @@ def test_closed_streams_and_warnings_as_errors(line, code, said):
 
 @pytest.mark.parametrize("script, arguments", [
     ("sample.py", [PROBLEM]), ("sample.py", [PROBLEM, "--json", "--n", 2]),
-    ("verify.py", ["--problem", PROBLEM, "--solution", "x"]), ("evaluate.py", ["--max-problems", 1]),
+    ("verify.py", ["--problem", PROBLEM, "--solution", "x"]),
+    ("evaluate.py", ["--max-problems", 1]),
 ])  # fmt: skip
 def test_weights_of_nan_are_one_line_before_a_token_is_shown(
     tiny, call, tmp_path, monkeypatch, script, arguments

@@ -1,4 +1,4 @@
-"""The decoder against transformers', over the grid of what a config may say; and its cached decoding."""
+"""The decoder against transformers', over the grid of what a config may say; cached decoding."""
 
 from __future__ import annotations
 

@@ -676,6 +676,7 @@ def _holds(node: tuple, place: int, places: dict) -> bool:
         return _holds(node[2][1], place, places)
 
     def link(op: str, end: tuple, size: bool) -> bool:
+        """Does one member of the chain hold, x (or |x| where `size`) against `end`?"""
         there = places[end]
         if size:
             #   |x| > c  ->  x > c or x < -c         |x| < c  ->  x < c and x > -c
