@@ -49,9 +49,7 @@ import torch
 from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
-from nanolaser.cli import (
-    KV_CACHE_GB, TEMPERATURE, ModelOptions, Progress, main_guard, option, parse_args, warn,
-)  # fmt: skip
+from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
 from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
 from nanolaser.judge import (
     check_prompts, default_new_tokens, judge, log_probability, open_model, tokens_of)
@@ -86,15 +84,14 @@ class Options(ModelOptions):
     include_trained: bool = what(False, "of a training run, also what it was trained on")
     output: str | None = what(None, "results' folder", metavar="DIR", shown="results/MODEL")
 
-    temperature: float = sampling(1.0, "0 always takes the likeliest token", words=(0.0,),
-        **TEMPERATURE)
+    temperature: float = sampling(1.0, "0 always takes the likeliest token", min=0)
     top_p: float = sampling(1.0, "draw from the likeliest tokens of this total probability",
         above=0, max=1)
     max_new_tokens: int | None = sampling(None, "longest solution", min=1,
         shown="half of the model's positions, at most 4096")
     max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
     kv_cache_gb: float | None = sampling(None, "GB the KV cache may take",
-        shown="half of what is free", **KV_CACHE_GB)
+        shown="half of what is free")
     token_ids: bool = sampling(False, "keep the solutions' tokens in samples.jsonl")
 
     generative: bool = verifiers(False,
