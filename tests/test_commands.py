@@ -1,5 +1,5 @@
-"""sample.py, verify.py, and what is wrong with any script's command line, as a user runs them,
- on the embedded model.
+"""sample.py, verify.py, and what is wrong with any script's command line, as a user runs them, on
+the embedded model.
 
 What a user pipes, kills or starts side by side runs in processes of its own; everything else runs
 a script in this process (`call`), which saves two seconds of imports each.
