@@ -97,12 +97,12 @@ class Options:
     kv_cache_gb: float | None = sampling(
         None, "GB the KV cache may take", above=0, shown="what the plan leaves")
 
-    alpha: float = self_rewarding(0.5, "weight of the loss on r_s", min=0, paper=0.1)
+    alpha: float = self_rewarding(0.5, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
     beta_v: float = self_rewarding(0.1, "scale of r_s", above=0)
     tau: float = self_rewarding(
         0.1, "share of r_s in the advantage; 1: r_s is the only reward", min=0, max=1)
     # normalising a group whose r_s hardly differs would make a signal out of noise
-    min_std: float = self_rewarding(0.1, "groups whose r_s varies less keep tau = 0", min=0)
+    min_std: float = self_rewarding(0.1, "groups whose r_s varies less keep tau = 0", min=0, max=1)
     c_ref: float | str = self_rewarding("auto", "nats; auto: the model's own, else measured first; "
         "estimate: measured first", words=("auto", "estimate"))
     c_ref_pairs: int = self_rewarding(300, "solutions that c_ref is the mean over", min=1)
@@ -112,11 +112,11 @@ class Options:
         60, "steps of learning r_s before it enters the advantage", min=0, paper=200)
     self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
 
-    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
+    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, max=10, paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
-    weight_decay: float = updating(0.01, "of AdamW", min=0)
-    grad_clip: float = updating(1.0, "largest gradient norm", above=0)
+    weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
+    grad_clip: float = updating(1.0, "largest gradient norm", above=0, max=1e9)
     # one update a batch, as in the paper: the policy that learns is the one that sampled
     updates_per_batch: int = updating(1, "optimizer steps on each batch", min=1)
     micro_batch_tokens: int = updating(2048, "tokens a forward pass", min=1, paper=16384)
