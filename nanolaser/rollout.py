@@ -48,6 +48,8 @@ class Rollout:
         names = "problem gold response answer r_v r_s logp_zc finished".split()
         row = {name: getattr(self, name) for name in names}
         row |= {"response_tokens": len(self.response_tokens), "prompt_id": self.prompt_id}
+        if self.checker_error:
+            row["checker_error"] = self.checker_error
         if token_ids:
             row["prompt_token_ids"] = self.prompt_tokens
             row["response_token_ids"] = self.response_tokens
