@@ -611,8 +611,8 @@ def _values(ends: list, work: Work) -> tuple[dict, decimal.Context]:
         with decimal.localcontext(evaluator.context):
             if any(isinstance(value, Ball) for value in values.values()):
                 values = {end: evaluator.ball(value) for end, value in values.items()}
-        if any(isinstance(value, Ball) and not value.is_real() for value in values.values()):
-            raise CannotDecide("an interval whose ends are not real")
+                if not all(value.is_real() for value in values.values()):
+                    raise CannotDecide("an interval whose ends are not real")
         if evaluator.need <= precision:
             return values, evaluator.context
         precision = evaluator.need + 20

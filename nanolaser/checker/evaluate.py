@@ -130,9 +130,11 @@ def _constants(trees: tuple, work: "Work") -> list:
                 value = Evaluator({}, FIRST_PRECISION, work).value(node)
             except CannotDecide:
                 continue
-            size = abs(value if not isinstance(value, Ball) else Fraction(value.re))
-            if 0 < size < 10 ** 12 and size not in found:
-                found.append(size)
+            # Only what is of ordinary size becomes a fraction: e^{10^9} would have 10^8 digits.
+            if isinstance(value, Ball):
+                value = Fraction(value.re) if abs(value.re.adjusted()) < 12 else 0
+            if 0 < abs(value) < 10 ** 12 and abs(value) not in found:
+                found.append(abs(value))
     return found
 
 
@@ -346,8 +348,11 @@ def rounds_to(answer: tuple, gold: tuple, work: Work) -> bool:
     evaluator = Evaluator({}, FIRST_PRECISION, work)
     value, rounded = evaluator.value(exact), evaluator.value(written)
     if isinstance(value, Ball):
-        if not value.is_real():
-            return False
+        # In the evaluator's context, where the exponent of e^{10^9} does not overflow; and no
+        # such number becomes a fraction, which would have 10^8 digits.
+        with decimal.localcontext(evaluator.context):
+            if not value.is_real() or abs(value.re.adjusted()) > 30:
+                return False
         # 50 digits of a root are plenty for a rounding at the sixth place.
         value = Fraction(value.re)
     million = 10 ** 6
