@@ -112,7 +112,7 @@ class Options:
         60, "steps of learning r_s before it enters the advantage", min=0, paper=200)
     self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
 
-    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, max=10, paper=1e-6)
+    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
     weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
