@@ -260,7 +260,7 @@ def _statistics(rollouts, logprobs, entropy, x: Learned, c: Loss, M: int, N: int
     clipped, kl = laser.off_policy(tokens, x.old(tokens), x.advantages, c.clip_low, c.clip_high)
     # How far the sampler's numbers are off: against the policy that sampled, since how far this
     # one has moved is approx_kl's business.  (After wrong solutions "sft" reads another token.)
-    # zc_gap has no such reference: with --updates-per-batch above 1 it is the policy's move as well.
+    # zc_gap has no such reference: with --updates-per-batch above 1 it holds the move as well.
     sampled = tokens.new_tensor([p for r in rollouts for p in r.logprobs])
     gap = (sampled - x.old(tokens)).abs().max()
     ended = [r for r in rollouts if r.finished]
