@@ -4,9 +4,10 @@ It decides the reward r_v, so a wrong True teaches a model to cheat and a wrong 
 learned. It is exact where it can be (fractions), rigorous where it cannot (every inexact number
 carries its error bound), bounded always (no input takes long), and says why: see `explain`.
 
-The folder works by itself. Reading order: this file (the box in a text, the public questions);
-parse.py (text to tree, the grammar and the tables of words); compare.py (tree against tree);
-evaluate.py (the value of an expression).
+The folder works by itself, and is a reward function for other trainers (see docs/checker.md).
+Reading order: this file (the box in a text, the public questions); parse.py (text to tree, the
+grammar and the tables of words); compare.py (tree against tree); evaluate.py (the value of an
+expression).
 
 How two answers are compared, first rule that applies:
   1. the same text, or the same tree: equal;
@@ -202,6 +203,47 @@ def is_correct(response: str | None, gold: str, strict: bool = False) -> bool:
     # it would pay a policy for listing many numbers.
     answer = extract_answer(response, strict)
     return answer is not None and is_equivalent(answer, gold)
+
+
+# The columns in which data sets keep the gold answer; the first that is there counts. `solution`
+# comes last: beside an answer it is the worked solution, alone it is what TRL's own rewards read.
+GOLD_COLUMNS = ("answer", "final_answer", "ground_truth", "gold", "target", "solution")
+
+
+def reward_function(prompts, completions, **columns) -> list[float]:
+    """The reward of TRL's trainers: r_v as 1.0 or 0.0 for each completion.
+
+    prompts and completions: n texts, or n lists of messages, of which the last one counts; columns:
+    lists of n values, among them the golds (see GOLD_COLUMNS; raises ValueError if none is).
+    """
+    name = next((name for name in GOLD_COLUMNS if name in columns), None)
+    if name is None:
+        raise ValueError(f"no column holds the gold answers: name one of {', '.join(columns)} "
+                         f"{GOLD_COLUMNS[0]!r} (or {', '.join(GOLD_COLUMNS[1:])})")
+    return [compute_score(None, _completion_text(completion), gold)
+            for completion, gold in zip(completions, columns[name], strict=True)]
+
+
+def compute_score(data_source, solution_str: str, ground_truth, extra_info=None) -> float:
+    r"""The reward of verl's trainers: r_v as 1.0 or 0.0, whatever the data source.
+
+    The gold is the answer itself, or a worked solution with it in \boxed{} or after GSM8K's ####.
+    """
+    #   ["2", "3"]  ->  "2, 3"
+    gold = ", ".join(map(str, ground_truth)) if isinstance(ground_truth, (list, tuple)) else (
+        _text(ground_truth))
+    gold = extract_answer(gold) or gold.rpartition("####")[2]
+    return float(is_correct(solution_str, gold))
+
+
+def _completion_text(completion) -> str:
+    """The text of a completion that is a text, or messages whose content is text or parts."""
+    content = completion
+    if not isinstance(completion, str):
+        content = completion[-1].get("content") if completion else ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    return content or ""  # a call of a tool has no content
 
 
 def explain(answer: str, gold: str) -> Explanation:
