@@ -234,6 +234,7 @@ def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
         "model": o.model,
         "weights": digest(weights.numpy().tobytes()),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "thinking": o.thinking,
         "z_c": tokenizer.z_c,
         "c_ref": tokenizer.c_ref,
         "beta_v": tokenizer.beta_v,
