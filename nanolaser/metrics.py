@@ -155,14 +155,14 @@ def coverage_curve(right: Any, score: Any) -> np.ndarray:
     return np.cumsum(share[group]) / np.arange(1, len(score) + 1)
 
 
-def risk_coverage(right: Any, score: Any) -> dict[str, Any]:
-    """aurc, the area under 1 - coverage_curve (Geifman et al. 2018; 0 is best, and always guessing
-    has the share of wrong solutions), and accuracy_at_coverage, {"50": x, "80": x, "90": x}."""
+def risk_coverage(right: Any, score: Any) -> dict[str, float | None]:
+    """aurc, the area under 1 - coverage_curve (Geifman et al. 2018; 0 is best, and a guess has the
+    share of wrong solutions), and accuracy_at_50, _80, _90: of the so many per cent most believed."""
     curve = coverage_curve(right, score)
     # 50 % of 5 solutions are 3: never fewer than asked for.
-    at = {f"{100 * c:.0f}": float(curve[math.ceil(c * len(curve)) - 1]) if len(curve) else None
+    at = {f"accuracy_at_{100 * c:.0f}": _mean(curve[math.ceil(c * len(curve)) - 1 :][:1])
           for c in COVERAGES}
-    return {"aurc": _mean(1 - curve), "accuracy_at_coverage": at}
+    return {"aurc": _mean(1 - curve), **at}
 
 
 def fit_threshold(right: Any, score: Any) -> float:
