@@ -213,21 +213,23 @@ def confidences(
     block = max(1, BLOCK_LOGITS // len(head))
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     for batch in cut_by_tokens(lengths, budget):
-        tokens, _ = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
-        hidden = model(tokens[:, :-1])  # (B, T-1, C)
-        for row, i in enumerate(batch):
-            # Position t predicts token t + 1: a response at 3 .. 6 is predicted at 2 .. 5.
-            start, stop = len(prompts[i]) - 1, lengths[i] - 1
-            facts = []
-            for states, said in zip(hidden[row, start:stop].split(block),
-                                    tokens[row, start + 1 : stop + 1].split(block)):
-                logprobs = (states.float() @ head.float().T).log_softmax(-1)  # (n, V)
-                facts.append(torch.stack([  # (3, n)
-                    logprobs.gather(1, said[:, None])[:, 0],
-                    -logprobs[:, :size].mean(-1) - math.log(size),
-                    -logprobs[:, :size].topk(min(TOP, size)).values.mean(-1),
-                ]))  # fmt: skip
-            logprob, certainty, confidence = torch.cat(facts, 1)  # (T,) each
+        tokens, ends = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
+        starts = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
+        # Position t predicts token t + 1: a response at 3 .. 6 is predicted at 2 .. 5.
+        t = torch.arange(tokens.shape[1] - 1, device=model.device)
+        inside = (t >= starts[:, None] - 1) & (t < ends[:, None] - 1)  # (B, T-1)
+        hidden, said = model(tokens[:, :-1])[inside], tokens[:, 1:][inside]  # (M, C), (M,)
+        facts = []  # (3, n) of each block of M
+        for states, chosen in zip(hidden.split(block), said.split(block)):
+            logprobs = (states.float() @ head.float().T).log_softmax(-1)  # (n, V)
+            known = logprobs[:, :size]
+            facts.append(torch.stack([
+                logprobs.gather(1, chosen[:, None])[:, 0],
+                -known.mean(-1) - math.log(size),
+                -known.topk(min(TOP, size)).values.mean(-1),
+            ]))  # fmt: skip
+        rows = torch.cat(facts, 1).cpu().split([len(responses[i]) for i in batch], 1)
+        for i, (logprob, certainty, confidence) in zip(batch, rows):
             groups = confidence.unfold(0, min(WINDOW, len(confidence)), 1).mean(-1)
             values = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
             for name, value in zip(found, values):
