@@ -14,7 +14,7 @@ What is written into --output:
     config.json     what was evaluated; a folder that holds something else is refused
     samples.jsonl   every solution, a problem's as soon as all of them are there
     results.json    {data set: accuracy, votes, verification, ...}
-    NAME.png        votes, reliability, r_s, length of each data set (where matplotlib is)
+    NAME.svg        votes, reliability, r_s, length of each data set: a picture
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
 solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
@@ -435,8 +435,8 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
                   f"(r_s: 1); {report.percent(words['undecided'])} % undecided")
     print()
     for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
-        picture = run.path / f"{name.replace('/', '-')}.png"
-        print(report.evaluation(picture, name, rows, votes[name]))
+        picture = run.path / f"{name.replace('/', '-')}.svg"
+        print(report.save(picture, report.evaluation(name, rows, votes[name])))
     print(f"results {run.path}/results.json")
 
 

@@ -213,6 +213,8 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     tau = o.tau if phase == "integrated" else 0.0
     advantages = laser.mixed_advantages(r_v, r_s, finished, tau, o.min_std)  # (P, G)
     weights = laser.class_weights(r_v, finished)  # (P, G)
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
+        rollout.advantage = advantage
 
     # 5. Update: policy loss + alpha * weighted (r_s - r_v)^2, over the whole batch, once.
     for group in run.optimizer.param_groups:

@@ -277,8 +277,8 @@ def finish(run: Run) -> int:
         "peak_memory_bytes": peak_memory_bytes(run.model.device),
     })  # fmt: skip
     if run.world.is_first:
-        logs = (folder.read("metrics.jsonl"), folder.read("evals.jsonl"))
-        print(report.curves(folder.path / "curves.png", {folder.path.name: logs}))
+        page = report.page({folder.path.name: folder.path})
+        print(report.save(folder.path / "report.html", page))
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
     # A problem of its own kind, the longest that fits on a line.
