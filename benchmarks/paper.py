@@ -42,10 +42,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import paper_text  # noqa: E402
-from nanolaser import metrics  # noqa: E402
+from nanolaser import metrics, report  # noqa: E402
 from nanolaser.checker import is_equivalent  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
-from nanolaser.files import read_json, read_jsonl, write_atomic  # noqa: E402
+from nanolaser.files import read_json, read_jsonl, run_of, write_atomic  # noqa: E402
 
 SETS = {"held-out": "arithmetic", "hard": "arithmetic-hard"}  # name here -> evaluate.py's
 MAIN = {"laser": [], "grpo": ["--algorithm", "grpo"]}
@@ -165,8 +165,12 @@ def readings(seed: int, o: Options) -> Iterator[Task]:
     run, last = folder(o, "laser", seed), folder(o, "laser", seed - 1)
     done = run / "results" / "results.json"
     if seed == 0:
-        yield evaluation("base", "tiny", Path(o.runs).resolve() / "base-seed0" / "results", [done],
-                         ["--generative"], seed, o)  # fmt: skip
+        base = evaluation("base", "tiny", folder(o, "base", 0) / "results", [done],
+                          ["--generative"], seed, o)  # fmt: skip
+        # Its r_s, untrained, is measured from where LaSeR's started: a picture shows both.
+        asked = base.command
+        base.command = lambda: [*asked(), "--c-ref", read_json(run / "summary.json")["c_ref"]]
+        yield base
     yield evaluation(f"{run.name} x {MANY}", run, run / "many", [done], [], seed, o, MANY)
     yield reading("tiny", run / "samples.jsonl", run / "reference.jsonl", [done])
     # In a circle of whoever is there: 1 reads 0, 0 reads 1, 2 reads 1, 1 reads 2, ...
@@ -321,44 +325,48 @@ def collect(o: Options) -> dict:
     finished = {v: seeds for v, seeds in finished.items() if seeds}
     if not {"laser", "grpo"} <= finished.keys():
         raise ValueError(f"{o.runs} holds no finished pair of LaSeR and GRPO: nothing to compare")
-    configs = [read_json(folder(o, v, s) / "config.json") for v in finished for s in finished[v]]
-    steps = {json.dumps(c).split('"steps": ')[1].split(",")[0] for c in configs}
+    steps = {run_of(folder(o, v, s))["steps"] for v, seeds in finished.items() for s in seeds}
     if len(steps) > 1:  # a table of runs that are not alike would be worth nothing
         raise ValueError(f"the runs in {o.runs} have {sorted(steps)} steps: not to be mixed")
-    record = {"steps": int(steps.pop()), "problems": o.problems, "draws": o.draws,
-              "seeds": finished, "table": {}, "minus laser": {}, "minus words": {},
-              "rank": {}, "threshold": {}}  # fmt: skip
+    record: dict = {"steps": steps.pop(), "problems": o.problems, "draws": o.draws,
+                    "seeds": finished, "minutes": minutes(o, finished), "table": {},
+                    "minus laser": {}, "minus words": {}, "rank": {}, "threshold": {}}  # fmt: skip
     for where, data in SETS.items():
-        found = {}
-        for variant, seeds in finished.items():
-            results = [folder(o, variant, s) / "results" for s in seeds]
-            judges = ("r_s", "words") if variant == "laser" else ("words",) \
-                if variant == "grpo" else ("r_s",)  # fmt: skip
-            for judge in judges:
-                found[variant, judge] = Seeds([rows_of(r, data, judge) for r in results])
-        base = Path(o.runs).resolve() / "base-seed0" / "results"
-        if (base / "results.json").exists():
-            found["base", "words"] = Seeds([rows_of(base, data, "words")])
-        laser = found["laser", "r_s"]
-        for (variant, judge), method in found.items():
-            name = variant if judge == "r_s" else f"{variant} in words"
+        found = methods(o, finished, data)
+        laser, words = found["laser"], found["grpo in words"]
+        for name, method in found.items():
             print(f"{name}, {where}: {len(method.runs)} seeds", flush=True)
             record["table"].setdefault(name, {})[where] = {
                 m: method.interval(m, o.draws) for m in METRICS}
-            if variant in ("laser", "base"):
-                continue
-            same = ("accuracy",) if variant == "grpo" else METRICS[:5]
-            change = {m: method.minus(m, laser, m, o.draws) for m in same}
-            record["minus laser"].setdefault(variant, {})[where] = change
-        record["minus words"][where] = {
-            m: laser.minus(m, found["grpo", "words"], m, o.draws) for m in METRICS[1:5]}
+            if name in ABLATIONS | SWITCHES or method is words:
+                # GRPO has no r_s; its judgement in words is compared below, the other way round.
+                same = ("accuracy",) if method is words else METRICS[:5]
+                record["minus laser"].setdefault(name.removesuffix(" in words"), {})[where] = {
+                    m: method.minus(m, laser, m, o.draws) for m in same}
+        record["minus words"][where] = {m: laser.minus(m, words, m, o.draws) for m in METRICS[1:5]}
         record["rank"][where] = rounded(
             list(np.mean([metrics.right_by_rank(r) for r in laser.rows], axis=0)))
         record["threshold"][where] = rounded(refitted(laser.rows))
-    return record | {"votes": votes(o, finished["laser"]), "curves": curves(o, finished),
-                     "c_ref": c_ref(o, finished["laser"]), "transfer": transfer(o),
-                     "length": lengths(o, finished["laser"]),
-                     "minutes": minutes(o, finished)}  # fmt: skip
+    return record | {
+        "votes": votes(o, finished["laser"]), "curves": curves(o, finished),
+        "c_ref": c_ref(o, finished["laser"]), "transfer": transfer(o),
+        "length": lengths(o, finished["laser"]),
+    }  # fmt: skip
+
+
+def methods(o: Options, finished: dict, data: str) -> dict[str, Seeds]:
+    """Everything that judges solutions of one data set, by the name of its row."""
+    found = {}
+    for variant, seeds in finished.items():
+        results = [folder(o, variant, s) / "results" for s in seeds]
+        if variant != "grpo":
+            found[variant] = Seeds([rows_of(r, data) for r in results])
+        if variant in MAIN:
+            found[f"{variant} in words"] = Seeds([rows_of(r, data, "words") for r in results])
+    base = folder(o, "base", 0) / "results"
+    if (base / "results.json").exists():
+        found["base in words"] = Seeds([rows_of(base, data, "words")])
+    return found
 
 
 def refitted(seeds: list[list[dict]], draws: int = 100) -> dict:
@@ -495,6 +503,12 @@ def main() -> None:
     if o.begin != "report":
         docs.mkdir(parents=True, exist_ok=True)
         write_atomic(docs / "paper.json", paper_text.dumps(collect(o)))
+        # This one shows every solution, which is too much for the JSON.
+        kinds = {"before": folder(o, "base", 0), "after": folder(o, "laser", 0)}
+        if all((x / "results" / "results.json").exists() for x in kinds.values()):
+            (docs / "pictures").mkdir(exist_ok=True)
+            print(report.histograms(docs / "pictures" / "r_s.png", {
+                name: rows_of(x / "results", "arithmetic") for name, x in kinds.items()}))
     for said in paper_text.write(docs):
         print(said)
 
