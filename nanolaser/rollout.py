@@ -30,6 +30,7 @@ class Rollout:
     response_tokens: list[int] = field(default_factory=list)  # the stop token included
     logprobs: list[float] = field(default_factory=list)  # nats, one a response token, as drawn
     logp_zc: float | None = None  # nats, at temperature 1; None: truncated, there is no end
+    logp_ref: float | None = None  # likewise of the model before training: --c-ref exact alone
     finished: bool = False  # ended with a stop token
     sample_id: int = 0  # which of its problem's solutions it is
 
@@ -48,8 +49,8 @@ class Rollout:
         names = "problem gold response answer r_v r_s logp_zc finished".split()
         row = {name: getattr(self, name) for name in names}
         row |= {"response_tokens": len(self.response_tokens), "prompt_id": self.prompt_id}
-        if self.checker_error:
-            row["checker_error"] = self.checker_error
+        rare = {"logp_ref": self.logp_ref, "checker_error": self.checker_error}
+        row |= {name: value for name, value in rare.items() if value is not None}
         if token_ids:
             row["prompt_token_ids"] = self.prompt_tokens
             row["response_token_ids"] = self.response_tokens
