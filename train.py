@@ -80,6 +80,9 @@ class Options:
     plan: bool = what(False, "print what memory and time this run needs, and exit")
     template: str | None = what(None, "chat template: a .jinja file, or r1, which asks for <think> "
         "and <answer> tags", shown="the model's own")
+    reward: str | None = what(None, "r_v by a function of your own, in evaluations too: see "
+        "docs/own-reward.md", metavar="FILE.py:FUNCTION",
+        shown="the checker")
     trial: bool = what(False, "this run in miniature: three steps, one of each phase")
     seed: int = what(0, "of problems and sampling", min=0)
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -272,7 +275,7 @@ def sample_and_check(run: Run, step: int) -> tuple[list[Rollout], dict[str, floa
 
         # 2. Check.  r_v = 1 where the boxed answer equals the gold answer.  Then the ranks exchange
         #    rollouts: from here on each has the whole batch.
-        judge(mine, problems, tokenizer, gate)
+        judge(mine, problems, tokenizer, gate, run.reward)
         for r in mine:
             if o.truncated == "zero" and not r.finished:
                 r.r_v = 0.0

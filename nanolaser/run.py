@@ -28,6 +28,7 @@ from .files import RunFolder, peak_memory_bytes
 from .judge import check_prompts
 from .model import CausalLM
 from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
+from .reward import Reward, load_reward
 from .rollout import judged_rows
 from .scale.distributed import World, local
 from .scale.optimizer import Optimizer
@@ -80,6 +81,7 @@ class Run:
     world: World  # the processes of this run; ALONE is usual
     began: float  # of time.perf_counter(), less what a resumed run had cost before
     reference: CausalLM | None = None  # the model before training, with --c-ref exact
+    reward: Reward | None = None  # the user's own, in place of the checker
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,6 +115,10 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     ]
     if differ:
         raise ValueError(f"{'; '.join(differ)}; leave it out to resume, or start a new run")
+    if saved.reward and "reward" not in given:
+        # code is executed where the command line names it, not because a folder says so
+        raise ValueError(f"the rewards of {o.resume} are those of --reward {saved.reward}: say so "
+                         "again")  # fmt: skip
     return folder, dataclasses.replace(saved, device=o.device, plan=o.plan)
 
 
@@ -121,7 +127,7 @@ def prepare(
 ) -> Run:
     """The model, its tokenizer, the data: everything that can be wrong fails in here, before a
     folder is made for a new run."""
-    stop = Stop(world)
+    stop, reward = Stop(world), load_reward(o.reward) if o.reward else None
     with world.first():  # a machine downloads once
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
         source = checkpoint or start
@@ -153,6 +159,7 @@ def prepare(
     path = world.broadcast(str(folder.path) if folder else None)
     folder = folder or RunFolder.of_first_rank(path)
     stop.how_to_resume = f"; go on with: python train.py --resume {folder.path}"
+    stop.how_to_resume += f" --reward {o.reward}" if o.reward else ""
 
     parameters = sum(p.numel() for p in model.parameters())
     ranks = f" over {world.size} ranks" if world.size > 1 else ""
@@ -165,7 +172,7 @@ def prepare(
         warn(doubt)
     began = time.perf_counter()
     return Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world, began,
-               reference)  # fmt: skip
+               reference, reward)  # fmt: skip
 
 
 def short_name(o) -> str:
@@ -241,7 +248,8 @@ def evaluate(run: Run, problems: list[Problem], label: str) -> dict:
     with Progress(label, len(world.shard(problems)) * o.eval_n, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, world, **how)
-    rows = world.gather(judged_rows(mine, problems, run.tokenizer), by="prompt_id")
+    rows = judged_rows(mine, problems, run.tokenizer, reward=run.reward)
+    rows = world.gather(rows, by="prompt_id")
     return metrics.summarise(rows, is_equivalent)
 
 
