@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import laser
+from .lora import merged
 from .model import CausalLM
 from .readout import loss_backward, token_logprobs
 from .rollout import Rollout
@@ -43,10 +44,11 @@ def sample(
     among all of them.  `sampling` goes to sampler.generate."""
     mine = world.shard(range(len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
-    rollouts = generate(
-        gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
-        streams=[i * n for i in mine], **sampling,
-    )  # fmt: skip
+    with merged(model, world):  # LoRA: one product in place of three
+        rollouts = generate(
+            gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
+            streams=[i * n for i in mine], **sampling,
+        )  # fmt: skip
     for rollout in rollouts:
         rollout.prompt_id = mine[rollout.prompt_id]
     return rollouts
@@ -240,6 +242,7 @@ def accumulate_gradients(
         logprobs, entropy = loss_backward(
             hidden, model.lm_head_weight, t.token,
             lambda logprobs, part, x=x: loss(logprobs, x.part(part), c, M, N), t.temperature,
+            (c.z_c_id, model.z_c_row),
         )  # fmt: skip
 
         if optimizer is not None:
