@@ -73,7 +73,7 @@ class AdaptedLinear(nn.Linear):
         y = super().forward(x)
         if self.merged:
             return y
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B * self.scale)  # by (..., R)
+        return y + F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)  # by (..., R)
 
 
 def attach(model: CausalLM, lora: Lora) -> None:
