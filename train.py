@@ -140,6 +140,11 @@ class Options:
     clip_low: float = updating(0.2, "PPO's clip below ratio 1; idle at one update a batch", min=0,
         max=1)
     clip_high: float = updating(0.2, "and above it; likewise", min=0, max=100)
+    # the weights stay, and a correction of rank R beside each linear layer learns
+    lora_rank: int = updating(0, "R of LoRA's adapters; 0: all weights learn", min=0, max=1024)
+    lora_alpha: float | None = updating(
+        None, "scale of the adapters, times R", above=0, max=1e6, shown="twice the rank")
+    lora_targets: str = updating("all", "linear layers adapted", choices=("all", "attention"))
     # one update a batch, as in the paper: the policy that learns is the one that sampled
     updates_per_batch: int = updating(1, "optimizer steps on each batch", min=1)
     micro_batch_tokens: int = updating(2048, "tokens a forward pass", min=1, paper=16384)
@@ -184,6 +189,8 @@ def new_options(o: Options, given) -> Options:
         o = dataclasses.replace(o, eval_data=o.data if same else "math500")
     if o.algorithm == "grpo":
         o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
+        raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
     if o.alpha == 0 and o.tau:
         # An untrained readout is noise, and noise must not enter the advantage.
         if "tau" in given:
