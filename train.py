@@ -278,11 +278,11 @@ def loop(run: Run, first: int) -> int:
         folder.append("samples.jsonl", rows[: o.group_size])
         bar.set_postfix(reward=f"{m['reward']:.2f}", tok_s=f"{m['tokens_per_second']:.0f}")
         bar.update()
-        if m["phase"] != phase:
-            phase = m["phase"]
+        new, phase = m["phase"] != phase, m["phase"]
+        if new:
             tqdm.write(log.phase_lines(phase, step, o))
         # Every tenth step is enough for the eye, unless steps are slow; metrics.jsonl has them all.
-        if step % 10 == 0 or step in (first, o.steps) or m["seconds_rollout"] > 5:
+        if new or step % 10 == 0 or step == o.steps or m["seconds_rollout"] > 5:
             tqdm.write(log.step_line(m))
         for text in watch.look(m, o.problems_per_step):
             warn(text)

@@ -170,8 +170,8 @@ def begin(run: Run) -> int:
     o, tokenizer = run.o, run.tokenizer
     own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
     measured = o.c_ref == "estimate" or (o.c_ref == "auto" and not own)
-    c_ref = f"c_ref from {o.c_ref_pairs} solutions, then " if measured else ""
-    print(f"before the first step: {c_ref}{len(run.test)} problems x {o.eval_n} to evaluate on")
+    c_ref = f"{o.c_ref_pairs} solutions for c_ref, " if measured else ""
+    print(f"before the first step: {c_ref}{len(run.test)} problems x {o.eval_n} evaluated")
     if measured:
         find_c_ref(run)
     elif o.c_ref == "auto":
