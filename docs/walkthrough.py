@@ -54,7 +54,7 @@ def main() -> None:
 
     group = sampled(w, config, tokenizer)
     rewarded(group, tokenizer)
-    compared(group)
+    compared(group, "advantages")
     state: dict = {}
     updated(w, config, tokenizer, group, state)
     repeated(w, config, tokenizer, group, state)
@@ -70,13 +70,12 @@ def sampled(w, config, tokenizer) -> list[plain.Solution]:
     group = [plain.sample(w, config, tokenizer, x, j, SEED, o.max_new_tokens, o.temperature)
              for j in range(o.group_size)]  # fmt: skip
     section("solutions")
-    row("#", "r_v", "tokens", "log pi", "answer", "solution", widths=(3, 5, 8, 8, 8, 12))
+    row("#", "r_v", "tokens", "log pi", "answer", "    solution")
     for j, s in enumerate(group):
         answer = extract_answer(tokenizer.decode(s.y))
         s.r_v = float(is_equivalent(answer, GOLD))
-        text = " ".join(tokenizer.decode(s.y).split())
-        row(j, int(s.r_v), len(s.y), sum(s.logprobs), answer, "    " + text,
-            widths=(3, 5, 8, 8, 8, 0))  # fmt: skip
+        text = "    " + " ".join(tokenizer.decode(s.y).split())
+        row(j, int(s.r_v), len(s.y), sum(s.logprobs), answer, text)
 
     section("tokens of solution 7")
     s = group[7]
@@ -102,12 +101,12 @@ def rewarded(group, tokenizer) -> None:
     numbers("r_v", [s.r_v for s in group], "7.0f")
 
 
-def compared(group) -> None:
+def compared(group, name: str) -> None:
     """4. Compare: A_v, A_s and what becomes of them."""
-    section("advantages")
-    for name, values in (("v", [s.r_v for s in group]), ("s", clipped(group))):
-        print(f"r_{name}: mean {statistics.mean(values):.4f}, std {statistics.stdev(values):.4f}")
-        numbers(f"A_{name}", plain.normalised(values))
+    section(name)
+    for kind, values in (("v", [s.r_v for s in group]), ("s", clipped(group))):
+        print(f"r_{kind}: mean {statistics.mean(values):.4f}, std {statistics.stdev(values):.4f}")
+        numbers(f"A_{kind}", plain.normalised(values))
     plain.advantages(group, o.tau, o.min_std)
     print(f"std of r_s {'>' if statistics.stdev(clipped(group)) > o.min_std else '<='} {o.min_std}")
     numbers("A", [s.advantage for s in group])
@@ -145,7 +144,8 @@ def updated(w, config, tokenizer, group, state) -> None:
 def repeated(w, config, tokenizer, group, state) -> None:
     """The loss on r_s again and again, until r_s speaks; then the advantages once more."""
     section("after more steps on r_s")
-    row("step", "r_s", *[""] * 7, "loss", widths=(4, 9, *[7] * 7, 9))
+    widths = (4, 9, *[7] * 7, 9)
+    row("step", "r_s", *[""] * 7, "loss", widths=widths)
     for s in group:
         s.advantage = 0.0  # these solutions are no longer those of the model: no policy gradient
     for step in range(1, MORE + 1):
@@ -153,17 +153,10 @@ def repeated(w, config, tokenizer, group, state) -> None:
         plain.adamw(w, state, o.lr, o.weight_decay)
         measure(w, config, tokenizer, group)
         if step % 10 == 0:
-            row(step, *(s.r_s for s in group), own, widths=(4, 9, *[7] * 7, 9))
-    row("r_v", *(int(s.r_v) for s in group), widths=(4, 9, *[7] * 7))
+            row(step, *(s.r_s for s in group), own, widths=widths)
+    row("r_v", *(int(s.r_v) for s in group), widths=widths)
 
-    section("advantages then")
-    compared_again(group)
-
-
-def compared_again(group) -> None:
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        compared(group)
-    print(text.getvalue().split("\n", 2)[2], end="")  # without the section's name
+    compared(group, "advantages then")
 
 
 def gradients(w, config, tokenizer, group) -> tuple[float, float, float]:
