@@ -79,6 +79,8 @@ class Options:
     plan: bool = what(False, "print what memory and time this run needs, and exit")
     template: str | None = what(None, "chat template: a .jinja file, or r1, which asks for <think> "
         "and <answer> tags", shown="the model's own")
+    thinking: bool | None = what(None, "think before answering, where the template knows that",
+        shown="as the template has it")
     trial: bool = what(False, "this run in miniature: three steps, one of each phase")
     seed: int = what(0, "of problems and sampling", min=0)
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))

@@ -130,6 +130,8 @@ def prepare(
     model.gradient_checkpointing = o.gradient_checkpointing
     if o.template and not checkpoint:  # (a checkpoint of ours has it with it)
         tokenizer.use_template(o.template)
+    if o.thinking is not None and not checkpoint:
+        tokenizer.set_thinking(o.thinking)
     most = min(o.max_prompt_tokens, model.config.max_position_embeddings)
     short = [p for p in train if len(tokenizer.encode_prompt(p.problem)) <= most]
     if train and not short:
