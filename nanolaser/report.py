@@ -179,7 +179,7 @@ def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, 
     return right > 0.5, score, tokens
 
 
-def votes_panel(votes: Mapping[str, Mapping[int, Any]]) -> str:
+def votes_panel(votes: Mapping[str, Mapping[int, Any]], title: str = "Accuracy of votes") -> str:
     """Accuracy of each kind of vote against k, with standard errors over problems."""
     styles = {"majority_vote": ("majority vote", GREY, DASH),
               "weighted_vote": ("weighted by r_s", RIGHT, ""),
@@ -196,7 +196,7 @@ def votes_panel(votes: Mapping[str, Mapping[int, Any]]) -> str:
         if method != "pass_at":
             marks.append(error_bars(x, y, [e or 0 for e in error], colour))
     ticks = {math.log2(k): str(k) for k in ks}
-    return panel("Accuracy of votes", "solutions k", "accuracy", marks, x_ticks=ticks)
+    return panel(title, "solutions k", "accuracy", marks, x_ticks=ticks)
 
 
 def reliability_panel(right: np.ndarray, score: np.ndarray) -> str:
