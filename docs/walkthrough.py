@@ -3,6 +3,7 @@ Every number of docs/walkthrough.md: one problem, its eight solutions, and one w
 
     python docs/walkthrough.py            # prints them, section by section; seconds
     python docs/walkthrough.py --write    # puts them into walkthrough.md, where they belong
+    python docs/walkthrough.py --pictures runs/tiny-laser results/tiny-laser    # the run's pictures
 
 The step is that of tests/plain.py, the method in textbook operations, on the embedded model.  It
 computes in float64, on one thread, and draws its random numbers from a hash: another machine rounds
@@ -24,7 +25,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanolaser import extract_answer, is_equivalent, load_pretrained  # noqa: E402
+from nanolaser import (  # noqa: E402
+    extract_answer,
+    is_equivalent,
+    load_pretrained,
+    metrics,
+    report,
+    svg,
+)
+from nanolaser.files import read_jsonl  # noqa: E402
 from tests import plain  # noqa: E402
 
 PROBLEM, GOLD, SEED = "(14+25)*2-9=?", "69", 1
@@ -198,13 +207,29 @@ def write(page: Path, printed: str) -> None:
     page.write_text(BLOCK.sub(fill, page.read_text("utf-8")), "utf-8")
 
 
+def pictures(run: str, results: str) -> None:
+    """A training run and the evaluation of its model, in pictures for the page."""
+    folder = ROOT / "docs" / "pictures"
+    steps, evals, samples = report.read_run(run)
+    print(report.save(folder / "phases.svg", report.curves({"": (steps, evals)})))
+    kinds = report.by_phase(steps, samples)
+    ends = {phase: kinds[phase] for phase in ("reasoning", "integrated")}
+    print(report.save(folder / "self-reward.svg", report.histograms(ends)))
+    rows = [row for _, row in read_jsonl(Path(results) / "samples.jsonl")]
+    votes = metrics.vote_tables(rows, is_equivalent)
+    panels = [report.reliability_panel(*report.scored(rows)[:2]), report.votes_panel(votes)]
+    print(report.save(folder / "votes.svg", svg.picture(panels)))
+
+
 if __name__ == "__main__":
     output = io.StringIO()
-    if sys.argv[1:] == ["--write"]:
+    if sys.argv[1:2] == ["--pictures"] and len(sys.argv) == 4:
+        pictures(*sys.argv[2:])
+    elif sys.argv[1:] == ["--write"]:
         with contextlib.redirect_stdout(output):
             main()
         write(Path(__file__).with_suffix(".md"), output.getvalue())
     elif sys.argv[1:]:
-        sys.exit("python docs/walkthrough.py [--write]")
+        sys.exit("python docs/walkthrough.py [--write | --pictures RUN RESULTS]")
     else:
         main()
