@@ -43,7 +43,7 @@ def panel(
     y_ticks: Any = None,
 ) -> str:
     """One diagram as SVG elements, its corner at (0, 0).  `x_ticks`, `y_ticks`: value -> label;
-    `notes`: (x, y, text).  Where there is nothing to draw it says so: an empty frame is a riddle."""
+    `notes`: (x, y, text).  With nothing to draw it says so: an empty frame is a riddle."""
     every = np.concatenate([np.zeros((0, 2)), *(line for m in marks for line in m["lines"])])
     # Names stand at the ends of their lines: no legend to match with colours, least of all in grey.
     named = [m for m in marks if m["name"] and m["lines"]]
