@@ -91,9 +91,9 @@ def eval_line(step: int, e: dict) -> str:
     v, k = e["verification"], str(e["n"])
     show = lambda x: "  -  " if x is None else f"{100 * x:5.1f}"  # noqa: E731
     return (
-        f"eval {step:5d}  right{show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}"
-        f"  F1{show(v['f1'])}  AUROC{show(v['auroc'])}"
-        f"  vote@{k}{show(e['majority_vote'][k])}  weighted{show(e['weighted_vote'][k])}"
+        f"eval {step:4d}  right {show(e['accuracy'])} +-{100 * (e['accuracy_stderr'] or 0):.1f}"
+        f"  F1 {show(v['f1'])}  AUROC {show(v['auroc'])}"
+        f"  vote@{k} {show(e['majority_vote'][k])}  by r_s {show(e['weighted_vote'][k])}"
     )
 
 
