@@ -331,7 +331,7 @@ def main() -> int:
 def loop(run: Run, first: int) -> int:
     """Step after step.  Returns 0 after the last one, else the exit code."""
     o, folder, stop = run.o, run.folder, run.stop
-    watch, skipped_in_a_row = log.Watch(), 0
+    watch, skipped_in_a_row, phase = log.Watch(), 0, None
     stop.in_step = True
     bar = tqdm(total=o.steps, initial=first - 1, disable=not is_terminal(), unit="step")
     for step in range(first, o.steps + 1):
@@ -343,7 +343,12 @@ def loop(run: Run, first: int) -> int:
         folder.append("samples.jsonl", rows[: o.group_size])
         bar.set_postfix(reward=f"{m['reward']:.2f}", tok_s=f"{m['tokens_per_second']:.0f}")
         bar.update()
-        tqdm.write(log.step_line(m, o.steps))
+        new, phase = m["phase"] != phase, m["phase"]
+        if new:
+            tqdm.write(log.phase_lines(phase, step, o))
+        # Every tenth step is enough for the eye, unless steps are slow; metrics.jsonl has them all.
+        if new or step % 10 == 0 or step == o.steps or m["seconds_rollout"] > 5:
+            tqdm.write(log.step_line(m))
         for text in watch.look(m, o.problems_per_step):
             warn(text)
 
@@ -358,7 +363,7 @@ def loop(run: Run, first: int) -> int:
                       "--lr", file=sys.stderr)  # fmt: skip
             return 1
         if step % o.eval_every == 0 and step < o.steps:
-            e = {"step": step, **evaluate(run, run.test[: len(run.test) // 4 or 1], "eval")}
+            e = {"step": step, **evaluate(run, run.test[: len(run.test) // 4 or 1], "eval")[0]}
             folder.append("evals.jsonl", [e])
             tqdm.write(log.eval_line(step, e))
         stopping = stop.agreed()  # asked once: it may come between the next two lines

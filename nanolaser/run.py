@@ -195,8 +195,8 @@ def begin(run: Run) -> int:
     own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
     # "exact" as well: the checkpoint, and every evaluation of it, has to do without the reference.
     measured = o.c_ref in ("estimate", "exact") or (o.c_ref == "auto" and not own)
-    print(f"before the first step: {len(run.test)} problems x {o.eval_n} solutions to evaluate on"
-          f"{f', after {o.c_ref_pairs} for c_ref' if measured else ''}")  # fmt: skip
+    c_ref = f"{o.c_ref_pairs} solutions for c_ref, " if measured else ""
+    print(f"before the first step: {c_ref}{len(run.test)} problems x {o.eval_n} evaluated")
     if measured:
         find_c_ref(run)
     elif o.c_ref == "auto":
@@ -207,7 +207,7 @@ def begin(run: Run) -> int:
     else:
         tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
     tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
-    before = {"step": 0, **evaluate(run, run.test, "before")}
+    before = {"step": 0, **evaluate(run, run.test, "before")[0]}
     run.folder.cut_back(-1)
     run.folder.append("evals.jsonl", [before])
     print(log.eval_line(0, before))
@@ -254,15 +254,16 @@ def take_up(run: Run, checkpoint: Path) -> int:
 # in between
 
 
-def evaluate(run: Run, problems: list[Problem], label: str) -> dict:
-    """Accuracy, self-verification and votes on held-out problems, as in results.json."""
+def evaluate(run: Run, problems: list[Problem], label: str) -> tuple[dict, list[dict]]:
+    """Accuracy, self-verification and votes on held-out problems, as in results.json; and the rows
+    of the solutions."""
     o, world = run.o, run.world
     with Progress(label, len(world.shard(problems)) * o.eval_n, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, world, **how)
     rows = judged_rows(mine, problems, run.tokenizer, reward=run.reward)
     rows = world.gather(rows, by="prompt_id")
-    return metrics.summarise(rows, is_equivalent)
+    return metrics.summarise(rows, is_equivalent), rows
 
 
 def save(run: Run, step: int) -> None:
@@ -285,15 +286,16 @@ def save(run: Run, step: int) -> None:
 
 
 def finish(run: Run) -> int:
-    """The last evaluation, the summary of the whole run, the picture.  Returns exit code 0."""
+    """The last evaluation, the summary of the whole run, its page.  Returns exit code 0."""
     o, folder = run.o, run.folder
-    after = {"step": o.steps, **evaluate(run, run.test, "after")}
+    after, rows = evaluate(run, run.test, "after")
+    after = {"step": o.steps, **after}
     if not any(e["step"] == o.steps for e in folder.read("evals.jsonl")):  # a kill after this line
         folder.append("evals.jsonl", [after])
     before = next((e for e in folder.read("evals.jsonl") if e["step"] == 0), None)
-    if before is not None:  # only a log that somebody removed does not have it
-        print(log.eval_line(0, before))
-    print(log.eval_line(o.steps, after))
+    header = (f"{len(run.test)} held-out problems", "before", "after", "change")
+    print("\n" + report.table(header, report.before_after(before, after)))
+    print("\n" + log.vote_lines(rows) + "\n")
     groups = lambda m: o.problems_per_step + m.get("refilled_groups", 0)  # noqa: E731
     tokens = (m["response_tokens"] * groups(m) for m in folder.read("metrics.jsonl"))
     folder.write_json("summary.json", {
@@ -307,11 +309,13 @@ def finish(run: Run) -> int:
     })  # fmt: skip
     if run.world.is_first:
         page = report.page({folder.path.name: folder.path})
-        print(report.save(folder.path / "report.html", page))
+        report.save(folder.path / "report.html", page)
     minutes = (time.perf_counter() - run.began) / 60
-    print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
+    print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now open its report.html, and:")
     # A problem of its own kind, the longest that fits on a line.
     example = max((p.problem for p in run.test), key=lambda p: (len(p) <= 60, -abs(len(p) - 40)))
     example = shlex.quote(example) if len(example) <= 200 else '"a problem"'
-    print(f"  python sample.py --model {shlex.quote(str(folder.path))} --vote {example}")
+    name = shlex.quote(str(folder.path))
+    print(f"  python sample.py --model {name} --vote {example}")
+    print(f"  python evaluate.py --model {name}")
     return 0
