@@ -157,7 +157,7 @@ def coverage_curve(right: Any, score: Any) -> np.ndarray:
 
 def risk_coverage(right: Any, score: Any) -> dict[str, float | None]:
     """aurc, the area under 1 - coverage_curve (Geifman et al. 2018; 0 is best, and a guess has the
-    share of wrong solutions), and accuracy_at_50, _80, _90: of the so many per cent most believed."""
+    share of wrong solutions), and accuracy_at_50, _80, _90: of so many per cent most believed."""
     curve = coverage_curve(right, score)
     # 50 % of 5 solutions are 3: never fewer than asked for.
     at = {f"accuracy_at_{100 * c:.0f}": _mean(curve[math.ceil(c * len(curve)) - 1 :][:1])
@@ -182,10 +182,11 @@ def fit_threshold(right: Any, score: Any) -> float:
     known = np.unique(score[~np.isnan(score)])  # sorted
     between = (known[1:] + known[:-1]) / 2
     candidates = np.array([*(known[:1] - 1), *between, *(known[-1:] + 1)] or [0.5])
-    # Of each kind the share above every candidate: NaN sorts last, and is above nothing.
-    above = lambda kind: 1 - (np.searchsorted(np.sort(score[kind]), candidates, "right")  # noqa: E731
-                              + np.isnan(score[kind]).sum()) / kind.sum()
-    correct, wrong = above(right), 1 - above(~right)
+    # Of each kind the share not above each candidate: NaN sorts last, and is above nothing.
+    correct, wrong = (
+        (np.searchsorted(np.sort(score[kind]), candidates, "right") + np.isnan(score[kind]).sum())
+        / kind.sum() for kind in (right, ~right))
+    correct = 1 - correct
     f1 = 2 * correct * wrong / np.maximum(correct + wrong, TIE)
     best = np.flatnonzero(f1 >= f1.max() - TIE)
     return float(candidates[best[len(best) // 2]])
@@ -557,6 +558,8 @@ def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
     judged = np.where(answered, np.where(scored, samples.score, samples.if_ended), np.nan)
     everyone = verification_f1(samples.right, judged, threshold)
     filtered = verification_f1(samples.right[answered], judged[answered], threshold)
+    if not len(score) and np.isnan(judged).all():  # nobody was asked: that is no bad verdict
+        everyone = filtered = VerificationF1(None, None, None)
     return {
         "f1": everyone.f1,
         "f1_all": everyone.f1,
@@ -568,7 +571,8 @@ def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
         "ece": ece(right, score, bins),
         "brier": brier(right, score),
         **risk_coverage(right, score),
-        "spearman_length": spearman(score, samples.tokens[scored]),
+        "spearman_length": None if np.isnan(samples.tokens[scored]).any() else
+                           spearman(score, samples.tokens[scored]),
         "mean_r_s_correct": _mean(score[right]),
         "mean_r_s_wrong": _mean(score[~right]),
     }
@@ -699,7 +703,7 @@ class _Samples:
     score: np.ndarray         # (N,) r_s as it is, NaN where there is none
     if_ended: np.ndarray      # (N,) r_s of a solution cut off, had it ended there; NaN: not known
     answered: np.ndarray      # (N,) bool
-    tokens: np.ndarray        # (N,) length of the response
+    tokens: np.ndarray        # (N,) length of the response, NaN where nobody counted
     finished: np.ndarray      # (N,) bool
     problem: np.ndarray       # (N,) 0 .. P-1
     answers: list             # N texts or None
@@ -729,7 +733,7 @@ def _group(rows: Sequence[Mapping[str, Any]], by_text: bool = False) -> _Samples
         score=_as_scores([row["r_s"] for row in rows]),
         if_ended=_as_scores([row.get("r_s_if_ended") for row in rows]),
         answered=np.array([answer is not None for answer in answers], dtype=bool),
-        tokens=np.array([row["response_tokens"] for row in rows], dtype=float),
+        tokens=_as_scores([row["response_tokens"] for row in rows]),
         finished=np.array([bool(row["finished"]) for row in rows], dtype=bool),
         problem=problem, answers=answers,
         where=[np.array(members) for members in where.values()])
@@ -788,7 +792,9 @@ def _sized(right: np.ndarray, k: int) -> int:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+    """The mean, None without values or where one is unknown."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return None if math.isnan(mean) else mean
 
 
 # ---------------------------------------------------------------- ranks, pairs, subsets
