@@ -16,7 +16,7 @@ What is written into --output:
     config.json     what was evaluated; a folder that holds something else is refused
     samples.jsonl   every solution, a problem's as soon as all of them are there
     results.json    {data set: accuracy, votes, verification, ...}
-    NAME.png        votes, reliability, r_s, length of each data set (where matplotlib is)
+    NAME.svg        votes, reliability, r_s, length of each data set: a picture
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
 solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
@@ -261,6 +261,7 @@ def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
         "model": o.model,
         "weights": digest(weights.numpy().tobytes()),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "thinking": o.thinking,
         "z_c": tokenizer.z_c,
         "c_ref": tokenizer.c_ref,
         "beta_v": tokenizer.beta_v,
@@ -489,8 +490,8 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
                   f"(r_s: 1); {report.percent(words['undecided'])} % undecided")
     print()
     for name, rows in samples_of(run).items():
-        picture = run.path / f"{name.replace('/', '-')}.png"
-        print(report.evaluation(picture, name, rows, votes[name]))
+        picture = run.path / f"{name.replace('/', '-')}.svg"
+        print(report.save(picture, report.evaluation(name, rows, votes[name])))
     print(f"results {run.path}/results.json")
 
 

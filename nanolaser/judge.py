@@ -43,6 +43,8 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
     model, tokenizer = load_pretrained(
         options.model, device=options.device, dtype=options.dtype, z_c=options.z_c
     )
+    if options.thinking is not None:
+        tokenizer.set_thinking(options.thinking)
     if options.beta_v is not None:
         tokenizer.beta_v = options.beta_v
     if options.c_ref is not None:
