@@ -55,11 +55,11 @@ import torch
 from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
-from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
+from nanolaser.cli import Progress, main_guard, option, parse_args, warn
 from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
 from nanolaser.judge import (
-    OWN_SCORES, ask_checker, check_prompts, confidences, default_new_tokens, fitted_threshold,
-    judge, open_model, own_scores, score_rows, tokens_of,
+    OWN_SCORES, SamplingOptions, ask_checker, check_prompts, confidences, fitted_threshold, judge,
+    open_model, own_scores, score_rows, tokens_of,
 )  # fmt: skip
 from nanolaser.problems import (
     ARITHMETIC, Problem, has_test_split, load_problems, read_solutions, train_and_test,
@@ -67,7 +67,6 @@ from nanolaser.problems import (
 from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
-from nanolaser.scale.plan import default_kv_cache_gb
 
 MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
 
@@ -80,7 +79,7 @@ what, sampling, verifiers = (
 
 # fmt: off
 @dataclass
-class Options(ModelOptions):
+class Options(SamplingOptions):
     """What to evaluate, and how."""
 
     data: tuple[str, ...] = what(("arithmetic",),
@@ -94,14 +93,6 @@ class Options(ModelOptions):
         "place of --data; r_s by --model if that is given, else as the file has it")
     output: str | None = what(None, "results' folder", metavar="DIR", shown="results/MODEL")
 
-    temperature: float = sampling(1.0, "0 always takes the likeliest token", min=0)
-    top_p: float = sampling(1.0, "draw from the likeliest tokens of this total probability",
-        above=0, max=1)
-    max_new_tokens: int | None = sampling(None, "longest solution", min=1,
-        shown="half of the model's positions, at most 4096")
-    max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
-    kv_cache_gb: float | None = sampling(None, "GB the KV cache may take",
-        shown="half of what is free")
     token_ids: bool = sampling(False, "keep the solutions' tokens in samples.jsonl")
 
     fit_threshold: str | None = verifiers(None, metavar="FILE", help="also verdicts at the "
@@ -127,11 +118,6 @@ class Options(ModelOptions):
             raise ValueError("--samples takes neither --generative nor --log-ratio; "
                              "--scores p-yes on its results asks the model, too")
 
-    def memory(self, model) -> dict:
-        """What bounds the memory of whatever is sampled."""
-        return {"max_rows": self.max_rows,
-                "kv_cache_gb": self.kv_cache_gb or default_kv_cache_gb(model.device)}
-
 
 def main() -> int:
     """Load, sample what is missing, measure, write, show."""
@@ -150,21 +136,21 @@ def main() -> int:
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
     for problems in sets.values():
         check_prompts(model, tokenizer, [p.problem for p in problems])
-    limit = o.max_new_tokens or default_new_tokens(model)
-    mine = identity(o, sets, model, tokenizer, limit)
+    how = o.how(model)
+    mine = identity(o, sets, model, tokenizer, how)
     run = open_results(o, mine, Path(o.model.rstrip("/")).name)
     count = f"{sum(map(len, sets.values()))} problems x {o.n}"
-    print(f"{o.model}: {count}, up to {limit} tokens each, results in {run.path}")
+    print(f"{o.model}: {count}, up to {how['max_new_tokens']} tokens each, results in {run.path}")
 
     # 2. Solutions, each with its verdict and its r_s, and 3. what other verifiers say of them: all
     # of it is on disk as soon as it is known.
     more = {}
     try:
-        sample(model, tokenizer, run, sets, limit, o)
+        sample(model, tokenizer, run, sets, how, o)
         if tokenizer.c_ref is not None:
             end_what_was_cut_off(model, tokenizer, run)
         if o.generative:
-            judge_all(model, tokenizer, run, limit, o)
+            judge_all(model, tokenizer, run, how)
             more["generative_verification"] = generative_entries(run)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
@@ -248,35 +234,23 @@ def set_name(source: str) -> str:
     return path.parent.name if plain else path.stem
 
 
-def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
+def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
     """What decides about the results: two evaluations with equal identities are the same one.
-
-    --device and --max-rows are not among it: they change no more than the last bits.
-    """
+    --device and --max-rows are not among it: they change no more than the last bits."""
     # A run's folder gets better checkpoints under the same name, and a file may be edited: both
     # are recognised by what they hold.  A few numbers of every tensor tell checkpoints apart.
     weights = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
     digest = lambda x: f"{zlib.crc32(x):08x}"  # noqa: E731
+    data = {name: digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
+            for name, problems in sets.items()}
     return {
-        "model": o.model,
-        "weights": digest(weights.numpy().tobytes()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "thinking": o.thinking,
-        "z_c": tokenizer.z_c,
-        "c_ref": tokenizer.c_ref,
-        "beta_v": tokenizer.beta_v,
-        "data": {
-            name: f"{len(problems)} problems, "
-            + digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
-            for name, problems in sets.items()
-        },
-        "n": o.n,
-        "seed": o.seed,
-        "temperature": o.temperature,
-        "top_p": o.top_p,
-        "max_new_tokens": limit,
-        "token_ids": o.token_ids,
-    }
+        "model": o.model, "weights": digest(weights.numpy().tobytes()),
+        "dtype": str(model.dtype).removeprefix("torch."), "thinking": o.thinking,
+        **{name: getattr(tokenizer, name) for name in ("z_c", "c_ref", "beta_v")},
+        "data": {name: f"{len(sets[name])} problems, {x}" for name, x in data.items()},
+        "n": o.n, "token_ids": o.token_ids,
+        **{name: how[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")},
+    }  # fmt: skip
 
 
 def open_results(o: Options, mine: dict, name: str) -> RunFolder:
@@ -342,60 +316,46 @@ def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
     return sets
 
 
-def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options) -> None:
+def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) -> None:
     """Fill samples.jsonl, problem by problem, skipping those that are there."""
-    rows = run.read("samples.jsonl", SAMPLE)  # a last line that a kill cut short is no row
+    # 1. What is there?  A problem that a kill left half-written is sampled again.
+    rows = run.read("samples.jsonl", SAMPLE)
     have = Counter((row["dataset"], row["prompt_id"]) for row in rows)
-    # A problem that a kill left half-written is forgotten first, and sampled again.
     rows = [row for row in rows if have[row["dataset"], row["prompt_id"]] == o.n]
     write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
-    total = sum(map(len, sets.values())) * o.n
-    if rows:
-        print(f"{len(rows)} of {total} solutions are there already")
-    with Progress("sampling", total, "solution", done=len(rows)) as progress:
-        for name, problems in sets.items():
-            missing = [i for i in range(len(problems)) if have[name, i] != o.n]
-            if missing:
-                sample_set(model, tokenizer, run, name, problems, missing, limit, o, progress)
-    # Problems end in the order of their lengths; a finished file is in the order of the data.  With
-    # it every sum over its rows is taken in one order, however the run was interrupted.
-    order = {name: place for place, name in enumerate(sets)}
-    write_atomic(run.path / "samples.jsonl", to_jsonl(sorted(
-        run.read("samples.jsonl", SAMPLE),
-        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
+    missing = [(name, place, problem) for name, problems in sets.items()
+               for place, problem in enumerate(problems) if have[name, place] != o.n]
+    problems, groups = [problem for *_, problem in missing], {}
 
-
-def sample_set(model, tokenizer, run, name, problems, missing, limit, o: Options, progress) -> None:
-    """Sample some problems (indices) of a data set, writing each when all its solutions ended."""
-    chosen = [problems[i] for i in missing]
-    groups: dict[int, list[Rollout]] = {}
-
+    # 2. A problem is written when all its solutions have ended, which they do in any order.
     def finish(rollout: Rollout) -> None:
         progress.update()
         group = groups.setdefault(rollout.prompt_id, [])
         group.append(rollout)
-        if len(group) < o.n:
-            return
-        group.sort(key=lambda r: r.sample_id)  # they end in any order
-        place = missing[rollout.prompt_id]
-        extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
-        rows = judged_rows(group, chosen, tokenizer, o.token_ids)
-        for j, (row, rollout) in enumerate(zip(rows, group)):
-            row |= extra | {"sample": j}
-            if rollout.checker_error is not None:
-                row["checker_error"] = rollout.checker_error
-        run.append("samples.jsonl", rows)
-        del groups[rollout.prompt_id]
+        if len(group) == o.n:
+            name, place, problem = missing[rollout.prompt_id]
+            group.sort(key=lambda r: r.sample_id)
+            rows = judged_rows(groups.pop(rollout.prompt_id), problems, tokenizer, o.token_ids)
+            which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
+            run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
 
-    generate(
-        model, tokenizer, [p.problem for p in chosen], n=o.n, max_new_tokens=limit,
-        temperature=o.temperature, top_p=o.top_p, seed=o.seed,
-        # The random numbers of a problem's first solution: of its text, not of its place, so the
-        # same problem gets the same solutions in any data set, order or selection.  2^20 solutions
-        # fit between two checksums; should two problems share one, nothing breaks.
-        streams=[zlib.crc32(p.problem.encode()) << 20 for p in chosen],
-        on_finish=finish, **o.memory(model),
-    )  # fmt: skip
+    total = sum(map(len, sets.values())) * o.n
+    if rows:
+        print(f"{len(rows)} of {total} solutions are there already")
+    with Progress("sampling", total, "solution", done=len(rows)) as progress:
+        generate(
+            model, tokenizer, [p.problem for p in problems], n=o.n,
+            # The random numbers of a problem's first solution: of its text, not of its place, so
+            # the same problem gets the same solutions in any data set, order or selection.  2^20
+            # solutions fit between two checksums; should two problems share one, nothing breaks.
+            streams=[zlib.crc32(p.problem.encode()) << 20 for p in problems],
+            on_finish=finish, **how,
+        )  # fmt: skip
+    # 3. A finished file is in the order of the data: other runs and other scores pair with it.
+    order = {name: place for place, name in enumerate(sets)}
+    write_atomic(run.path / "samples.jsonl", to_jsonl(sorted(
+        run.read("samples.jsonl", SAMPLE),
+        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
 
 
 def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
@@ -510,7 +470,7 @@ def rescored(rows: list[dict], scores: Iterable[float | None]) -> list[dict]:
     return [row | {"r_s": s, "r_s_if_ended": None} for row, s in zip(rows, scores)]
 
 
-def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
+def judge_all(model, tokenizer, run: RunFolder, how: dict) -> None:
     """Ask for a judgement of every solution that has none yet, into judgements.jsonl."""
     done = {key_of(row) for row in run.read("judgements.jsonl", JUDGEMENT)}
     # One that was cut off counts as judged wrong by both verifiers: there is nothing to ask.
@@ -524,7 +484,7 @@ def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
             progress.update()
 
         if left:
-            judge(model, tokenizer, left, finish, max_new_tokens=limit, **o.memory(model))
+            judge(model, tokenizer, left, finish, **how)
 
 
 def generative_entries(run: RunFolder) -> dict[str, dict]:

@@ -16,18 +16,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from . import metrics
 from .checker import explain, extract_answer, is_equivalent
 from .checkpoint import load_pretrained
-from .cli import ModelOptions, warn
+from .cli import ModelOptions, option, warn
 from .files import read_jsonl
 from .model import CausalLM
 from .readout import BLOCK_LOGITS
 from .rollout import Rollout, self_reward
 from .sampler import cut_by_tokens, generate, pad
+from .scale.plan import default_kv_cache_gb
 from .scoring import read_last, score
 
 # The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
@@ -58,6 +60,28 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
     return model, tokenizer
 
 
+@dataclass
+class SamplingOptions(ModelOptions):
+    """The options of every script that samples from a model it does not train."""
+
+    temperature: float = option(1.0, "0 always takes the likeliest token", group="sampling", min=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens of this total probability",
+                          group="sampling", above=0, max=1)
+    max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1,
+                                        shown="half of the model's positions, at most 4096")
+    max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
+    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="sampling",
+                                       shown="half of what is free")
+
+    def how(self, model: CausalLM) -> dict:
+        """`generate`'s arguments, with what the model decides where nothing was said."""
+        # Half of the positions that the model has seen in training are left to the problem.
+        longest = max(1, min(LONGEST, model.config.max_position_embeddings // 2))
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed,
+                "max_new_tokens": self.max_new_tokens or longest, "max_rows": self.max_rows,
+                "kv_cache_gb": self.kv_cache_gb or default_kv_cache_gb(model.device)}
+
+
 def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     """Warns of problems whose prompt alone is longer than the model was made for; ValueError for
     one over STRETCH times as long: now, and not as an error of memory hours later."""
@@ -73,12 +97,6 @@ def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
         raise ValueError(f"{said}: {begins}")
     # A benchmark is the same for every model: such a problem is asked, and hardly ever solved.
     warn(f"{len(longer)} of {len(problems)} problems are too long: {said}: {begins}")
-
-
-def default_new_tokens(model: CausalLM) -> int:
-    """How long an answer may get if nobody says: half of the positions that the model has seen in
-    training, the other half being left to the problem, at most LONGEST tokens."""
-    return max(1, min(LONGEST, model.config.max_position_embeddings // 2))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,7 +266,7 @@ def judge(
         on_judged(rollout.prompt_id, facts | {"finished": rollout.finished})
 
     prompts = [judgement_prompt(tokenizer, row) for row in rows]
-    generate(model, tokenizer, prompts, temperature=0.0, on_finish=finish, **sampling)
+    generate(model, tokenizer, prompts, on_finish=finish, **sampling | {"temperature": 0.0})
 
 
 def p_yes(model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384) -> list[float]:
