@@ -56,6 +56,7 @@ from nanolaser.judge import (
 from nanolaser.problems import (
     ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
 )  # fmt: skip
+from nanolaser.reward import load_reward, reward_file
 from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
@@ -92,6 +93,8 @@ class Options(ModelOptions):
     max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
     kv_cache_gb: float | None = sampling(None, "GB the KV cache may take",
         shown="half of what is free")
+    reward: str | None = sampling(None, "r_v by a function of your own, as in train.py",
+        metavar="FILE.py:FUNCTION", shown="the checker")
     token_ids: bool = sampling(False, "keep the solutions' tokens in samples.jsonl")
 
     generative: bool = verifiers(False,
@@ -129,6 +132,10 @@ def main() -> int:
 
     # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
+    reward = load_reward(o.reward) if o.reward else None
+    trained = (run_of(o.model) or {}).get("reward")
+    if trained and not reward:
+        warn(f"{o.model} was trained with --reward {trained}; here the checker decides")
     model, tokenizer = open_model(o)
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
     for problems in sets.values():
@@ -141,7 +148,7 @@ def main() -> int:
     # 2. Solutions, each with its verdict and its r_s, and 3. what other verifiers say of them: all
     # of it is on disk as soon as it is known.
     try:
-        sample(model, tokenizer, run, sets, limit, o)
+        sample(model, tokenizer, run, sets, limit, o, reward)
         if tokenizer.c_ref is not None:
             end_what_was_cut_off(model, tokenizer, run)
         if o.generative:
@@ -248,6 +255,7 @@ def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
         "top_p": o.top_p,
         "max_new_tokens": limit,
         "token_ids": o.token_ids,
+        "reward": o.reward and f"{o.reward} {digest(reward_file(o.reward).read_bytes())}",
     }
 
 
@@ -301,7 +309,9 @@ SAMPLE = KEYS | {"problem": str, "response": str, "answer": (str, type(None)), "
 JUDGEMENT = KEYS | {"score": SOME_NUMBER, "tokens": int}
 
 
-def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options) -> None:
+def sample(
+    model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options, reward=None
+) -> None:
     """Fill samples.jsonl, problem by problem, skipping those that are there."""
     rows = run.read("samples.jsonl", SAMPLE)  # a last line that a kill cut short is no row
     have = Counter((row["dataset"], row["prompt_id"]) for row in rows)
@@ -315,7 +325,8 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options)
         for name, problems in sets.items():
             missing = [i for i in range(len(problems)) if have[name, i] != o.n]
             if missing:
-                sample_set(model, tokenizer, run, name, problems, missing, limit, o, progress)
+                sample_set(model, tokenizer, run, name, problems, missing, limit, o, progress,
+                           reward)
     # Problems end in the order of their lengths; a finished file is in the order of the data.  With
     # it every sum over its rows is taken in one order, however the run was interrupted.
     order = {name: place for place, name in enumerate(sets)}
@@ -324,7 +335,9 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options)
         key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
 
 
-def sample_set(model, tokenizer, run, name, problems, missing, limit, o: Options, progress) -> None:
+def sample_set(
+    model, tokenizer, run, name, problems, missing, limit, o: Options, progress, reward
+) -> None:
     """Sample some problems (indices) of a data set, writing each when all its solutions ended."""
     chosen = [problems[i] for i in missing]
     groups: dict[int, list[Rollout]] = {}
@@ -338,7 +351,7 @@ def sample_set(model, tokenizer, run, name, problems, missing, limit, o: Options
         group.sort(key=lambda r: r.sample_id)  # they end in any order
         place = missing[rollout.prompt_id]
         extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
-        rows = judged_rows(group, chosen, tokenizer, o.token_ids)
+        rows = judged_rows(group, chosen, tokenizer, o.token_ids, reward)
         for j, (row, rollout) in enumerate(zip(rows, group)):
             row |= extra | {"sample": j}
             if rollout.checker_error is not None:

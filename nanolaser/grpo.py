@@ -37,11 +37,12 @@ from .scale.optimizer import Optimizer
 
 
 def sample(
-    model: CausalLM, tokenizer, problems: list, n: int, world: World = ALONE, **sampling
-) -> list[Rollout]:
-    """n solutions of each problem, or of this rank's share of the problems; `prompt_id` counts
-    among all of them.  `sampling` goes to sampler.generate."""
-    mine = world.shard(range(len(problems)))
+    model: CausalLM, tokenizer, problems: list, n: int, world: World = ALONE, first: int = 0,
+    **sampling,
+) -> list[Rollout]:  # fmt: skip
+    """n solutions of each problem from the `first` on, or of this rank's share of them; `prompt_id`
+    counts among all problems.  `sampling` goes to sampler.generate."""
+    mine = world.shard(range(first, len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
     rollouts = generate(
         gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
@@ -142,7 +143,7 @@ class Loss:
 
     alpha: float = 0.1
     beta_v: float = 0.1
-    c_ref: float = 0.0
+    c_ref: float | Tensor = 0.0  # (N,): one of each rollout
     z_c_id: int = 0
     z_wrong_id: int = 0  # "sft" alone: the token to imitate after wrong solutions
     temperature: float = 1.0
@@ -164,6 +165,7 @@ class Learned:
     old_logprobs: Tensor | None  # (m,) under the policy that sampled; None: it is this one
     r_v: Tensor  # (e,)
     weights: Tensor  # (e,) of the classes
+    c_ref: Tensor  # (e,) nats
 
     def old(self, tokens: Tensor) -> Tensor:
         """log-probs (m,) under the policy that sampled.  On-policy they are these very numbers,
@@ -175,7 +177,8 @@ class Learned:
         m = len(self.advantages)
         ends = slice(max(0, targets.start - m), max(0, targets.stop - m))
         old = None if self.old_logprobs is None else self.old_logprobs[targets]
-        return Learned(self.advantages[targets], old, self.r_v[ends], self.weights[ends])
+        return Learned(self.advantages[targets], old, self.r_v[ends], self.weights[ends],
+                       self.c_ref[ends])  # fmt: skip
 
 
 def loss(logprobs: Tensor, x: Learned, c: Loss, M: int, N: int) -> Tensor:
@@ -194,7 +197,7 @@ def loss_sums(logprobs: Tensor, x: Learned, c: Loss) -> tuple[Tensor, Tensor]:
     if not c.alpha:  # plain GRPO: z_c is read, so that r_s can be logged, and nothing else
         return policy, torch.zeros_like(policy)
     return policy, laser.self_reward_loss(
-        logp_zc, x.r_v, x.weights, c.c_ref, c.beta_v, c.kind
+        logp_zc, x.r_v, x.weights, x.c_ref, c.beta_v, c.kind
     )
 
 
@@ -217,6 +220,7 @@ def accumulate_gradients(
     """
     M = sum(len(r.response_tokens) for r in rollouts)
     N = max(sum(r.finished for r in rollouts), 1)
+    c_ref = torch.as_tensor(c.c_ref, dtype=torch.float32).expand(len(rollouts))
     parts = []
     for rows, counts in world.rounds(micro_batches(rollouts, micro_batch_tokens)):
         # 1. Forward pass over the rows, up to the hidden states that are read.
@@ -232,6 +236,7 @@ def accumulate_gradients(
             old_logprobs=old_logprobs and torch.cat([old_logprobs[i] for i in rows]),
             r_v=torch.tensor([rollouts[i].r_v for i in ended]),
             weights=counts * weights[ended],
+            c_ref=c_ref[ended],
         ), hidden.device)  # fmt: skip
 
         # 3. Loss and backward pass.  In the textbook's words, with logits (m + e, V):

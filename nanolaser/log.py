@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from . import metrics
+from . import laser, metrics
 from .rollout import Rollout
 
 
@@ -22,11 +22,13 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
     right = [r.r_s for r in rollouts if r.r_s is not None and r.r_v > 0.5]
     wrong = [r.r_s for r in rollouts if r.r_s is not None and r.r_v <= 0.5]
     groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    spread = torch.tensor([[r.r_v for r in group] for group in groups]).std(1)  # (P,)
+    r_v = torch.tensor([[r.r_v for r in group] for group in groups])  # (P, G)
     errors = [r.checker_error for r in rollouts if r.checker_error]
+    exact = [r.logp_ref for r in rollouts if r.logp_ref is not None]
+    spread = torch.tensor(exact).std(correction=0).item() if exact else None
     return {
         "reward": mean([r.r_v for r in rollouts]),
-        "reward_std": spread.mean().item(),
+        "reward_std": r_v.std(1).mean().item(),
         "r_s_correct": mean(right),
         "r_s_wrong": mean(wrong),
         "verification_f1": metrics.verification_f1(
@@ -36,8 +38,10 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
         "finished_share": mean([float(r.finished) for r in rollouts]),
         "boxed_share": mean([float(r.answer is not None) for r in rollouts]),
         # no advantage in any of their solutions: all right, or all wrong
-        "zero_std_groups": int((spread == 0).sum()),
+        "zero_std_groups": int((~laser.informative(r_v)).sum()),
         "checker_errors": len(errors),
+        # with --c-ref exact: how constant it would be
+        **({"c_ref": mean(exact), "c_ref_std": spread} if exact else {}),
     }
 
 
@@ -78,7 +82,8 @@ class Watch:
         """Warnings after this step's metrics: none, or one for each thing that has gone on for
         another PATIENCE steps."""
         count = lambda n, bad: n + 1 if bad else 0  # noqa: E731
-        self.degenerate = count(self.degenerate, m["zero_std_groups"] == problems)
+        groups = problems + m.get("refilled_groups", 0)
+        self.degenerate = count(self.degenerate, m["zero_std_groups"] == groups)
         self.unboxed = count(self.unboxed, m["boxed_share"] == 0)
         self.truncated = count(self.truncated, m["finished_share"] == 0)
         due = lambda n: n and n % self.PATIENCE == 0  # noqa: E731

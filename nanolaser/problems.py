@@ -207,15 +207,17 @@ class ProblemStream:
         self.problems_per_step, self.seed = problems_per_step, seed
         self._epoch, self._order = -1, []  # the order that was asked for last
 
-    def at(self, step: int) -> list[Problem]:
-        """The problems of one step, counted from 1."""
-        P = self.problems_per_step
+    def at(self, step: int, more: int = 0) -> list[Problem]:
+        """The problems of one step, counted from 1, and `more` fresh ones after them."""
+        P, seed = self.problems_per_step, self.seed * 1_000_003 + step
         if self.operations:
             # No two steps of a run share a seed, and neither do two runs of up to a million steps.
-            return arithmetic_problems(P, self.seed * 1_000_003 + step, operations=self.operations)
+            return arithmetic_problems(P + more, seed, operations=self.operations)
         # 10 problems, 4 a step: step 3 takes the last 2 of epoch 0 and the first 2 of epoch 1.
         places = range((step - 1) * P, step * P)
-        return [self._problem(place) for place in places]
+        # Fresh ones are any others: taken from the epoch, they would move every later step.
+        fresh = random.Random(seed).choices(self.problems, k=more)
+        return [self._problem(place) for place in places] + fresh
 
     def for_c_ref(self, count: int) -> list[Problem]:
         """`count` problems that differ, or as many as there are: those that c_ref is measured on,

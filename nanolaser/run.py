@@ -28,6 +28,7 @@ from .files import RunFolder, peak_memory_bytes
 from .judge import check_prompts
 from .model import CausalLM
 from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
+from .reward import Reward, load_reward
 from .rollout import judged_rows
 from .scale.distributed import World, local
 from .scale.optimizer import Optimizer
@@ -79,6 +80,8 @@ class Run:
     stop: Stop  # has somebody pressed Ctrl-C?
     world: World  # the processes of this run; ALONE is usual
     began: float  # of time.perf_counter(), less what a resumed run had cost before
+    reference: CausalLM | None = None  # the model before training, with --c-ref exact
+    reward: Reward | None = None  # the user's own, in place of the checker
 
 
 # ---------------------------------------------------------------------------------------------
@@ -112,6 +115,10 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     ]
     if differ:
         raise ValueError(f"{'; '.join(differ)}; leave it out to resume, or start a new run")
+    if saved.reward and "reward" not in given:
+        # code is executed where the command line names it, not because a folder says so
+        raise ValueError(f"the rewards of {o.resume} are those of --reward {saved.reward}: say so "
+                         "again")  # fmt: skip
     return folder, dataclasses.replace(saved, device=o.device, plan=o.plan)
 
 
@@ -120,14 +127,20 @@ def prepare(
 ) -> Run:
     """The model, its tokenizer, the data: everything that can be wrong fails in here, before a
     folder is made for a new run."""
-    stop = Stop(world)
+    stop, reward = Stop(world), load_reward(o.reward) if o.reward else None
     with world.first():  # a machine downloads once
-        source = checkpoint or find_checkpoint(o.model)
+        start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
+        source = checkpoint or start
         train, test = train_and_test(o.data, o.eval_data, o.eval_problems, parses)
     model, tokenizer = load_pretrained(
         source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world
     )
-    model.gradient_checkpointing = o.gradient_checkpointing
+    model.gradient_checkpointing, reference = o.gradient_checkpointing, None
+    if o.c_ref == "exact":
+        reference, _ = load_pretrained(
+            start, device=world.device(o.device), dtype=o.dtype, world=world
+        )
+        reference.requires_grad_(False)
     if o.template and not checkpoint:  # (a checkpoint of ours has it with it)
         tokenizer.use_template(o.template)
     most = min(o.max_prompt_tokens, model.config.max_position_embeddings)
@@ -146,6 +159,7 @@ def prepare(
     path = world.broadcast(str(folder.path) if folder else None)
     folder = folder or RunFolder.of_first_rank(path)
     stop.how_to_resume = f"; go on with: python train.py --resume {folder.path}"
+    stop.how_to_resume += f" --reward {o.reward}" if o.reward else ""
 
     parameters = sum(p.numel() for p in model.parameters())
     ranks = f" over {world.size} ranks" if world.size > 1 else ""
@@ -157,7 +171,8 @@ def prepare(
     for doubt in log.doubts(o, model.config.max_position_embeddings):
         warn(doubt)
     began = time.perf_counter()
-    return Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world, began)
+    return Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world, began,
+               reference, reward)  # fmt: skip
 
 
 def short_name(o) -> str:
@@ -169,7 +184,8 @@ def begin(run: Run) -> int:
     """c_ref and the first evaluation: what the untouched model says.  Returns the first step."""
     o, tokenizer = run.o, run.tokenizer
     own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
-    measured = o.c_ref == "estimate" or (o.c_ref == "auto" and not own)
+    # "exact" as well: the checkpoint, and every evaluation of it, has to do without the reference.
+    measured = o.c_ref in ("estimate", "exact") or (o.c_ref == "auto" and not own)
     print(f"before the first step: {len(run.test)} problems x {o.eval_n} solutions to evaluate on"
           f"{f', after {o.c_ref_pairs} for c_ref' if measured else ''}")  # fmt: skip
     if measured:
@@ -232,7 +248,8 @@ def evaluate(run: Run, problems: list[Problem], label: str) -> dict:
     with Progress(label, len(world.shard(problems)) * o.eval_n, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, world, **how)
-    rows = world.gather(judged_rows(mine, problems, run.tokenizer), by="prompt_id")
+    rows = judged_rows(mine, problems, run.tokenizer, reward=run.reward)
+    rows = world.gather(rows, by="prompt_id")
     return metrics.summarise(rows, is_equivalent)
 
 
@@ -264,12 +281,13 @@ def finish(run: Run) -> int:
     if before is not None:  # only a log that somebody removed does not have it
         print(log.eval_line(0, before))
     print(log.eval_line(o.steps, after))
-    mean_tokens = [m["response_tokens"] for m in folder.read("metrics.jsonl")]
+    groups = lambda m: o.problems_per_step + m.get("refilled_groups", 0)  # noqa: E731
+    tokens = (m["response_tokens"] * groups(m) for m in folder.read("metrics.jsonl"))
     folder.write_json("summary.json", {
         "before": before,
         "after": after,
         "seconds": time.perf_counter() - run.began,
-        "tokens": sum(round(x * o.problems_per_step * o.group_size) for x in mean_tokens),
+        "tokens": sum(round(x * o.group_size) for x in tokens),
         "c_ref": run.tokenizer.c_ref,
         "c_ref_std": run.tokenizer.c_ref_std,
         "peak_memory_bytes": peak_memory_bytes(run.model.device),

@@ -180,6 +180,7 @@ class Plan:
     world: int = 1  # ranks
     work: Workload = Workload()
     settings: Settings = Settings()
+    models: int = 1  # 2: a frozen reference beside the one that learns
     least_rows: int = 1  # to be sampled at a time, if all are as long as may be
 
     @cached_property
@@ -397,7 +398,7 @@ def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]
     sums = shard(4) if masters and not away else 0
     many = p.work.share(p.world) * p.work.longest > SUMMED_IN_BF16 * p.micro_batch
     table = {
-        "weights": (shard(e),) * 3,
+        "weights": (p.models * shard(e),) * 3,
         "optimizer state": (state,) * 3,
         "gradients": (0, shard(e), 0 if sums else shard(e)),
         "gradients summed in fp32": (0, sums if many else 0, sums),
@@ -542,7 +543,7 @@ def plan_for(options, rates: Rates | None = None) -> Plan:
     ranks.  None as rates: measured now.  ValueError if the shape of --model is not known."""
     # All that is read of the options, here and in `settle`: model, data, device, dtype, steps,
     # problems_per_step, group_size, max_prompt_tokens, max_new_tokens, max_rows, kv_cache_gb,
-    # eval_every, eval_problems, eval_n, and the three of Settings.
+    # eval_every, eval_problems, eval_n, c_ref, and the three of Settings.
     o = options
     config = known_config(o.model)
     if config is None:
@@ -575,6 +576,7 @@ def plan_for(options, rates: Rates | None = None) -> Plan:
         device=device,
         world=world,
         work=work,
+        models=1 + (o.c_ref == "exact"),
         wanted=Settings(**{name: getattr(o, name) for name in asdict(Settings())}),
         rates=rates or measure_rates(device, dtype),
     )
