@@ -80,6 +80,8 @@ class Options:
     plan: bool = what(False, "print what memory and time this run needs, and exit")
     template: str | None = what(None, "chat template: a .jinja file, or r1, which asks for <think> "
         "and <answer> tags", shown="the model's own")
+    thinking: bool | None = what(None, "think before answering, where the template knows that",
+        shown="as the template has it")
     reward: str | None = what(None, "r_v by a function of your own, in evaluations too: see "
         "docs/own-reward.md", metavar="FILE.py:FUNCTION",
         shown="the checker")
@@ -227,6 +229,8 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     tau = o.tau if phase == "integrated" else 0.0
     advantages = laser.mixed_advantages(r_v, r_s, finished, tau, o.min_std, o.advantage_std)
     weights = laser.class_weights(r_v, finished, o.class_weights)  # (P, G)
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
+        rollout.advantage = advantage
 
     #    Which solutions the policy learns from, and what a token of each weighs: all, and the same.
     counted = finished if o.truncated == "mask" else torch.ones_like(finished)
