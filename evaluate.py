@@ -54,14 +54,14 @@ from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, 
 from nanolaser.judge import (
     check_prompts, default_new_tokens, judge, log_probability, open_model, tokens_of)
 from nanolaser.problems import (
-    ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
+    MADE_UP, Problem, has_test_split, load_problems, train_and_test,
 )  # fmt: skip
 from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
 from nanolaser.scale.plan import default_kv_cache_gb
 
-MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
+ENOUGH = 200  # of problems that are made up, where --max-problems does not say
 
 
 # One helper a heading of --help.
@@ -76,10 +76,10 @@ class Options(ModelOptions):
     """What to evaluate, and how."""
 
     data: tuple[str, ...] = what(("arithmetic",),
-        "data sets: arithmetic, arithmetic-hard, aliases, .jsonl files")
+        "data sets: arithmetic, arithmetic-hard, subset-sum, aliases, .jsonl files")
     n: int = what(8, "solutions per problem", min=1)
     max_problems: int | None = what(None, "problems per data set", min=1,
-        shown="all; of arithmetic 200")
+        shown="all; of what is made up 200")
     # what a model has learned by heart says nothing about what it can do
     include_trained: bool = what(False, "of a training run, also what it was trained on")
     output: str | None = what(None, "results' folder", metavar="DIR", shown="results/MODEL")
@@ -177,7 +177,7 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
         if name in sets:
             raise ValueError(f"--data names {source} twice")
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
-        most = o.max_problems or (MADE_UP if source in ARITHMETIC else None)
+        most = o.max_problems or (ENOUGH if source in MADE_UP else None)
         trained = trained_on(run, source) if run else set()
         sets[name] = load_problems(source, "test", None if trained else most, parses=parses)
         if trained:
