@@ -81,6 +81,8 @@ class Options:
     plan: bool = what(False, "print what memory and time this run needs, and exit")
     template: str | None = what(None, "chat template: a .jinja file, or r1, which asks for <think> "
         "and <answer> tags", shown="the model's own")
+    thinking: bool | None = what(None, "think before answering, where the template knows that",
+        shown="as the template has it")
     trial: bool = what(False, "this run in miniature: three steps, one of each phase")
     seed: int = what(0, "of problems and sampling", min=0)
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -213,6 +215,8 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     tau = o.tau if phase == "integrated" else 0.0
     advantages = laser.mixed_advantages(r_v, r_s, finished, tau, o.min_std)  # (P, G)
     weights = laser.class_weights(r_v, finished)  # (P, G)
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
+        rollout.advantage = advantage
 
     # 5. Update: policy loss + alpha * weighted (r_s - r_v)^2, over the whole batch, once.
     for group in run.optimizer.param_groups:
