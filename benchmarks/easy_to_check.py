@@ -23,6 +23,7 @@ alone.  Stopped, the same command goes on where it was.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,12 +34,13 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanolaser import metrics, report  # noqa: E402
+from nanolaser import metrics, report, svg  # noqa: E402
 from nanolaser.checker import is_equivalent  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.files import read_json, read_jsonl, write_atomic  # noqa: E402
 
 BELIEVED = 0.5  # r_s above it says "right", here as everywhere
+EDGES = np.linspace(-0.25, 1.25, 31)  # of the histogram's bars; what lies beyond is in the last
 ORDERS = 50  # in which each problem's solutions are gone through
 METRICS = {
     "one solution": "accuracy", "majority of 8": "majority_vote@8",
@@ -164,7 +166,7 @@ def collect(o: Options) -> dict:
     each = [spending(rows) for rows in after]
     bins = lambda right: np.histogram(  # noqa: E731
         np.clip([r["r_s"] for rows in after for r in rows if r["r_s"] is not None
-                 and bool(r["r_v"]) == right], -0.25, 1.25), 30, (-0.25, 1.25))[0].tolist()
+                 and bool(r["r_v"]) == right], EDGES[0], EDGES[-1]), EDGES)[0].tolist()
     return {
         "seeds": o.seeds, "steps": o.steps, "problems": o.problems,
         "minutes": [read_json(runs / f"laser-{s}" / "summary.json")["seconds"] / 60
@@ -216,32 +218,32 @@ def page(found: dict) -> str:
         seeds=", ".join(map(str, found["seeds"])))  # fmt: skip
 
 
-def picture(path: Path, found: dict) -> str:
-    """Where r_s of right and wrong solutions lies, and what that buys; the line to tell."""
-    def paint(figure) -> None:
-        left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-        edges = np.linspace(-0.25, 1.25, 31)
-        for name, colour, hatch in (("wrong", "#bbbbbb", ""), ("right", "#444444", "///")):
-            counts = np.array(found["histogram"][name], dtype=float)
-            left.stairs(counts / counts.sum(), edges, fill=not hatch, color=colour, hatch=hatch,
-                        label=name, lw=1.2)  # fmt: skip
-        report._dress(left, "What it says of its own solutions", "r_s", "share of solutions", True)
-        styles = {
-            "any": ("any of k is right", "#999999", ":", ""),
-            "majority": ("majority of k", "#777777", "--", "s"),
-            "best": ("best of k by r_s", "#444444", "-.", "^"),
-            "stopping": ("stop at the first with r_s > 0.5", "#000000", "-", "o"),
-        }
-        for way, (name, colour, dash, marker) in styles.items():
-            x, y = np.array(found["curves"][way]).T
-            right.plot(x, 100 * y, dash, color=colour, marker=marker, ms=5, lw=1.8, label=name)
-        right.set_xscale("log", base=2)
-        ticks = [64, 128, 256, 512, 1024]
-        right.set_xticks(ticks, map(str, ticks))
-        report._dress(right, "What that is worth, k = 1 to 32", "tokens per problem",
-                      "problems solved, %", True)
-
-    return report._draw(path, 9, 3.9, paint)
+def picture(found: dict) -> str:
+    """Where r_s of right and of wrong solutions lies, and what that buys, as SVG."""
+    marks = []
+    for name, colour, dash in (("wrong", "#888888", svg.DASH), ("right", "#1a1a1a", "")):
+        counts = np.array(found["histogram"][name]) / sum(found["histogram"][name])
+        # The outline of the bars: each edge twice, at the height on its left and on its right.
+        outline = list(zip(np.repeat(EDGES, 2), 100 * np.array([0, *np.repeat(counts, 2), 0])))
+        marks.append(svg.mark([outline], colour, fill=colour, fill_opacity=0.2,
+                              stroke_dasharray=dash))  # fmt: skip
+    left = svg.panel("r_s of its own solutions", "r_s of right and of wrong (dashed) solutions",
+                     "share of them, %", marks)  # fmt: skip
+    styles = {"any": ("any of k right", "#999999", "1 4"),
+              "best": ("best of k by r_s", "#555555", "8 3 2 3"),
+              "majority": ("majority of k", "#777777", svg.DASH),
+              "stopping": ("first believed", "#000000", "")}  # fmt: skip
+    marks = []
+    for way, (name, colour, dash) in styles.items():
+        points = [(math.log2(tokens), 100 * right) for tokens, right in found["curves"][way]]
+        marks.append(svg.mark([points], colour, name, stroke_dasharray=dash))
+        marks.append(svg.dots(points, colour, 5))
+    ticks = {math.log2(t): str(t) for t in (32, 64, 128, 256, 512, 1024, 2048)}
+    last = max(x for m in marks for line in m["lines"] for x, _ in line)
+    ticks = {x: t for x, t in ticks.items() if x <= last}
+    right = svg.panel("What it is worth: k = 1, 2, 4 .. 32", "tokens per problem",
+                      "problems solved, %", marks, x_ticks=ticks)  # fmt: skip
+    return svg.picture([left, right])
 
 
 def main() -> None:
@@ -255,7 +257,8 @@ def main() -> None:
     found = read_json(docs / "easy-to-check.json")
     write_atomic(docs / "easy-to-check.md", page(found))
     print(page(found))
-    print(picture(docs / "pictures" / "second.png", found))
+    (docs / "pictures").mkdir(exist_ok=True)
+    print(report.save(docs / "pictures" / "second.svg", picture(found)))
 
 
 PAGE = """\

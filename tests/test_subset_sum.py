@@ -36,7 +36,7 @@ def test_every_problem_has_one_solution_and_the_checker_agrees_with_the_reward()
     for problem in made_up_problems(3, seed=1, name="subset-sum"):
         target = int(problem.problem.split()[0])
         numbers = {word[0]: int(word[1:]) for word in problem.problem.split()[2:]}
-        sizes = range(1, 5)
+        sizes = range(1, 7)
         tried = itertools.chain(*(itertools.combinations(numbers, size) for size in sizes))
         rewards = []
         for subset in tried:

@@ -87,7 +87,7 @@ class Options:
 
 
 # What differs for the second task.
-PRESETS = {"arithmetic": {}, "subset-sum": dict(updates=1800, wrong=0.03, checks=0.8)}
+PRESETS = {"arithmetic": {}, "subset-sum": dict(updates=2400, wrong=0.03, checks=0.8)}
 
 # ---------------------------------------------------------------------------------------------
 # the text

@@ -1,14 +1,14 @@
 """
-Subset sum, such as "84 from a5 b9 c14 d23 e31 f47": which of these numbers make 84?  The second
+Subset sum, such as "50 from a7 b10 c14 d16 e17 f18": which of these numbers make 50?  The second
 task of an embedded model, whose solutions are hard to find and easy to check.
 
 It is the textbook example of such a task (NP-complete, Karp 1972): no way is known that is much
 better than trying, and one subtraction after another tells whether a try was right:
 
-    84-b9=75⏎75-e31=44⏎44-d23=21⏎21-a5=16⏎\\boxed{b,e,d,a}     16 is left over: wrong
-    84-f47=37⏎37-d23=14⏎14-c14=0⏎\\boxed{f,d,c}                nothing is: right
+    50-f18=32⏎32-e17=15⏎15-c14=1⏎\\boxed{f,e,c}               1 is left over: wrong
+    50-d16=34⏎34-b10=24⏎24-e17=7⏎7-a7=0⏎\\boxed{d,b,e,a}      nothing is: right
 
-(The letters are there for the reader of characters that a tiny model is: whether 23 is one of seven
+(The letters are there for the reader of characters that a tiny model is: whether 16 is one of the
 numbers it hardly learns to see, what is behind d it does.)  Every problem has one solution and no
 other, so a rule-based checker may compare with it, for a list has no order.  `reward` needs no gold
 answer: it adds up.
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from .arithmetic import is_held_out
 
 LETTERS = "abcdef"  # of the numbers in a problem
-LARGEST = 50  # of these
+LARGEST = 20  # of these
 SIZES = (2, 3, 4)  # of the subset that is looked for
 
 
@@ -36,9 +36,9 @@ def subset_sum(rng: random.Random) -> tuple[int, dict[str, int], str]:
         values = sorted(rng.sample(range(1, LARGEST + 1), len(LETTERS)))
         numbers = dict(zip(LETTERS, values))
         target = sum(rng.sample(values, rng.choice(SIZES)))
-        # All 56 subsets of up to four of six numbers are tried.  Every third problem has another
-        # solution, or one of a single number, and is thrown away.
-        sizes = range(1, SIZES[-1] + 1)
+        # All 63 subsets of six numbers are tried.  Three of five problems have another solution, or
+        # one of a single number, and are thrown away.
+        sizes = range(1, len(LETTERS) + 1)
         tried = itertools.chain(*(itertools.combinations(LETTERS, size) for size in sizes))
         right = [subset for subset in tried if sum(map(numbers.get, subset)) == target]
         if len(right) == 1:
