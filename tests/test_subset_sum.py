@@ -11,7 +11,7 @@ from nanolaser.problems import load_problems, made_up_problems
 from nanolaser.tiny import __main__ as recipe
 from nanolaser.tiny import subset_sum
 
-PROBLEM = "84 from a5 b9 c14 d23 e31 f47"
+PROBLEM = "84 from a5 b9 c14 d23 e31 f47"  # of larger numbers than there are
 
 
 @pytest.mark.parametrize("response, right", [

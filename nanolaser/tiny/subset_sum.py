@@ -23,7 +23,7 @@ import random
 import re
 from collections.abc import Iterator
 
-from .arithmetic import is_held_out
+from nanolaser.tiny.arithmetic import is_held_out
 
 LETTERS = "abcdef"  # of the numbers in a problem
 LARGEST = 20  # of these
@@ -61,9 +61,13 @@ def made_up(seed: int, split: str) -> Iterator[tuple[str, str, int]]:
             yield text, ",".join(chosen), len(chosen)
 
 
-def reward(problem: str, response: str, gold: str | None = None) -> float:
+def reward(problem: str, response: str, answer: str | None = None) -> float:
     """1.0 if the letters in the response's one box are different ones of the problem's and their
-    numbers add up to its target, else 0.0; the gold answer is not looked at."""
+    numbers add up to its target, else 0.0; the gold answer is not looked at.
+
+    The same verdict as the checker's, through the door of any reward:
+    `--reward nanolaser/tiny/subset_sum.py:reward`.
+    """
     target = int(re.search(r"\d+", problem).group())
     numbers = {letter: int(n) for letter, n in re.findall(r"([a-z])(\d+)", problem)}
     boxes = re.findall(r"\\boxed\{([a-z](?:,[a-z])*)\}", response)
