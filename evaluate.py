@@ -62,14 +62,14 @@ from nanolaser.judge import (
     open_model, own_scores, score_rows, tokens_of,
 )  # fmt: skip
 from nanolaser.problems import (
-    ARITHMETIC, Problem, has_test_split, load_problems, read_solutions, train_and_test,
+    MADE_UP, Problem, has_test_split, load_problems, read_solutions, train_and_test,
 )  # fmt: skip
 from nanolaser.reward import load_reward, reward_file
 from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
 
-MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
+ENOUGH = 200  # of problems that are made up, where --max-problems does not say
 
 
 # One helper a heading of --help.
@@ -84,10 +84,10 @@ class Options(SamplingOptions):
     """What to evaluate, and how."""
 
     data: tuple[str, ...] = what(("arithmetic",),
-        "data sets: arithmetic, arithmetic-hard, aliases, .jsonl files")
+        "data sets: arithmetic, arithmetic-hard, subset-sum, aliases, .jsonl files")
     n: int = what(8, "solutions per problem", min=1)
     max_problems: int | None = what(None, "problems per data set", min=1,
-        shown="all; of arithmetic 200")
+        shown="all; of what is made up 200")
     # what a model has learned by heart says nothing about what it can do
     include_trained: bool = what(False, "of a training run, also what it was trained on")
     samples: str | None = what(None, metavar="FILE", help="solutions sampled elsewhere, in the "
@@ -197,7 +197,7 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
         if name in sets:
             raise ValueError(f"--data names {source} twice")
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
-        most = o.max_problems or (MADE_UP if source in ARITHMETIC else None)
+        most = o.max_problems or (ENOUGH if source in MADE_UP else None)
         trained = trained_on(run, source) if run else set()
         sets[name] = load_problems(source, "test", None if trained else most, parses=parses)
         if trained:

@@ -40,6 +40,7 @@ import torch
 from tqdm import tqdm
 
 from nanolaser import grpo, laser, log, scoring
+from nanolaser.checkpoint import EMBEDDED
 from nanolaser.cli import (
     apply_preset,
     is_terminal,
@@ -70,8 +71,9 @@ what, sampling, self_rewarding, updating, output = (
 class Options:
     """Train with LaSeR or GRPO."""
 
-    model: str = what("tiny", "tiny (embedded), an alias, a hub id or a folder")
-    data: str = what("arithmetic", "arithmetic, an alias, or a .jsonl file", paper="deepmath")
+    model: str = what("tiny", "tiny or tiny-subset-sum (embedded), an alias, a hub id or a folder")
+    data: str = what("arithmetic", "arithmetic, subset-sum, an alias, or a .jsonl file",
+        paper="deepmath")
     eval_data: str | None = what(None, "problems to evaluate on, named likewise: never trained on",
         shown="the test split of --data, else a part of it; math500 for deepmath")
     algorithm: str = what("laser", "grpo: alpha = tau = 0, the baseline", choices=("laser", "grpo"))
@@ -182,7 +184,7 @@ TRIAL = dict(
 
 def new_options(o: Options, given) -> Options:
     """A new run's options: the user's word first, then the model's preset, then the defaults."""
-    if o.model != "tiny":
+    if o.model not in EMBEDDED:
         o = apply_preset(o, given, paper_defaults(Options) | PRESETS.get(o.model.lower(), {}))
     if o.eval_data is None:  # the paper trains on DeepMath and evaluates on MATH-500
         same = o.data.lower() != "deepmath"

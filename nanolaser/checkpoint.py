@@ -36,7 +36,7 @@ from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
 
-# Short names of models: --model qwen2.5-7b.  `tiny` is the folder beside this file.
+# Short names of models: --model qwen2.5-7b.
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -66,7 +66,9 @@ ALIASES = {
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
+# The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -139,10 +141,10 @@ def auto_dtype(folder: Path | None, device: str) -> str:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: `tiny`, a local folder (of a checkpoint, or of a run: its newest
+    """The folder of a checkpoint: an embedded one, a local folder (of a checkpoint, or of a run: its newest
     checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
-    path = TINY if text == "tiny" else Path(text).expanduser()
+    path = EMBEDDED.get(text) or Path(text).expanduser()
     if path.is_dir():
         return _local(path)
     if path.exists():
@@ -151,7 +153,8 @@ def find_checkpoint(name: str | Path) -> Path:
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
     if not HUB_ID.fullmatch(hub_id):
-        hint = near(text.lower(), ["tiny", *ALIASES], "; ".join(["tiny", *ALIASES]))
+        known = [*EMBEDDED, *ALIASES]
+        hint = near(text.lower(), known, "; ".join(known))
         raise FileNotFoundError(f"{text!r} is no folder, hub id (owner/name) or alias: {hint}")
     try:
         return _local(fetch(hub_id, NEEDED))

@@ -28,7 +28,7 @@ from .files import RunFolder, peak_memory_bytes
 from .judge import check_prompts
 from .lora import Lora, fingerprint
 from .model import CausalLM
-from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
+from .problems import Problem, ProblemStream, train_and_test
 from .reward import Reward, load_reward
 from .rollout import judged_rows
 from .scale.distributed import World, local
@@ -157,7 +157,7 @@ def prepare(
     if len(short) < len(train):
         print(f"{len(train) - len(short)} of {len(train)} problems have over {most} tokens: "
               "left out")  # fmt: skip
-    stream = ProblemStream(short, o.problems_per_step, o.seed, ARITHMETIC.get(o.data))
+    stream = ProblemStream(short, o.problems_per_step, o.seed, o.data)
     if world.is_first:  # it warns
         check_prompts(model, tokenizer, [p.problem for p in test])
     optimizer = Optimizer(model, o.lr, o.weight_decay, o.offload_optimizer, world)

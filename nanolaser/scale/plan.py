@@ -41,9 +41,10 @@ from pathlib import Path
 import torch
 
 from ..cache import KVCache
-from ..checkpoint import ALIASES, auto_dtype, find_checkpoint, load_config
+from ..checkpoint import ALIASES, EMBEDDED, auto_dtype, find_checkpoint, load_config
 from ..cli import main_guard, option, parse_args
 from ..model import ModelConfig
+from ..problems import MADE_UP
 from ..readout import BLOCK_LOGITS, CHUNK_VOCAB
 from .optimizer import SUMMED_IN_BF16
 
@@ -519,12 +520,12 @@ def default_kv_cache_gb(device: torch.device) -> float:
 
 def local_folder(model: str) -> Path | None:
     """The checkpoint folder of `tiny` or of a local name; None for what lies on the hub."""
-    local = model == "tiny" or Path(model).expanduser().is_dir()
+    local = model in EMBEDDED or Path(model).expanduser().is_dir()
     return find_checkpoint(model) if local else None
 
 
 def known_config(model: str) -> ModelConfig | None:
-    """The shape behind --model: `tiny` or a local folder, else an alias of SHAPES or its hub id;
+    """The shape behind --model: an embedded or a local folder, else an alias of SHAPES or its hub id;
     None for what only a download could tell."""
     # The config.json of a folder is the truth; SHAPES stand in for what is not here yet.
     if folder := local_folder(model):
@@ -551,8 +552,8 @@ def plan_for(options) -> Plan:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, auto_dtype(local_folder(o.model), device) if dtype == "auto" else dtype)
-    # the embedded problems are one line each; other data may go up to the limit
-    prompt = 64 if o.data == "arithmetic" else o.max_prompt_tokens
+    # problems that are made up are one line each; other data may go up to the limit
+    prompt = 64 if o.data in MADE_UP else o.max_prompt_tokens
     # all held-out problems before and after, a quarter of them in between
     evaluated = int(o.eval_problems * o.eval_n * (2 + (o.steps - 1) // o.eval_every / 4))
     # The worst case for memory, the mean for the time: see Workload.
