@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from torch import Tensor
 from .scale.distributed import ALONE, World, local
 from .cli import near
 from .files import HUB_ID, fetch, latest_checkpoint, read_json, sync_folder, write_atomic
+from .lora import ADAPTER, Lora, attach, fill, in_peft, is_adapter, merged
 from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
 
-# Short names of models: --model qwen2.5-7b.  `tiny` is the folder beside this file.
+# Short names of models: --model qwen2.5-7b.
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -46,6 +47,14 @@ ALIASES = {
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
     "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",  # instruct, as the hub has it: Qwen's base is -Base
+    "qwen3-0.6b-base": "Qwen/Qwen3-0.6B-Base",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-1.7b-base": "Qwen/Qwen3-1.7B-Base",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-4b-base": "Qwen/Qwen3-4B-Base",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-8b-base": "Qwen/Qwen3-8B-Base",
     "orz-7b": "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
     "octothinker-3b": "OctoThinker/OctoThinker-3B-Short-Base",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
@@ -57,7 +66,9 @@ ALIASES = {
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
+# The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -89,12 +100,13 @@ def load_pretrained(
     dtype: str = "float32",
     z_c: str | None = None,
     world: World = ALONE,
+    lora: Lora | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
     """Model and tokenizer of an alias, a hub id, a checkpoint folder or a run's folder.
 
     device: auto, cpu, cuda; dtype: auto (see auto_dtype), float32, bfloat16, float16, whatever the
     dtype on disk.  z_c: another readout token than the checkpoint's.  world: the ranks over which
-    the weights are spread.
+    the weights are spread.  lora: the adapters to give it; the weights are then those of lora.base.
     ValueError, FileNotFoundError or OSError, one line, for all that can be wrong with it.
     """
     folder = find_checkpoint(name)
@@ -110,7 +122,10 @@ def load_pretrained(
     tokenizer = Tokenizer.from_folder(folder)
     if z_c is not None:
         tokenizer.set_z_c(z_c)
-    model = _load_model(folder, torch.device(device), DTYPES[dtype], world)
+    if lora is not None:
+        folder, base = find_checkpoint(lora.base), ALIASES.get(lora.base.lower(), lora.base)
+        lora = replace(lora, base=base, z_c_id=tokenizer.z_c_id)
+    model = _load_model(folder, torch.device(device), DTYPES[dtype], world, lora)
     return model, tokenizer
 
 
@@ -126,10 +141,10 @@ def auto_dtype(folder: Path | None, device: str) -> str:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: `tiny`, a local folder (of a checkpoint, or of a run: its newest
+    """The folder of a checkpoint: an embedded one, a local folder (of a checkpoint, or of a run: its newest
     checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
-    path = TINY if text == "tiny" else Path(text).expanduser()
+    path = EMBEDDED.get(text) or Path(text).expanduser()
     if path.is_dir():
         return _local(path)
     if path.exists():
@@ -138,7 +153,8 @@ def find_checkpoint(name: str | Path) -> Path:
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
     if not HUB_ID.fullmatch(hub_id):
-        hint = near(text.lower(), ["tiny", *ALIASES], "; ".join(["tiny", *ALIASES]))
+        known = [*EMBEDDED, *ALIASES]
+        hint = near(text.lower(), known, "; ".join(known))
         raise FileNotFoundError(f"{text!r} is no folder, hub id (owner/name) or alias: {hint}")
     try:
         return _local(fetch(hub_id, NEEDED))
@@ -165,17 +181,21 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: World) -> CausalLM:
+def _load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, world: World, lora: Lora | None
+) -> CausalLM:
     """Build the model without memory (device meta), then hand it its tensors one by one."""
     config = load_config(folder)
     # On the device meta a tensor is a shape without memory.  Made on the CPU, the model would
     # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
+        if lora is not None:
+            attach(model, lora)
     world.fully_shard(model, device)
     # All headers before any tensor: what does not fit is said at once, not after gigabytes.
     files = {path: _read_header(path) for path in _weight_files(folder)}  # {path: {name: shape}}
-    expected = {name: list(t.shape) for name, t in model.state_dict().items()}
+    expected = {name: list(t.shape) for name, t in _weights(model).items()}
     found = {name: shape for shapes in files.values() for name, shape in shapes.items()}
     _check_names(folder, expected, found, config.tie_word_embeddings)
     for path, shapes in files.items():
@@ -192,7 +212,14 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: W
     for path, shapes in files.items():
         if config.tie_word_embeddings and "lm_head.weight" in shapes:
             _check_tied(path, model, world)
+    if lora is not None:
+        fill(model, world)
     return model
+
+
+def _weights(model: CausalLM) -> dict[str, Tensor]:
+    """A model's weights by name, without LoRA's adapters."""
+    return {name: t for name, t in model.state_dict().items() if not is_adapter(name)}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -298,6 +325,9 @@ def _check_tied(path: Path, model: CausalLM, world: World) -> None:
 # ---------------------------------------------------------------------------------------------
 # config.json: the dialects of Hugging Face's transformers, 4 and 5
 
+# What each family is called, and the size of a head where config.json does not say (None: C / H).
+FAMILIES = {"qwen2": ("Qwen2ForCausalLM", None), "qwen3": ("Qwen3ForCausalLM", 128),
+            "llama": ("LlamaForCausalLM", None)}  # fmt: skip
 # Far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
 LARGEST = {"vocab_size": 16_777_216, "hidden_size": 1_048_576, "intermediate_size": 1_048_576,
            "num_hidden_layers": 1024, "num_attention_heads": 65_536}  # fmt: skip
@@ -321,7 +351,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
     sliding = sliding or not isinstance(layers, list) or any(x != "full_attention" for x in layers)
     for unsupported, what in (
-        (kind not in ("qwen2", "llama"), f"model_type {kind!r:.40} (only qwen2 and llama are)"),
+        (str(kind) not in FAMILIES, f"model_type {kind!r:.40} (only {', '.join(FAMILIES)} are)"),
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r:.40}"),
         (raw.get("quantization_config"), "a model of quantised weights"),
         (sliding, "sliding-window attention (sliding_window, layer_types)"),
@@ -332,22 +362,24 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     heads = sizes["num_attention_heads"]
     theta, scaling = _rope_from_hf(raw)
     eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
-    # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one switch means
-    # all four.  transformers leaves out what equals the family's default, which is no for all.
-    qwen, bias = kind == "qwen2", bool(raw.get("attention_bias"))
+    # Qwen2 has q, k, v biases by construction and never an output bias; the one switch of the other
+    # families means all four.  transformers leaves out what equals the family's default: no.
+    qwen2, bias = kind == "qwen2", bool(raw.get("attention_bias"))
+    head_dim = FAMILIES[kind][1] or sizes["hidden_size"] // heads
     config = ModelConfig(
         model_type=kind,
         **sizes,
         num_key_value_heads=_number(raw, "num_key_value_heads", heads, most=heads),
-        head_dim=_number(raw, "head_dim", sizes["hidden_size"] // heads, most=65_536),
+        head_dim=_number(raw, "head_dim", head_dim, most=65_536),
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, float, 1.0),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=_number(raw, "max_position_embeddings", 2048, most=2**31),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        attention_bias=qwen or bias,
-        attention_output_bias=bias and not qwen,
-        mlp_bias=bool(raw.get("mlp_bias")) and not qwen,
+        attention_bias=qwen2 or bias,
+        attention_output_bias=bias and not qwen2,
+        qk_norm=kind == "qwen3",
+        mlp_bias=bool(raw.get("mlp_bias")) and kind == "llama",
         initializer_range=_number(raw, "initializer_range", 0.02, float, 1000.0),
         eos_token_id=tuple(i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int),
         bos_token_id=bos if type(bos) is int else None,
@@ -362,10 +394,10 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
-    llama, eos = config.model_type == "llama", config.eos_token_id
+    kind, eos = config.model_type, config.eos_token_id
     theta, scaling = config.rope_theta, config.rope_scaling
     raw = {
-        "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
+        "architectures": [FAMILIES[kind][0]],
         **asdict(config),
         "hidden_act": "silu",
         # both dialects: the old pair, and transformers 5's rope_parameters
@@ -376,9 +408,11 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "eos_token_id": [*eos] if len(eos) > 1 else eos[0] if eos else None,
     }
     # What the family says by itself (see above) is left out.
-    del raw["attention_output_bias"]
-    if not llama:
-        del raw["attention_bias"], raw["mlp_bias"]
+    del raw["attention_output_bias"], raw["qk_norm"]
+    if kind == "qwen2":
+        del raw["attention_bias"]
+    if kind != "llama":
+        del raw["mlp_bias"]
         raw["use_sliding_window"] = False
     return {k: v for k, v in raw.items() if v is not None or k == "rope_scaling"}
 
@@ -434,7 +468,8 @@ def save_pretrained(
     """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
     also what `load_state` reads, in its folder `state/`.
 
-    Weights keep the model's dtype; a tied matrix is written once.  The folder appears whole.  In
+    Weights keep the model's dtype; a tied matrix is written once.  LoRA's adapters are merged into
+    them, and lie in the folder `adapter/` as well, as PEFT has them.  The folder appears whole.  In
     a folder that exists each file is replaced whole, and foreign files stay.  OSError if the disk
     is full or read-only; nothing is left behind then.
 
@@ -442,8 +477,12 @@ def save_pretrained(
     of one tensor after the other, and never holds a second model.
     """
     folder = Path(folder).expanduser().resolve()
+    adapter_config, adapters = in_peft(model, world)
     if not world.is_first:  # no files, but its parts, in the same order
-        _write_weights(model.state_dict(), folder, shard_bytes, world)
+        with merged(model, world):
+            _write_weights(_weights(model), folder, shard_bytes, world)
+        if adapters:
+            _write_tensors(folder, adapters, world)
         if state is not None:
             _write_tensors(folder, state[0], world)
         return
@@ -458,7 +497,13 @@ def save_pretrained(
         # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
         for name, content in tokenizer.files().items():
             write_atomic(temporary / name, content)
-        _write_weights(model.state_dict(), temporary, shard_bytes, world)
+        with merged(model, world):
+            _write_weights(_weights(model), temporary, shard_bytes, world)
+        if adapters:
+            (temporary / ADAPTER).parent.mkdir()
+            beside = temporary / ADAPTER.with_name("adapter_config.json")
+            write_atomic(beside, _json(adapter_config))
+            _write_tensors(temporary / ADAPTER, adapters, world)
         if state is not None:
             save_state(temporary / "state", *state, world)
         sync_folder(temporary)
@@ -606,8 +651,8 @@ def _guarded(folder: Path) -> list[str]:
     the checkpoint around it, for a state fits those weights and no others."""
     names = ["state.safetensors"]
     if (folder.parent / "config.json").is_file():
-        beside = sorted({p.name for pattern in NEEDED for p in folder.parent.glob(pattern)})
-        names += [f"../{name}" for name in beside]
+        beside = {p for pattern in (*NEEDED, "adapter/*") for p in folder.parent.glob(pattern)}
+        names += sorted(f"../{p.relative_to(folder.parent)}" for p in beside)
     return names
 
 
