@@ -33,19 +33,18 @@ from tqdm import tqdm
 from nanolaser import metrics
 from nanolaser.checker import is_equivalent
 from nanolaser.cli import (
-    ModelOptions, Progress, apply_preset, main_guard, option, parse_args, standard_input,
+    Progress, apply_preset, main_guard, option, parse_args, standard_input,
 )  # fmt: skip
 from nanolaser.files import to_jsonl
-from nanolaser.judge import check_prompts, default_new_tokens, open_model
+from nanolaser.judge import SamplingOptions, check_prompts, open_model
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
 from nanolaser.rollout import Rollout, judged_rows
 from nanolaser.sampler import generate
-from nanolaser.scale.plan import default_kv_cache_gb
 
 
 @dataclass
-class Options(ModelOptions):
+class Options(SamplingOptions):
     """One problem, several solutions."""
 
     problem: str | None = option(None, "the problem; - reads it from standard input",
@@ -55,15 +54,6 @@ class Options(ModelOptions):
     n: int | None = option(None, "solutions; the most there may be, with --adaptive",
                            group="solutions", min=1,
                            shown="1, 8 with --vote, 32 with --adaptive")
-    temperature: float = option(1.0, "of sampling; 0 always takes the likeliest token",
-                                group="solutions", min=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
-                          group="solutions", above=0, max=1)
-    max_new_tokens: int | None = option(None, "longest solution", group="solutions", min=1,
-                                        shown="half of the model's positions, at most 4096")
-    max_rows: int = option(256, "solutions sampled at the same time", group="solutions", min=1)
-    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="solutions",
-                                       shown="half of what is free")
     vote: bool = option(False, "let the solutions decide together", group="vote")
     adaptive: bool = option(False, "vote, and stop when the decision is settled", group="vote")
     batch: int = option(4, "solutions between two looks of --adaptive", group="vote", min=1)
@@ -141,10 +131,7 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
         while len(rows) < n:
             new = generate(
                 model, tokenizer, [problem.problem],
-                n=min(n - len(rows), o.batch if o.adaptive else n),
-                max_new_tokens=o.max_new_tokens or default_new_tokens(model), seed=o.seed,
-                temperature=o.temperature, top_p=o.top_p, max_rows=o.max_rows,
-                kv_cache_gb=o.kv_cache_gb or default_kv_cache_gb(model.device),
+                n=min(n - len(rows), o.batch if o.adaptive else n), **o.how(model),
                 # Solution i draws from random stream i, in whichever call it is sampled: so the
                 # budget that --adaptive leaves unused is all that tells it from a plain vote.
                 streams=[len(rows)], on_finish=finish, on_step=stream if alone else progress.step,

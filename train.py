@@ -36,9 +36,10 @@ import sys
 import time
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
-from nanolaser import grpo, laser, log
+from nanolaser import grpo, laser, log, scoring
 from nanolaser.checkpoint import EMBEDDED
 from nanolaser.cli import (
     apply_preset,
@@ -83,6 +84,9 @@ class Options:
         "and <answer> tags", shown="the model's own")
     thinking: bool | None = what(None, "think before answering, where the template knows that",
         shown="as the template has it")
+    reward: str | None = what(None, "r_v by a function of your own, in evaluations too: see "
+        "docs/own-reward.md", metavar="FILE.py:FUNCTION",
+        shown="the checker")
     trial: bool = what(False, "this run in miniature: three steps, one of each phase")
     seed: int = what(0, "of problems and sampling", min=0)
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -97,6 +101,9 @@ class Options:
     max_prompt_tokens: int = sampling(2048, "longer problems are left out", min=1)
     # no top-p here: the policy gradient is that of the distribution that was sampled from
     temperature: float = sampling(1.0, "of the policy; z_c is read at 1", above=0)
+    # (DAPO's dynamic sampling, but what has nothing to compare still teaches r_s)
+    refill: int = sampling(0, "times that fresh problems are sampled in place of groups whose "
+        "rewards are all equal; only the loss on r_s learns from those then", min=0, max=100)
     max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
     kv_cache_gb: float | None = sampling(
         None, "GB the KV cache may take", above=0, shown="what the plan leaves")
@@ -108,19 +115,38 @@ class Options:
     # normalising a group whose r_s hardly differs would make a signal out of noise
     min_std: float = self_rewarding(0.1, "groups whose r_s varies less keep tau = 0", min=0, max=1)
     c_ref: float | str = self_rewarding("auto", "nats; auto: the model's own, else measured first; "
-        "estimate: measured first", words=("auto", "estimate"))
+        "estimate: measured first; exact: log pi_ref(z_c) of each solution by a frozen second "
+        "model (evaluations and checkpoints have the measured mean)",
+        words=("auto", "estimate", "exact"))
     c_ref_pairs: int = self_rewarding(300, "solutions that c_ref is the mean over", min=1)
     z_c: str | None = self_rewarding(None, "readout token", metavar="TOKEN", shown="by model")
     reasoning_warmup: int = self_rewarding(40, "steps of plain GRPO", min=0, paper=200)
     self_reward_warmup: int = self_rewarding(
         60, "steps of learning r_s before it enters the advantage", min=0, paper=200)
     self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
+    class_weights: bool = self_rewarding(True, "right and wrong weigh the same in that loss")
 
     lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
     weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
     grad_clip: float = updating(1.0, "largest gradient norm", above=0, max=1e9)
+    advantage_std: bool = updating(True, "divide advantages by the group's std (off: Dr. GRPO)")
+    aggregate: str = updating("token", "the policy loss is a mean over all tokens, a mean over "
+        "solutions of theirs, or a sum over tokens / (solutions * --max-new-tokens)",
+        choices=("token", "sequence", "constant"))
+    truncated: str = updating("keep", "solutions cut off: learned from like others, left out of "
+        "the policy loss, or with r_v = 0 whatever their box says",
+        choices=("keep", "mask", "zero"))
+    # DAPO has 0.2 and 0.28
+    clip_low: float = updating(0.2, "PPO's clip below ratio 1; idle at one update a batch", min=0,
+        max=1)
+    clip_high: float = updating(0.2, "and above it; likewise", min=0, max=100)
+    # the weights stay, and a correction of rank R beside each linear layer learns
+    lora_rank: int = updating(0, "R of LoRA's adapters; 0: all weights learn", min=0, max=1024)
+    lora_alpha: float | None = updating(
+        None, "scale of the adapters, times R", above=0, max=1e6, shown="twice the rank")
+    lora_targets: str = updating("all", "linear layers adapted", choices=("all", "attention"))
     # one update a batch, as in the paper: the policy that learns is the one that sampled
     updates_per_batch: int = updating(1, "optimizer steps on each batch", min=1)
     micro_batch_tokens: int = updating(2048, "tokens a forward pass", min=1, paper=16384)
@@ -165,12 +191,17 @@ def new_options(o: Options, given) -> Options:
         o = dataclasses.replace(o, eval_data=o.data if same else "math500")
     if o.algorithm == "grpo":
         o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
+        raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
     if o.alpha == 0 and o.tau:
         # An untrained readout is noise, and noise must not enter the advantage.
         if "tau" in given:
             raise ValueError(f"--tau {o.tau:g} with --alpha 0: r_s is never trained; leave one out")
         print("--alpha 0: r_s is not trained, so it gets no share in the advantage (--tau 0)")
         o = dataclasses.replace(o, tau=0.0)
+    if o.c_ref == "exact" and o.self_reward_loss != "mse":
+        raise ValueError(f"--c-ref exact with --self-reward-loss {o.self_reward_loss}: its score "
+                         "is pi(z_c) itself, and there is no c_ref in it")  # fmt: skip
     if o.trial:
         smaller = {k: min(v, getattr(o, k)) for k, v in TRIAL.items()}
         smaller["out"] = o.out or f"runs/{short_name(o)}-trial"
@@ -186,59 +217,91 @@ MAX_SKIPPED = 5  # non-finite updates in a row after which the run stops
 
 def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     """Sample, check, reward, compare, update; returns (metrics of the step, its rollouts)."""
-    o, model, tokenizer, world = run.o, run.model, run.tokenizer, run.world
-    clock = [time.perf_counter()]
+    o, tokenizer = run.o, run.tokenizer
     phase = laser.phase(step, o.reasoning_warmup, o.self_reward_warmup)
-
-    # 1. Sample.  P problems, G solutions of each; every rank samples its share of the problems.
-    #    The seed depends on the step alone: a resumed run draws what it would have drawn.
-    problems, how = run.stream.at(step), {"seed": o.seed * 1_000_003 + step, **o.sampling()}
-    rollouts = grpo.sample(model, tokenizer, problems, o.group_size, world, **how)
-    clock.append(time.perf_counter())
-
-    # 2. Check.  r_v = 1 where the boxed answer equals the gold answer.  Then the ranks exchange
-    #    rollouts: from here on each has the whole batch.
-    judge(rollouts, problems, tokenizer, gate="tags" if tokenizer.asks_for_tags else "box")
-    rollouts = grpo.of_all_ranks(rollouts, world)
-    clock.append(time.perf_counter())
+    rollouts, seconds = sample_and_check(run, step)  # 1. and 2.
+    start = time.perf_counter()
 
     # 3. Reward.  r_s, from log pi(z_c) as the sampler has read it.  The loss in 5. reads it anew,
     #    with a gradient; the largest difference of the two is logged as zc_gap.
     names = ("r_v", "logp_zc", "finished")
     r_v, logp_zc, finished = (grpo.stack(rollouts, name, o.group_size) for name in names)  # (P, G)
-    r_s = laser.self_reward(logp_zc, tokenizer.c_ref, tokenizer.beta_v, o.self_reward_loss)
+    c_ref = torch.full_like(logp_zc, tokenizer.c_ref)  # (P, G): constant, but for an ablation
+    if run.reference is not None:
+        c_ref = grpo.stack(rollouts, "logp_ref", o.group_size)
+    r_s = laser.self_reward(logp_zc, c_ref, tokenizer.beta_v, o.self_reward_loss)
     for rollout, score in zip(rollouts, r_s.flatten().tolist()):
         rollout.r_s = score if rollout.finished else None
 
     # 4. Compare within each group.  r_s has a say only once it has learned to speak.
     r_v, r_s = r_v.float(), r_s.float()
     tau = o.tau if phase == "integrated" else 0.0
-    advantages = laser.mixed_advantages(r_v, r_s, finished, tau, o.min_std)  # (P, G)
-    weights = laser.class_weights(r_v, finished)  # (P, G)
+    advantages = laser.mixed_advantages(r_v, r_s, finished, tau, o.min_std, o.advantage_std)
+    weights = laser.class_weights(r_v, finished, o.class_weights)  # (P, G)
     for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
         rollout.advantage = advantage
+
+    #    Which solutions the policy learns from, and what a token of each weighs: all, and the same.
+    counted = finished if o.truncated == "mask" else torch.ones_like(finished)
+    if o.refill:
+        counted = counted & laser.informative(r_v)[:, None]
+    lengths = torch.tensor([len(r.response_tokens) for r in rollouts]).view_as(finished)
+    advantages = advantages * laser.token_weights(lengths, counted, o.aggregate, o.max_new_tokens)
 
     # 5. Update: policy loss + alpha * weighted (r_s - r_v)^2, over the whole batch, once.
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, o)
     loss = grpo.Loss(
         alpha=o.alpha if phase != "reasoning" else 0.0, beta_v=tokenizer.beta_v,
-        c_ref=tokenizer.c_ref, z_c_id=tokenizer.z_c_id, kind=o.self_reward_loss,
+        c_ref=c_ref.flatten(), z_c_id=tokenizer.z_c_id, kind=o.self_reward_loss,
+        clip_low=o.clip_low, clip_high=o.clip_high,
         z_wrong_id=tokenizer.unused_special_ids()[0] if o.self_reward_loss == "sft" else 0,
         temperature=o.temperature,
     )  # fmt: skip
     learned = grpo.update(
-        model, run.optimizer, rollouts, advantages, weights, loss, o.micro_batch_tokens,
+        run.model, run.optimizer, rollouts, advantages, weights, loss, o.micro_batch_tokens,
         o.grad_clip, o.updates_per_batch,
     )  # fmt: skip
-    clock.append(time.perf_counter())
+    seconds["seconds_update"] = time.perf_counter() - start
 
-    seconds = [b - a for a, b in zip(clock, clock[1:])]
     m = {"step": step, "phase": phase, **log.statistics(rollouts, o.group_size), **learned}
-    m |= dict(zip(("seconds_rollout", "seconds_check", "seconds_update"), seconds))
-    tokens = sum(len(r.response_tokens) for r in rollouts)
-    m |= {"tokens_per_second": tokens / seconds[0], "lr": learning_rate(step, o)}
-    return m, rollouts
+    if o.refill:
+        m["refilled_groups"] = len(r_v) - o.problems_per_step
+    m |= seconds | {"tokens_per_second": lengths.sum().item() / seconds["seconds_rollout"]}
+    return m | {"lr": learning_rate(step, o)}, rollouts
+
+
+def sample_and_check(run: Run, step: int) -> tuple[list[Rollout], dict[str, float]]:
+    """The first two parts of a step: (rollouts of all ranks with their r_v, seconds of each)."""
+    o, tokenizer, world, clock = run.o, run.tokenizer, run.world, [time.perf_counter()]
+    gate = "tags" if tokenizer.asks_for_tags else "box"
+    how = {"seed": o.seed * 1_000_003 + step, **o.sampling()}
+    rollouts, fresh = [], 0
+    for _ in range(1 + o.refill):
+        # 1. Sample.  P problems, G solutions of each; every rank samples its share of the problems.
+        #    The seed depends on the step alone: a resumed run draws what it would have drawn.
+        problems, first = run.stream.at(step, fresh), len(rollouts) // o.group_size
+        mine = grpo.sample(run.model, tokenizer, problems, o.group_size, world, first, **how)
+        if run.reference is not None:
+            scoring.reference(run.reference, tokenizer.z_c_id, mine, world)
+        clock.append(time.perf_counter())
+
+        # 2. Check.  r_v = 1 where the boxed answer equals the gold answer.  Then the ranks exchange
+        #    rollouts: from here on each has the whole batch.
+        judge(mine, problems, tokenizer, gate, run.reward)
+        for r in mine:
+            if o.truncated == "zero" and not r.finished:
+                r.r_v = 0.0
+        rollouts += grpo.of_all_ranks(mine, world)
+        clock.append(time.perf_counter())
+
+        # With --refill: a fresh problem for each group that has nothing to compare.
+        r_v = grpo.stack(rollouts, "r_v", o.group_size)
+        fresh = int((~laser.informative(r_v)).sum())
+        if len(r_v) == o.problems_per_step + fresh:
+            break
+    spans = [b - a for a, b in zip(clock, clock[1:])]
+    return rollouts, {"seconds_rollout": sum(spans[::2]), "seconds_check": sum(spans[1::2])}
 
 
 def learning_rate(step: int, o: Options) -> float:
@@ -270,7 +333,7 @@ def main() -> int:
 def loop(run: Run, first: int) -> int:
     """Step after step.  Returns 0 after the last one, else the exit code."""
     o, folder, stop = run.o, run.folder, run.stop
-    watch, skipped_in_a_row = log.Watch(), 0
+    watch, skipped_in_a_row, phase = log.Watch(), 0, None
     stop.in_step = True
     bar = tqdm(total=o.steps, initial=first - 1, disable=not is_terminal(), unit="step")
     for step in range(first, o.steps + 1):
@@ -282,7 +345,12 @@ def loop(run: Run, first: int) -> int:
         folder.append("samples.jsonl", rows[: o.group_size])
         bar.set_postfix(reward=f"{m['reward']:.2f}", tok_s=f"{m['tokens_per_second']:.0f}")
         bar.update()
-        tqdm.write(log.step_line(m, o.steps))
+        new, phase = m["phase"] != phase, m["phase"]
+        if new:
+            tqdm.write(log.phase_lines(phase, step, o))
+        # Every tenth step is enough for the eye, unless steps are slow; metrics.jsonl has them all.
+        if new or step % 10 == 0 or step == o.steps or m["seconds_rollout"] > 5:
+            tqdm.write(log.step_line(m))
         for text in watch.look(m, o.problems_per_step):
             warn(text)
 
@@ -297,7 +365,7 @@ def loop(run: Run, first: int) -> int:
                       "--lr", file=sys.stderr)  # fmt: skip
             return 1
         if step % o.eval_every == 0 and step < o.steps:
-            e = {"step": step, **evaluate(run, run.test[: len(run.test) // 4 or 1], "eval")}
+            e = {"step": step, **evaluate(run, run.test[: len(run.test) // 4 or 1], "eval")[0]}
             folder.append("evals.jsonl", [e])
             tqdm.write(log.eval_line(step, e))
         stopping = stop.agreed()  # asked once: it may come between the next two lines

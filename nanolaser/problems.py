@@ -210,15 +210,17 @@ class ProblemStream:
         self.problems_per_step, self.seed = problems_per_step, seed
         self._epoch, self._order = -1, []  # the order that was asked for last
 
-    def at(self, step: int) -> list[Problem]:
-        """The problems of one step, counted from 1."""
-        P = self.problems_per_step
+    def at(self, step: int, more: int = 0) -> list[Problem]:
+        """The problems of one step, counted from 1, and `more` fresh ones after them."""
+        P, seed = self.problems_per_step, self.seed * 1_000_003 + step
         if self.made_up:
             # No two steps of a run share a seed, and neither do two runs of up to a million steps.
-            return made_up_problems(P, self.seed * 1_000_003 + step, name=self.made_up)
+            return made_up_problems(P + more, seed, name=self.made_up)
         # 10 problems, 4 a step: step 3 takes the last 2 of epoch 0 and the first 2 of epoch 1.
         places = range((step - 1) * P, step * P)
-        return [self._problem(place) for place in places]
+        # Fresh ones are any others: taken from the epoch, they would move every later step.
+        fresh = random.Random(seed).choices(self.problems, k=more)
+        return [self._problem(place) for place in places] + fresh
 
     def for_c_ref(self, count: int) -> list[Problem]:
         """`count` problems that differ, or as many as there are: those that c_ref is measured on,
@@ -312,6 +314,76 @@ def _text(value: Any, where: str, notes: Counter) -> str:
     clean = clean.replace("\0", "\ufffd")
     notes["texts held NUL or half characters; U+FFFD stands for them"] += clean != text
     return clean.strip()
+
+
+# ---------------------------------------------------------------------------------------------
+# solutions that somebody has sampled
+
+
+def read_solutions(name: str, **how: Any) -> Iterator[tuple[int, dict]]:
+    """(line, row) of the solutions in a JSONL file, whoever sampled them: `problem` or `question`
+    and `response` or `solution`, or `messages` as OpenAI's API has them, or token ids; `gold` is
+    the reference answer, where there is one.  All else that a row holds stays in it.
+
+    `how` goes to files.read_jsonl.  ValueError "FILE:LINE ..." for a row that makes no sense; with
+    `on_damage`, that is told (line, why) instead.
+    """
+    on_damage = how.get("on_damage")
+    for number, row in read_jsonl(name, **how):
+        try:
+            yield number, _solution(row)
+        except ValueError as error:
+            if on_damage is None:
+                raise ValueError(f"{name}:{number}: {error}") from None
+            on_damage(number, str(error))
+
+
+# Which key holds the tokens of which text.
+TOKENS = {"problem": "prompt_token_ids", "response": "response_token_ids"}
+
+
+def _solution(row: dict) -> dict:
+    """A row under the names of rollout rows; ValueError if something is missing or of a wrong
+    kind."""
+    row = dict(row) | (_conversation(row["messages"]) if "messages" in row else {})
+    for name, other in (("problem", "question"), ("response", "solution")):
+        # Benchmarks say question; people say solution where rollout rows say response.
+        if row.get(name) is None:
+            row[name] = row.get(other)
+        text, ids = row[name], row.get(TOKENS[name])
+        if ids is not None and not (isinstance(ids, list) and ids and
+                                    all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+            raise ValueError(f"{TOKENS[name]} must be a list of token ids")
+        if text is None and ids is None:  # with token ids, the text is not needed
+            raise ValueError(f"no {name}")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name} must be text")
+    # In a rollout row `answer` is what the model said.  A row of a benchmark, with a solution
+    # added, has no `gold` and no verdict: there it is the reference.
+    if not {"gold", "r_v"} & set(row):
+        row["gold"] = next((row[k] for k in FIELDS["answer"] if row.get(k) is not None), None)
+    gold = row.get("gold")
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float, type(None))):
+        raise ValueError("gold must be text or a number")
+    row["gold"] = None if gold is None else str(gold).rpartition("####")[2].strip()  # as GSM8K's
+    return row
+
+
+def _conversation(messages: Any) -> dict:
+    """{problem, response} of [{"role": "user", "content": ...}, {"role": "assistant", ...}]."""
+    try:
+        # The instruction of a system message belongs to the prompt, not to the problem.
+        turns = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
+        (asked, problem), (said, response) = turns
+        # A content may come in parts: [{"type": "text", "text": ...}]
+        problem, response = (c if isinstance(c, str) else "".join(part["text"] for part in c)
+                             for c in (problem, response))  # fmt: skip
+        if (asked, said) == ("user", "assistant"):
+            return {"problem": problem, "response": response}
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise ValueError("messages must be one question of the user and one answer of the assistant, "
+                     "in text") from None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -187,7 +187,8 @@ def class_weights(solutions: list[Solution]) -> None:
     right and 2 wrong ones each right one weighs 8 / 12, each wrong one 8 / 4.  Truncated ones 0."""
     ended = [s for s in solutions if s.finished]
     for s in ended:
-        s.weight = len(ended) / (2 * sum(other.r_v == s.r_v for other in ended))
+        s.weight = len(ended) / (2 * sum(
+            (other.r_v > 0.5) == (s.r_v > 0.5) for other in ended))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------

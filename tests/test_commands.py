@@ -301,6 +301,11 @@ BAD = [
     ("evaluate.py", ["--compare", "HERE/none", "HERE"], "no such folder"),
     ("evaluate.py", ["--scores", "HERE/good.jsonl"], "--scores needs --output"),
     ("evaluate.py", ["--scores", "x", "--output", "HERE"], "holds no evaluation"),
+    ("evaluate.py", ["--samples", "HERE/none.jsonl"], "none.jsonl"),
+    ("evaluate.py", ["--samples", "HERE/bad.jsonl"], "bad.jsonl:1"),
+    ("evaluate.py", ["--samples", "HERE/good.jsonl", "--generative"], "--samples"),
+    ("evaluate.py", ["--fit-threshold", "HERE/good.jsonl"], "good.jsonl:1"),
+    ("verify.py", ["--problem", "x", "--solution", "y", "--fit-threshold", "HERE/none"], "none"),
 ]
 
 

@@ -254,7 +254,7 @@ def test_z_c_lies_outside_the_response():
              for i, r in enumerate(rollouts)]  # fmt: skip
     for r in rollouts:
         r.r_v = 0.0
-    rows = [(r, 0.5, float(r.finished), None) for r in rollouts]
+    rows = [(r, 0.5, float(r.finished), -15.0, None) for r in rollouts]
     t = grpo.targets(rows, texts, loss_of(temperature=0.7), torch.device("cpu"))
     ends = t.weight > 0
     assert ends.sum() == sum(r.finished for r in rollouts)
