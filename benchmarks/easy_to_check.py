@@ -112,6 +112,12 @@ def in_words(folder: Path) -> list[dict]:
     return [row | {"r_s": said.get(key(row)), "r_s_if_ended": None} for row in read(folder)]
 
 
+def last_line(rows: list[dict]) -> list[dict]:
+    """The solutions with what anybody can see in the place of r_s: is nothing left?"""
+    nothing = lambda row: float("=0\n\\boxed{" in row["response"])  # noqa: E731
+    return [row | {"r_s": nothing(row)} for row in rows]
+
+
 def intervals(seeds: list[list[dict]], draws: int) -> dict[str, list[float]]:
     """Metric -> [mean over the seeds, lowest, highest of 95 % of draws of problems and seeds]."""
     eight = [[row for row in rows if row["sample"] < 8] for rows in seeds]
@@ -173,7 +179,8 @@ def collect(o: Options) -> dict:
                     for s in o.seeds],
         "table": {"before RL, asked in words": intervals([in_words(base)], o.draws),
                   "before RL, r_s": intervals([read(base)], o.draws),
-                  "after RL, r_s": intervals(after, o.draws)},
+                  "after RL, r_s": intervals(after, o.draws),
+                  "after RL, by the last line": intervals(list(map(last_line, after)), o.draws)},
         "each": {name: [metrics.statistics([r for r in rows if r["sample"] < 8], is_equivalent)[m](
             np.arange(o.problems)) for rows in after] for name, m in METRICS.items()},
         "curves": {way: np.mean([c[way] for c in each], axis=0).tolist() for way in each[0]},
@@ -314,9 +321,11 @@ shared core), `--report` this page and its picture from `easy-to-check.json`.
 
 ## What it is not
 
-The last line of a solution says nearly everything: a program sees as well whether it ends in `=0`,
-and r_s has to learn little more than to read that. This is not a hard verification problem; it is
-what a readout of one token can be worth where verification is not the hard part. The base model was
+The last line of a solution says nearly everything, and r_s has to learn little more than to read
+whether it ends in `=0`. (A little more it does learn: the last row of the first table is that rule
+alone, which is fooled by a wrong difference, by a letter used twice, and by a number that is not
+its letter's.) This is not a hard verification problem; it is what a readout of one token can be
+worth where verification is not the hard part. The base model was
 trained by supervised learning on tries that are mostly wrong and on checks in words
 (`python -m nanolaser.tiny --task subset-sum`); r_s, like everywhere, was learned in RL alone. The
 rule-based checker compares with the one solution; `--reward nanolaser/tiny/subset_sum.py:reward`
