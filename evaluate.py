@@ -14,7 +14,7 @@ What is written into --output:
     config.json     what was evaluated; a folder that holds something else is refused
     samples.jsonl   every solution, a problem's as soon as all of them are there
     results.json    {data set: accuracy, votes, verification, ...}
-    NAME.png        votes, reliability, r_s, length of each data set (where matplotlib is)
+    NAME.svg        votes, reliability, r_s, length of each data set: a picture
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
 solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
@@ -40,8 +40,8 @@ import math
 import platform
 import zlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,7 +52,9 @@ from nanolaser.checkpoint import find_checkpoint, load_pretrained
 from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
 from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
 from nanolaser.judge import (
-    check_prompts, default_new_tokens, judge, log_probability, open_model, tokens_of)
+    OWN_SCORES, check_prompts, confidences, default_new_tokens, fitted_threshold, judge, open_model,
+    own_scores, tokens_of,
+)  # fmt: skip
 from nanolaser.problems import (
     ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
 )  # fmt: skip
@@ -97,12 +99,14 @@ class Options(ModelOptions):
         metavar="FILE.py:FUNCTION", shown="the checker")
     token_ids: bool = sampling(False, "keep the solutions' tokens in samples.jsonl")
 
+    fit_threshold: str | None = verifiers(None, metavar="FILE", help="also verdicts at the threshold "
+        "of r_s with the best F1 on these solved problems: samples.jsonl of another evaluation")
     generative: bool = verifiers(False,
         "also ask the model in words whether each solution is right: the baseline of r_s")
     log_ratio: str | None = verifiers(None, metavar="MODEL", help="also score each solution by "
         "log pi - log pi_ref, this being the reference: what the model was before RL")
-    scores: str | None = verifiers(None, metavar="FILE",
-        help="an external verifier's scores of the solutions in --output")
+    scores: tuple[str, ...] = verifiers((), metavar="FILE|NAME,...", help="other scores of the "
+        f"solutions in --output: files, or {', '.join(OWN_SCORES)}, vote-share")
     score_scale: str | None = verifiers(None, choices=("sigmoid", "rank", "none"),
         help="how external scores outside [0, 1] are brought there", shown="refused")
     threshold: float = verifiers(0.5, "external scores above it, once scaled, say right")
@@ -113,7 +117,7 @@ class Options(ModelOptions):
     def __post_init__(self):
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
-        if self.scores is not None and self.output is None:
+        if self.scores and self.output is None:
             raise ValueError("--scores needs --output, the folder of the solutions they belong to")
 
     def memory(self, model) -> dict:
@@ -124,11 +128,11 @@ class Options(ModelOptions):
 
 def main() -> int:
     """Load, sample what is missing, measure, write, show."""
-    o, _ = parse_args(Options, description=__doc__.split("\n\n")[0])
+    o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
     if o.compare:
         return compare(*o.compare)
-    if o.scores is not None:
-        return external_scores(o)
+    if o.scores:
+        return other_scores(o, given)
 
     # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
@@ -141,6 +145,7 @@ def main() -> int:
     for problems in sets.values():
         check_prompts(model, tokenizer, [p.problem for p in problems])
     limit = o.max_new_tokens or default_new_tokens(model)
+    fitted_threshold(o.fit_threshold)
     run = open_results(o, identity(o, sets, model, tokenizer, limit))
     count = f"{sum(map(len, sets.values()))} problems x {o.n}"
     print(f"{o.model}: {count}, up to {limit} tokens each, results in {run.path}")
@@ -164,6 +169,11 @@ def main() -> int:
     if reference:
         for name, entry in log_ratio_entries(model, tokenizer, run, reference, o).items():
             results[name]["log_ratio"] = entry
+    if o.fit_threshold:
+        for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+            threshold = fitted_threshold(o.fit_threshold, rows)
+            results[name]["verification_fitted"] = {
+                "threshold": threshold, **metrics.verification(rows, threshold)}
     run.write_json("results.json", results)
     show(run, results, votes)
     return 0
@@ -241,6 +251,7 @@ def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
         "model": o.model,
         "weights": digest(weights.numpy().tobytes()),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "thinking": o.thinking,
         "z_c": tokenizer.z_c,
         "c_ref": tokenizer.c_ref,
         "beta_v": tokenizer.beta_v,
@@ -423,6 +434,9 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
     verifiers = {}
     for name, entry in results.items():
         verifiers[name] = entry["verification"]
+        if "verification_fitted" in entry:
+            fitted = entry["verification_fitted"]
+            verifiers[f"{name}: r_s > {fitted['threshold']:.3f}"] = fitted
         for key, label in (("generative_verification", "in words"), ("log_ratio", "log ratio")):
             if key in entry:
                 verifiers[f"{name}: {label}"] = entry[key]
@@ -434,8 +448,8 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
                   f"(r_s: 1); {report.percent(words['undecided'])} % undecided")
     print()
     for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
-        picture = run.path / f"{name.replace('/', '-')}.png"
-        print(report.evaluation(picture, name, rows, votes[name]))
+        picture = run.path / f"{name.replace('/', '-')}.svg"
+        print(report.save(picture, report.evaluation(name, rows, votes[name])))
     print(f"results {run.path}/results.json")
 
 
@@ -502,7 +516,8 @@ def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Opti
             raise ValueError(f"--log-ratio {o.log_ratio}: it cuts text into other tokens than "
                              f"{o.model}")
         prompts, responses = zip(*(tokens_of(tokenizer, row) for row in ended)) or ((), ())
-        sums = [log_probability(m, prompts, responses) for m in (model, before)]
+        sums = [confidences(m, prompts, responses, tokenizer.size)["logprob"]
+                for m in (model, before)]
         quality = metrics.verification(rescored(ended, (a - b for a, b in zip(*sums))))
         # A sum of log ratios is no probability: it orders solutions, and that is all.
         entries[name] = {"reference": o.log_ratio} | {
@@ -528,29 +543,48 @@ def read_samples(folder: str) -> list[dict]:
     return rows
 
 
-def external_scores(o: Options) -> int:
-    """The same metrics for somebody else's scores of the same solutions, beside those of r_s."""
+def other_scores(o: Options, given: Set[str]) -> int:
+    """The same metrics for other scores of the same solutions, beside those of r_s."""
     rows = read_samples(o.output)
-    scores, own = read_scores(o.scores, rows)
-    outside = [s for s in scores if s is not None and not 0 <= s <= 1]
-    # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows whether
-    # 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look like a result.
-    if outside and not own and o.score_scale is None:
-        raise ValueError(f"{o.scores}: {len(outside)} scores lie outside [0, 1] ({outside[0]:g}); "
-                         "say --score-scale sigmoid (for logits), rank, or none (they are cut off)")
-    label, results, votes, shown = Path(o.scores).stem, {}, {}, {}
-    theirs = by_set(rescored(rows, scores))
-    for name, mine in by_set(rows).items():
-        values = scaled([row["r_s"] for row in theirs[name]], o.score_scale)
-        results[name], votes[name] = entry_of(name, rescored(mine, values), o.threshold)
-        results[name]["score_scale"] = o.score_scale
-        shown[f"{name}: r_s"] = metrics.verification(mine)
-        shown[f"{name}: {label}"] = results[name]["verification"]
-    out = Path(o.output) / f"scores-{label}.json"
-    write_atomic(out, json.dumps(results, indent=2) + "\n")
+    shown = {f"{name}: r_s": metrics.verification(mine) for name, mine in by_set(rows).items()}
+    found, names = {}, [name for name in o.scores if name in OWN_SCORES]
+    if names:
+        # The model that wrote the solutions, unless another one is asked for.
+        wrote = read_identity(Path(o.output))["model"]
+        model, tokenizer = open_model(o if "model" in given else replace(o, model=wrote))
+        ended = [i for i, row in enumerate(rows) if row["finished"]]
+        for name, x in own_scores(model, tokenizer, [rows[i] for i in ended], names).items():
+            mine = dict(zip(ended, x))
+            found[name] = [mine.get(i) for i in range(len(rows))]
+    for source in o.scores:
+        scale, label = o.score_scale, Path(source).stem
+        if source == "vote-share":
+            scores = [s for mine in by_set(rows).values()
+                      for s in metrics.vote_share(mine, metrics.safely(is_equivalent))]
+        elif source in found:
+            scores = found[source]
+            # Of these it is known what they are: certainties in nats have an order, and that is all.
+            scale = scale or (None if source == "p-yes" else "rank")
+        else:
+            scores, own = read_scores(source, rows)
+            outside = [s for s in scores if s is not None and not 0 <= s <= 1]
+            # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows
+            # whether 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look
+            # like a result.
+            if outside and not own and scale is None:
+                raise ValueError(f"{source}: {len(outside)} scores lie outside [0, 1] "
+                                 f"({outside[0]:g}); say --score-scale sigmoid (for logits), rank, "
+                                 "or none (they are cut off)")
+        results, votes, theirs = {}, {}, by_set(rescored(rows, scores))
+        for name, mine in by_set(rows).items():
+            values = scaled([row["r_s"] for row in theirs[name]], scale)
+            results[name], votes[name] = entry_of(name, rescored(mine, values), o.threshold)
+            results[name]["score_scale"] = scale
+            shown[f"{name}: {label}"] = results[name]["verification"]
+        out = Path(o.output) / f"scores-{label}.json"
+        write_atomic(out, json.dumps(results, indent=2) + "\n")
+        print(f"votes weighted by {label} (wrote {out}):\n{report.accuracy_table(results, votes)}\n")
     print(report.verification_table(shown))
-    print(f"\nvotes weighted by {label}:\n" + report.accuracy_table(results, votes))
-    print(f"\nwrote {out}")
     return 0
 
 

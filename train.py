@@ -83,6 +83,8 @@ class Options:
     reward: str | None = what(None, "r_v by a function of your own, in evaluations too: see "
         "docs/own-reward.md", metavar="FILE.py:FUNCTION",
         shown="the checker")
+    thinking: bool | None = what(None, "think before answering, where the template knows that",
+        shown="as the template has it")
     trial: bool = what(False, "this run in miniature: three steps, one of each phase")
     seed: int = what(0, "of problems and sampling", min=0)
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -227,6 +229,8 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     tau = o.tau if phase == "integrated" else 0.0
     advantages = laser.mixed_advantages(r_v, r_s, finished, tau, o.min_std, o.advantage_std)
     weights = laser.class_weights(r_v, finished, o.class_weights)  # (P, G)
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
+        rollout.advantage = advantage
 
     #    Which solutions the policy learns from, and what a token of each weighs: all, and the same.
     counted = finished if o.truncated == "mask" else torch.ones_like(finished)

@@ -5,8 +5,8 @@ How sure is the model that a given solution is right?
     python verify.py --input solutions.jsonl --output scored.jsonl
 
 One forward pass over problem and solution, and one number from it: r_s = beta_v (log pi(z_c) -
-c_ref), read at the token that ends the solution.  The verdict is "right" where r_s > 0.5.  With a
-gold answer, what the rule-based checker says of the \\boxed{} answer, and why.
+c_ref), read at the token that ends the solution.  The verdict is "right" where r_s > 0.5, or
+above the threshold that --fit-threshold finds on solved problems.  With a gold answer, what the rule-based checker says of the \\boxed{} answer, and why.
 
 --input takes one JSON object a line (what sample.py --json and evaluate.py write):
 
@@ -36,7 +36,7 @@ from nanolaser.cli import (
     ModelOptions, Progress, main_guard, option, parse_args, standard_input, warn,
 )  # fmt: skip
 from nanolaser.files import read_jsonl, to_jsonl, write_atomic
-from nanolaser.judge import open_model
+from nanolaser.judge import fitted_threshold, open_model
 from nanolaser.report import verification_table
 from nanolaser.rollout import self_reward
 from nanolaser.scoring import score
@@ -60,6 +60,9 @@ class Options(ModelOptions):
                                group="many solutions", metavar="FILE")
     output: str | None = option(None, "where to write them with their scores; - is standard output",
                                 group="many solutions", metavar="FILE")
+    fit_threshold: str | None = option(None, "solved problems (rows with r_s and r_v): right means "
+                                       "r_s above the threshold that has the best F1 on them",
+                                       group="verdict", metavar="FILE", shown="r_s > 0.5")
     batch_tokens: int = option(16_384, "tokens in one forward pass", group="many solutions", min=1)
 
     def __post_init__(self):
@@ -79,21 +82,22 @@ class Options(ModelOptions):
 def main() -> int:
     """One solution to the terminal, or a file of them into a file."""
     o, _ = parse_args(Options, description=__doc__.split("\n\n")[0])
-    return verify_one(o) if o.input is None else verify_file(o)
+    threshold = fitted_threshold(o.fit_threshold)
+    return verify_one(o, threshold) if o.input is None else verify_file(o, threshold)
 
 
-def verify_one(o: Options) -> int:
+def verify_one(o: Options, threshold: float) -> int:
     """Print r_s, the verdict and, with a gold answer, what the checker says and why."""
     solution = o.solution if o.solution != "-" else standard_input().decode("utf-8", "replace")
     model, tokenizer = open_model(o)
     row = {"problem": o.problem, "response": solution, "gold": o.gold}
-    row = score_rows(model, tokenizer, [row], o.batch_tokens)[0]
+    row = score_rows(model, tokenizer, [row], o.batch_tokens, threshold)[0]
     if row["logp_zc"] is None:
         return 1  # too long, as has been said
     if row["r_s"] is not None:
         print(f"r_s       {row['r_s']:.3f}   (log pi({tokenizer.z_c}) {row['logp_zc']:.3f} nats, "
               f"c_ref {tokenizer.c_ref:.3f}, beta_v {tokenizer.beta_v:g})")
-        print(f"verdict   {row['verdict']}   (right means r_s > 0.5)")
+        print(f"verdict   {row['verdict']}   (right means r_s > {threshold:.3g})")
     else:
         print(f"log pi({tokenizer.z_c})   {row['logp_zc']:.3f} nats   (without c_ref no r_s)")
     answer = row["answer"]
@@ -103,7 +107,7 @@ def verify_one(o: Options) -> int:
     return 0
 
 
-def verify_file(o: Options) -> int:
+def verify_file(o: Options, threshold: float) -> int:
     """Score every readable row of --input into --output; 1 if some could not be read."""
     rows, bad = read_rows(o.input)
     for line, reason in bad:
@@ -115,13 +119,13 @@ def verify_file(o: Options) -> int:
     model, tokenizer = open_model(o)
     # All that is for people goes to stderr: standard output may be the data.
     with Progress("scored", len(rows), "solution") as progress:
-        scored = score_rows(model, tokenizer, rows, o.batch_tokens, progress.update)
+        scored = score_rows(model, tokenizer, rows, o.batch_tokens, threshold, progress.update)
     # At the end and at once: whoever sees the file sees all of it.
     if o.output == "-":
         sys.stdout.write(to_jsonl(scored))
     else:
         write_atomic(o.output, to_jsonl(scored))
-    report(scored, len(bad))
+    report(scored, len(bad), threshold)
     return 1 if bad else 0
 
 
@@ -177,7 +181,8 @@ def checked(row: dict) -> dict:
 # scores out
 
 
-def score_rows(model, tokenizer, rows: list[dict], batch_tokens: int, on_scored=None) -> list[dict]:
+def score_rows(model, tokenizer, rows: list[dict], batch_tokens: int, threshold: float,
+               on_scored=None) -> list[dict]:
     """The rows with logp_zc, r_s, verdict, answer and, where there is a gold, r_v and checker."""
     tokens = [to_tokens(tokenizer, row) for row in rows]
     done = [{**row, **facts} for row, (_, _, facts) in zip(rows, tokens)]
@@ -195,7 +200,7 @@ def score_rows(model, tokenizer, rows: list[dict], batch_tokens: int, on_scored=
         done[i]["logp_zc"] = value
         done[i]["r_s"] = self_reward(value, tokenizer)
         if done[i]["r_s"] is not None:
-            done[i]["verdict"] = "right" if done[i]["r_s"] > 0.5 else "wrong"
+            done[i]["verdict"] = "right" if done[i]["r_s"] > threshold else "wrong"
     return [row | ask_checker(row) for row in done]
 
 
@@ -236,7 +241,7 @@ def ask_checker(row: dict) -> dict:
     return {"answer": answer, "r_v": r_v, "checker": reason}
 
 
-def report(rows: list[dict], bad: int) -> None:
+def report(rows: list[dict], bad: int, threshold: float) -> None:
     """A summary on stderr; with gold answers, how good the verdicts were."""
     said = {v: sum(row["verdict"] == v for row in rows) for v in ("right", "wrong", None)}
     lines = f"; {bad} lines left out" if bad else ""
@@ -248,7 +253,7 @@ def report(rows: list[dict], bad: int) -> None:
     gold = [row | {"prompt_id": None, "problem": problem(row)} for row in rows
             if row["r_v"] is not None]  # fmt: skip
     if gold:
-        table = verification_table({f"{len(gold)} with gold": metrics.verification(gold)})
+        table = verification_table({f"{len(gold)} with gold": metrics.verification(gold, threshold)})
         print(table, file=sys.stderr)
 
 

@@ -46,6 +46,14 @@ ALIASES = {
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
     "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",  # instruct, as the hub has it: Qwen's base is -Base
+    "qwen3-0.6b-base": "Qwen/Qwen3-0.6B-Base",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-1.7b-base": "Qwen/Qwen3-1.7B-Base",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-4b-base": "Qwen/Qwen3-4B-Base",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-8b-base": "Qwen/Qwen3-8B-Base",
     "orz-7b": "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
     "octothinker-3b": "OctoThinker/OctoThinker-3B-Short-Base",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
@@ -298,6 +306,9 @@ def _check_tied(path: Path, model: CausalLM, world: World) -> None:
 # ---------------------------------------------------------------------------------------------
 # config.json: the dialects of Hugging Face's transformers, 4 and 5
 
+# What each family is called, and the size of a head where config.json does not say (None: C / H).
+FAMILIES = {"qwen2": ("Qwen2ForCausalLM", None), "qwen3": ("Qwen3ForCausalLM", 128),
+            "llama": ("LlamaForCausalLM", None)}  # fmt: skip
 # Far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
 LARGEST = {"vocab_size": 16_777_216, "hidden_size": 1_048_576, "intermediate_size": 1_048_576,
            "num_hidden_layers": 1024, "num_attention_heads": 65_536}  # fmt: skip
@@ -321,7 +332,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
     sliding = sliding or not isinstance(layers, list) or any(x != "full_attention" for x in layers)
     for unsupported, what in (
-        (kind not in ("qwen2", "llama"), f"model_type {kind!r:.40} (only qwen2 and llama are)"),
+        (str(kind) not in FAMILIES, f"model_type {kind!r:.40} (only {', '.join(FAMILIES)} are)"),
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r:.40}"),
         (raw.get("quantization_config"), "a model of quantised weights"),
         (sliding, "sliding-window attention (sliding_window, layer_types)"),
@@ -332,22 +343,24 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     heads = sizes["num_attention_heads"]
     theta, scaling = _rope_from_hf(raw)
     eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
-    # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one switch means
-    # all four.  transformers leaves out what equals the family's default, which is no for all.
-    qwen, bias = kind == "qwen2", bool(raw.get("attention_bias"))
+    # Qwen2 has q, k, v biases by construction and never an output bias; the one switch of the other
+    # families means all four.  transformers leaves out what equals the family's default: no.
+    qwen2, bias = kind == "qwen2", bool(raw.get("attention_bias"))
+    head_dim = FAMILIES[kind][1] or sizes["hidden_size"] // heads
     config = ModelConfig(
         model_type=kind,
         **sizes,
         num_key_value_heads=_number(raw, "num_key_value_heads", heads, most=heads),
-        head_dim=_number(raw, "head_dim", sizes["hidden_size"] // heads, most=65_536),
+        head_dim=_number(raw, "head_dim", head_dim, most=65_536),
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, float, 1.0),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=_number(raw, "max_position_embeddings", 2048, most=2**31),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        attention_bias=qwen or bias,
-        attention_output_bias=bias and not qwen,
-        mlp_bias=bool(raw.get("mlp_bias")) and not qwen,
+        attention_bias=qwen2 or bias,
+        attention_output_bias=bias and not qwen2,
+        qk_norm=kind == "qwen3",
+        mlp_bias=bool(raw.get("mlp_bias")) and kind == "llama",
         initializer_range=_number(raw, "initializer_range", 0.02, float, 1000.0),
         eos_token_id=tuple(i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int),
         bos_token_id=bos if type(bos) is int else None,
@@ -362,10 +375,10 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
-    llama, eos = config.model_type == "llama", config.eos_token_id
+    kind, eos = config.model_type, config.eos_token_id
     theta, scaling = config.rope_theta, config.rope_scaling
     raw = {
-        "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
+        "architectures": [FAMILIES[kind][0]],
         **asdict(config),
         "hidden_act": "silu",
         # both dialects: the old pair, and transformers 5's rope_parameters
@@ -376,9 +389,11 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "eos_token_id": [*eos] if len(eos) > 1 else eos[0] if eos else None,
     }
     # What the family says by itself (see above) is left out.
-    del raw["attention_output_bias"]
-    if not llama:
-        del raw["attention_bias"], raw["mlp_bias"]
+    del raw["attention_output_bias"], raw["qk_norm"]
+    if kind == "qwen2":
+        del raw["attention_bias"]
+    if kind != "llama":
+        del raw["mlp_bias"]
         raw["use_sliding_window"] = False
     return {k: v for k, v in raw.items() if v is not None or k == "rope_scaling"}
 

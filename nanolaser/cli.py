@@ -140,6 +140,8 @@ class ModelOptions:
     c_ref: float | None = option(None, "reference log-probability in nats", group="model",
                                  shown="the model's")
     beta_v: float | None = option(None, "scale of r_s", group="model", shown="the model's")
+    thinking: bool | None = option(None, "think before answering, where the chat template knows "
+                                         "that", group="model", shown="as the template has it")
     seed: int = option(0, "of the sampling", group="model")
 
 
@@ -183,6 +185,7 @@ def _help(specs: Mapping[str, Any], description: str, positional: str | None) ->
         text = f"{s.help} (default: {default})"
         if s.kind is bool:  # the flag that would change something
             flag = f"--no-{s.flag[2:]}" if s.default else s.flag
+            flag += f", --no-{s.flag[2:]}" if s.none else ""  # three states: neither is a third
             text = f"turn off: {text}" if s.default else text
         else:
             kind = {int: "N", float: "X", str: "TEXT"}[s.kind]

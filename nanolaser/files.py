@@ -5,7 +5,7 @@ folder of a run; and the hub, from which files come that are not on disk yet.
     runs/NAME/config.json     every option and version: enough to repeat the run
              /metrics.jsonl   a line a step           /samples.jsonl  some rollouts a step
              /evals.jsonl     a line an evaluation    /summary.json   before, after, cost
-             /curves.png      (with matplotlib)       /checkpoints/step-000120, .../latest
+             /report.html     to look at it          /checkpoints/step-000120, .../latest
 
 Three promises, kept here for the whole project:
 *  What is read is what it claims to be.  A file that people edit, kills cut short and disks damage

@@ -13,18 +13,22 @@ be read and says when r_s has no scale yet.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from . import metrics
 from .checker import extract_answer
 from .checkpoint import load_pretrained
 from .cli import ModelOptions, warn
+from .files import read_jsonl
 from .model import CausalLM
-from .readout import token_logprobs
+from .readout import BLOCK_LOGITS
 from .rollout import Rollout
 from .sampler import cut_by_tokens, generate, pad
+from .scoring import read_last
 
 # The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
 LONGEST = 4096
@@ -39,6 +43,8 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
     model, tokenizer = load_pretrained(
         options.model, device=options.device, dtype=options.dtype, z_c=options.z_c
     )
+    if options.thinking is not None:
+        tokenizer.set_thinking(options.thinking)
     if options.beta_v is not None:
         tokenizer.beta_v = options.beta_v
     if options.c_ref is not None:
@@ -73,6 +79,26 @@ def default_new_tokens(model: CausalLM) -> int:
     """How long an answer may get if nobody says: half of the positions that the model has seen in
     training, the other half being left to the problem, at most LONGEST tokens."""
     return max(1, min(LONGEST, model.config.max_position_embeddings // 2))
+
+
+def fitted_threshold(name: str | None, evaluated: Sequence[dict] = ()) -> float:
+    """The threshold of r_s whose verdicts have the best F1 on the solved problems of a file (rows
+    with r_s and r_v, as the scripts write them); 0.5 without a file.  Warns where a problem of it
+    is also in the rows `evaluated`; ValueError names the file, and the line if it is one."""
+    if name is None:
+        return 0.5
+    number = (int, float, type(None))
+    rows = [row for _, row in read_jsonl(name, {"r_s": number, "r_v": number})]
+    rows = [row for row in rows if row["r_v"] is not None]
+    try:
+        threshold = metrics.fit_threshold([row["r_v"] for row in rows], [row["r_s"] for row in rows])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    both = {row.get("problem") for row in rows} & {row["problem"] for row in evaluated}
+    if both:
+        warn(f"{len(both)} of the problems evaluated are also in {name}: F1 is no longer that of "
+             "problems which the threshold has not seen")
+    return threshold
 
 
 def tokens_of(tokenizer, row: dict) -> tuple[list[int], list[int]]:
@@ -149,26 +175,78 @@ def judge(
     generate(model, tokenizer, prompts, temperature=0.0, on_finish=finish, **sampling)
 
 
+def p_yes(model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384) -> list[float]:
+    """P(yes) / (P(yes) + P(no)) of each row as the first word of a judgement, in [0, 1]: the same
+    question, but instead of writing an answer the model is asked what it would write (P(True),
+    Kadavath et al. 2022)."""
+    follow_up = bool(getattr(tokenizer, "verify_prompt", None))
+    lead, words = ("", ("y", "n")) if follow_up else ("\\boxed{", ("yes", "no"))
+    ids = [tokenizer.encode(word)[0] for word in words]
+    prompts = [judgement_prompt(tokenizer, row) + tokenizer.encode(lead) for row in rows]
+    logprobs = read_last(model, prompts, [[] for _ in rows], ids, budget)  # (N, 2)
+    return (logprobs[:, 0] - logprobs[:, 1]).sigmoid().tolist()
+
+
 # ---------------------------------------------------------------------------------------------
-# a log ratio
+# the probabilities with which a solution was written
+
+TOP = 20  # tokens that DeepConf's confidence is the mean over
+WINDOW = 8  # tokens in a group of it; the authors take 1024 or 2048 of solutions of 10,000 and more
 
 
 @torch.no_grad()
-def log_probability(
-    model: CausalLM, prompts: list[list[int]], responses: list[list[int]], budget: int = 16_384
-) -> list[float]:
-    """log pi(y | x) in nats of each of N responses, all its tokens summed; `budget` tokens, padding
-    included, to a forward pass."""
-    sums = [0.0] * len(prompts)
+def confidences(
+    model: CausalLM, prompts: list[list[int]], responses: list[list[int]], size: int,
+    budget: int = 16_384,
+) -> dict[str, list[float]]:  # fmt: skip
+    """What the distributions at the tokens of N responses say, N numbers each, larger is surer:
+
+    logprob         log pi(y | x) in nats, summed over the response
+    mean-logprob    the same, a token
+    self-certainty  the mean over tokens of KL(uniform || pi), nats (Kang et al. 2025)
+    lowest-group    the least mean over WINDOW tokens in a row of minus the mean log-prob of the TOP
+                    likeliest tokens, nats (DeepConf, Fu et al. 2025)
+
+    `size` is the tokenizer's; `budget` tokens, padding included, go to a forward pass.
+    """
+    found = {name: [0.0] * len(prompts) for name in
+             ("logprob", "mean-logprob", "self-certainty", "lowest-group")}
+    head = model.lm_head_weight  # (V, C); rows beyond `size` are padding of the matrix
+    block = max(1, BLOCK_LOGITS // len(head))
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     for batch in cut_by_tokens(lengths, budget):
         tokens, ends = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
         starts = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
         # Position t predicts token t + 1: a response at 3 .. 6 is predicted at 2 .. 5.
-        hidden = model(tokens[:, :-1])  # (B, T-1, C)
-        logprobs = token_logprobs(hidden, model.lm_head_weight, tokens[:, 1:])  # (B, T-1)
         t = torch.arange(tokens.shape[1] - 1, device=model.device)
-        inside = (t >= starts[:, None] - 1) & (t < ends[:, None] - 1)
-        for i, total in zip(batch, (logprobs * inside).sum(1).tolist()):
-            sums[i] = total
-    return sums
+        inside = (t >= starts[:, None] - 1) & (t < ends[:, None] - 1)  # (B, T-1)
+        hidden, said = model(tokens[:, :-1])[inside], tokens[:, 1:][inside]  # (M, C), (M,)
+        facts = []  # (3, n) of each block of M
+        for states, chosen in zip(hidden.split(block), said.split(block)):
+            logprobs = (states.float() @ head.float().T).log_softmax(-1)  # (n, V)
+            known = logprobs[:, :size]
+            facts.append(torch.stack([
+                logprobs.gather(1, chosen[:, None])[:, 0],
+                -known.mean(-1) - math.log(size),
+                -known.topk(min(TOP, size)).values.mean(-1),
+            ]))  # fmt: skip
+        rows = torch.cat(facts, 1).cpu().split([len(responses[i]) for i in batch], 1)
+        for i, (logprob, certainty, confidence) in zip(batch, rows):
+            groups = confidence.unfold(0, min(WINDOW, len(confidence)), 1).mean(-1)
+            values = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
+            for name, value in zip(found, values):
+                found[name][i] = value.item()
+    return found
+
+
+# Scores that a model gives its own finished solutions without having been trained to.
+OWN_SCORES = ("p-yes", "mean-logprob", "self-certainty", "lowest-group")
+
+
+def own_scores(model: CausalLM, tokenizer, rows: list[dict], names: Sequence[str]) -> dict:
+    """{name: N scores} of N rollout rows that have an end, for names of OWN_SCORES."""
+    found = {"p-yes": p_yes(model, tokenizer, rows)} if "p-yes" in names else {}
+    if set(names) - set(found) and rows:
+        prompts, responses = zip(*(tokens_of(tokenizer, row) for row in rows))
+        found |= confidences(model, prompts, responses, tokenizer.size)
+    return {name: found.get(name, []) for name in names}

@@ -137,6 +137,60 @@ def brier(right: Any, score: Any) -> float | None:
     return _mean((score - right) ** 2)
 
 
+COVERAGES = (0.5, 0.8, 0.9)  # at which the accuracy is reported
+
+
+def coverage_curve(right: Any, score: Any) -> np.ndarray:
+    """Accuracy of the 1, 2, ... N most believed solutions, (N,): what is left to be right if one
+    keeps so many and leaves the others unanswered.
+
+    right, score: (N,).  Equal scores have no order: each of them counts as their mean.
+    """
+    right, score = _as_right(right), _no_gaps(score)
+    _same_length(right, score)
+    # Right 1 0 1 0 of scores .9 .5 .5 .1 count as 1, 1/2, 1/2, 0: the curve is 1, 3/4, 2/3, 1/2.
+    order = np.argsort(-score, kind="stable")
+    group = np.unique(-score[order], return_inverse=True)[1]
+    share = np.bincount(group, weights=right[order]) / np.maximum(np.bincount(group), 1)
+    return np.cumsum(share[group]) / np.arange(1, len(score) + 1)
+
+
+def risk_coverage(right: Any, score: Any) -> dict[str, float | None]:
+    """aurc, the area under 1 - coverage_curve (Geifman et al. 2018; 0 is best, and a guess has the
+    share of wrong solutions), and accuracy_at_50, _80, _90: of the so many per cent most believed."""
+    curve = coverage_curve(right, score)
+    # 50 % of 5 solutions are 3: never fewer than asked for.
+    at = {f"accuracy_at_{100 * c:.0f}": _mean(curve[math.ceil(c * len(curve)) - 1 :][:1])
+          for c in COVERAGES}
+    return {"aurc": _mean(1 - curve), **at}
+
+
+def fit_threshold(right: Any, score: Any) -> float:
+    """The threshold whose verdicts have the best F1 on solved problems; right, score: (N,).
+
+    r_s is trained towards 0 and 1 on the problems of the training; on harder ones it shrinks, and
+    0.5 is no longer where right and wrong part.  Where several thresholds are best, the middle one.
+    ValueError where one of the kinds is missing.
+    """
+    right, score = _as_right(right), _as_scores(score)
+    _same_length(right, score)
+    if right.all() or not right.any():
+        raise ValueError("a threshold needs right and wrong solutions to lie between; "
+                         f"all {len(right)} are {'right' if right.any() else 'wrong'}"
+                         if len(right) else "no solutions to fit a threshold on")
+    # Scores .2 .4 .9: between them lie .3 and .65; below and above, two more that judge all alike.
+    known = np.unique(score[~np.isnan(score)])  # sorted
+    between = (known[1:] + known[:-1]) / 2
+    candidates = np.array([*(known[:1] - 1), *between, *(known[-1:] + 1)] or [0.5])
+    # Of each kind the share above every candidate: NaN sorts last, and is above nothing.
+    above = lambda kind: 1 - (np.searchsorted(np.sort(score[kind]), candidates, "right")  # noqa: E731
+                              + np.isnan(score[kind]).sum()) / kind.sum()
+    correct, wrong = above(right), 1 - above(~right)
+    f1 = 2 * correct * wrong / np.maximum(correct + wrong, TIE)
+    best = np.flatnonzero(f1 >= f1.max() - TIE)
+    return float(candidates[best[len(best) // 2]])
+
+
 def spearman(x: Any, y: Any) -> float | None:
     """Rank correlation of x and y, both (N,), ties at their mean rank; in [-1, 1].
 
@@ -235,6 +289,18 @@ def answer_classes(answers: Sequence[str | None],
                 founders.append(answer)
         classes[i] = seen[answer]
     return classes
+
+
+def vote_share(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool]
+               ) -> list[float]:
+    """For each rollout row the share of its problem's solutions that have its answer, in [0, 1]; 0
+    without an answer."""
+    samples, share = _group(rows), np.zeros(len(rows))
+    for where in samples.where:
+        classes = answer_classes([samples.answers[i] for i in where], equivalent)
+        same = (classes[:, None] == classes) & (classes != NO_ANSWER)  # (n, n)
+        share[where] = same.mean(1)
+    return share.tolist()
 
 
 def tally(classes: Any, score: Any = None) -> list[Candidate]:
@@ -501,6 +567,7 @@ def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
         "auroc_within": auroc_within(right, score, samples.problem[scored]),
         "ece": ece(right, score, bins),
         "brier": brier(right, score),
+        **risk_coverage(right, score),
         "spearman_length": spearman(score, samples.tokens[scored]),
         "mean_r_s_correct": _mean(score[right]),
         "mean_r_s_wrong": _mean(score[~right]),

@@ -42,6 +42,7 @@ class Rollout:
     r_v: float | None = None  # verified reward, 0 or 1 (of --reward: in between); None: no gold
     r_s: float | None = None  # self-reward, about 0 to 1; None where there is no logp_zc or c_ref
     checker_error: str | None = None  # what the checker raised, if it did
+    advantage: float | None = None  # in training: how much better than the others of its group
 
     def row(self, token_ids: bool = False) -> dict:
         """This rollout as one JSON row; `token_ids` adds the tokens themselves, for whoever wants
@@ -49,8 +50,8 @@ class Rollout:
         names = "problem gold response answer r_v r_s logp_zc finished".split()
         row = {name: getattr(self, name) for name in names}
         row |= {"response_tokens": len(self.response_tokens), "prompt_id": self.prompt_id}
-        rare = {"logp_ref": self.logp_ref, "checker_error": self.checker_error}
-        row |= {name: value for name, value in rare.items() if value is not None}
+        rare = ("logp_ref", "checker_error", "advantage")
+        row |= {name: getattr(self, name) for name in rare if getattr(self, name) is not None}
         if token_ids:
             row["prompt_token_ids"] = self.prompt_tokens
             row["response_token_ids"] = self.response_tokens

@@ -143,6 +143,8 @@ def prepare(
         reference.requires_grad_(False)
     if o.template and not checkpoint:  # (a checkpoint of ours has it with it)
         tokenizer.use_template(o.template)
+    if o.thinking is not None and not checkpoint:
+        tokenizer.set_thinking(o.thinking)
     most = min(o.max_prompt_tokens, model.config.max_position_embeddings)
     short = [p for p in train if len(tokenizer.encode_prompt(p.problem)) <= most]
     if train and not short:
@@ -293,8 +295,8 @@ def finish(run: Run) -> int:
         "peak_memory_bytes": peak_memory_bytes(run.model.device),
     })  # fmt: skip
     if run.world.is_first:
-        logs = (folder.read("metrics.jsonl"), folder.read("evals.jsonl"))
-        print(report.curves(folder.path / "curves.png", {folder.path.name: logs}))
+        page = report.page({folder.path.name: folder.path})
+        print(report.save(folder.path / "report.html", page))
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
     # A problem of its own kind, the longest that fits on a line.

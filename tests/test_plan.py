@@ -30,6 +30,7 @@ UNLIKE = ModelConfig(
     "llama", 500, 96, 200, 2, 6, 3, 24, attention_bias=True, attention_output_bias=True,
     mlp_bias=True,
 )  # fmt: skip
+NORMED = ModelConfig("qwen3", 500, 96, 200, 2, 6, 3, 24, qk_norm=True)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -37,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # shapes
 
 
-@pytest.mark.parametrize("config", [SHAPE, UNLIKE, *SHAPES.values()])
+@pytest.mark.parametrize("config", [SHAPE, UNLIKE, NORMED, *SHAPES.values()])
 def test_parameters_are_counted_as_the_model_has_them(config):
     with torch.device("meta"):
         model = CausalLM(config)
@@ -49,6 +50,7 @@ def test_parameters_are_counted_as_the_model_has_them(config):
 def test_shapes_have_the_published_number_of_parameters():
     published = {  # from the models' cards, in millions
         "qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1544, "qwen2.5-3b": 3086, "qwen2.5-7b": 7616,
+        "qwen3-0.6b": 596, "qwen3-1.7b": 1721, "qwen3-4b": 4022, "qwen3-8b": 8191,
         "qwen2.5-math-1.5b": 1544, "llama-3.2-1b": 1236, "llama-3.2-3b": 3213,
         "llama-3.1-8b": 8030, "octothinker-3b": 3213, "orz-7b": 7616, "smollm2-135m": 135,
         "smollm2-360m": 362, "smollm2-1.7b": 1711, "tinyllama-1.1b": 1100,
@@ -84,7 +86,7 @@ def saved_bytes(model: CausalLM, rows: int, length: int) -> int:
     return sum(size for where, (size, _) in kept.items() if where not in weights)
 
 
-@pytest.mark.parametrize("config", [SHAPE, UNLIKE])
+@pytest.mark.parametrize("config", [SHAPE, UNLIKE, NORMED])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_activations_to_the_byte(config, dtype):
     """One layer more keeps exactly layer_activation_bytes more a token."""

@@ -807,10 +807,10 @@ class _Parser:
         return kind in _STARTS
 
     def number_may_follow(self) -> bool:
-        """(n-2) 2^n is a product; x2 could mean an index, a power or a product."""
+        """(n-2) 2^n and 5!3! are products; x2 could mean an index, a power or a product."""
         # Refusing costs a rare answer; guessing x2 as x^2 or 2x would pay for wrong ones.
         before, gap = self.tokens[self.at - 1], self.peek()[2]
-        if before[1] == ")":
+        if before[1] in (")", "!"):
             return True
         # x 2^n, {x}2^n: a power after a space or a group is a factor; 3 2^n
         # could be a misprint of 32^n
@@ -1193,7 +1193,7 @@ class _Parser:
         # \sin(1, 2) has no value; gcd, lcm, max and min take any number of arguments.
         if len(args) != 1 and name not in ("gcd", "lcm", "max", "min"):
             raise ParseError(f"{name} of several arguments")
-        # `log` without a base is the decimal one; that is policy, see the table in __init__.py.
+        # `log` without a base is the decimal one; that is policy.
         if name == "log":
             node = ("log", base or ("num", 10, None), args[0])
         elif name in ("ln", "lg"):

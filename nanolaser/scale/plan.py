@@ -58,30 +58,35 @@ EASY_ROWS = 16  # fewer rows at a time leave a GPU idle: rather pay for another 
 # shapes of published checkpoints, so that a plan needs no download
 
 
-def _shape(V, C, I, L, H, K, D, tied) -> ModelConfig:  # noqa: E741
+def _shape(V, C, I, L, H, K, D, tied, kind="llama") -> ModelConfig:  # noqa: E741
     """The sizes of a model, and nothing else of its config: enough to plan, not to run it."""
-    qwen = V > 150_000  # its attention has biases
-    sizes = ("qwen2" if qwen else "llama", V, C, I, L, H, K, D)
-    return ModelConfig(*sizes, tie_word_embeddings=tied, attention_bias=qwen)
+    return ModelConfig(kind, V, C, I, L, H, K, D, tie_word_embeddings=tied,
+                       attention_bias=kind == "qwen2", qk_norm=kind == "qwen3")  # fmt: skip
 
 
 # alias: vocabulary V, hidden C, MLP, layers L, heads H, key-value heads K, head D, tied
 SHAPES: dict[str, ModelConfig] = {
     "smollm2-135m": _shape(49_152, 576, 1536, 30, 9, 3, 64, True),
     "smollm2-360m": _shape(49_152, 960, 2560, 32, 15, 5, 64, True),
-    "qwen2.5-0.5b": _shape(151_936, 896, 4864, 24, 14, 2, 64, True),
+    "qwen2.5-0.5b": _shape(151_936, 896, 4864, 24, 14, 2, 64, True, "qwen2"),
     "tinyllama-1.1b": _shape(32_000, 2048, 5632, 22, 32, 4, 64, False),
     "llama-3.2-1b": _shape(128_256, 2048, 8192, 16, 32, 8, 64, True),
-    "qwen2.5-1.5b": _shape(151_936, 1536, 8960, 28, 12, 2, 128, True),
+    "qwen2.5-1.5b": _shape(151_936, 1536, 8960, 28, 12, 2, 128, True, "qwen2"),
+    "qwen3-0.6b": _shape(151_936, 1024, 3072, 28, 16, 8, 128, True, "qwen3"),
+    "qwen3-1.7b": _shape(151_936, 2048, 6144, 28, 16, 8, 128, True, "qwen3"),
+    "qwen3-4b": _shape(151_936, 2560, 9728, 36, 32, 8, 128, True, "qwen3"),
+    "qwen3-8b": _shape(151_936, 4096, 12_288, 36, 32, 8, 128, False, "qwen3"),
     "smollm2-1.7b": _shape(49_152, 2048, 8192, 24, 32, 32, 64, True),
-    "qwen2.5-3b": _shape(151_936, 2048, 11_008, 36, 16, 2, 128, True),
+    "qwen2.5-3b": _shape(151_936, 2048, 11_008, 36, 16, 2, 128, True, "qwen2"),
     "llama-3.2-3b": _shape(128_256, 3072, 8192, 28, 24, 8, 128, True),
-    "qwen2.5-7b": _shape(152_064, 3584, 18_944, 28, 28, 4, 128, False),
+    "qwen2.5-7b": _shape(152_064, 3584, 18_944, 28, 28, 4, 128, False, "qwen2"),
     "llama-3.1-8b": _shape(128_256, 4096, 14_336, 32, 32, 8, 128, False),
 }
 # Trained further, shaped as before.
 for _alias in ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"):
     SHAPES[f"{_alias}-instruct"] = SHAPES[_alias]
+for _alias in ("0.6b", "1.7b", "4b", "8b"):
+    SHAPES[f"qwen3-{_alias}-base"] = SHAPES[f"qwen3-{_alias}"]
 for _alias in ("1.5b", "7b"):
     SHAPES[f"qwen2.5-math-{_alias}"] = SHAPES[f"qwen2.5-{_alias}"]
 SHAPES |= {"orz-7b": SHAPES["qwen2.5-7b"], "octothinker-3b": SHAPES["llama-3.2-3b"]}
@@ -93,8 +98,8 @@ def layer_parameters(c: ModelConfig) -> int:
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     biases = c.attention_bias * (q + 2 * kv) + c.attention_output_bias * C
     biases += c.mlp_bias * (2 * I + C)
-    # q and o, k and v; gate, up and down; two norms
-    return 2 * C * (q + kv) + 3 * C * I + 2 * C + biases
+    # q and o, k and v; gate, up and down; two norms, and Qwen3's of a head's query and key
+    return 2 * C * (q + kv) + 3 * C * I + 2 * C + 2 * c.qk_norm * c.head_dim + biases
 
 
 def embedding_parameters(c: ModelConfig) -> int:
@@ -336,6 +341,7 @@ def layer_activation_bytes(c: ModelConfig, dtype: torch.dtype) -> int:
     norms = 2 * ((4 + 2 * e) * C + 4)
     # rotated q and k, v, the heads' output, and a logsumexp in fp32 for each head
     attention = e * 2 * (H + K) * D + 4 * H
+    attention += c.qk_norm * (H + K) * ((4 + e) * D + 4)  # normed before they were rotated
     # gate, silu(gate), up and their product
     return norms + attention + 4 * c.intermediate_size * e
 
