@@ -152,6 +152,8 @@ class Options:
     eval_problems: int = output(
         400, "held-out problems (in between, a quarter of them)", min=1, paper=500)
     eval_n: int = output(8, "solutions per held-out problem", min=1, paper=2)
+    log: str | None = output(None, "live curves: metrics.jsonl and evals.jsonl as they are written",
+        choices=("tensorboard", "trackio", "wandb"))
     save_every: int = output(120, "steps between checkpoints", min=1, paper=50)
 
     def sampling(self) -> dict:

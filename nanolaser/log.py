@@ -6,13 +6,20 @@ What a training run says: the numbers of a step, a line about it, a word when no
     eval_line    an evaluation -> one line
     Watch        notices when there is nothing to learn from, and says the likely cause
     doubts       what is odd about a run's options, before it starts
+    mirror       live curves elsewhere: every number that is written to the logs
 """
 
 from __future__ import annotations
 
+import importlib
+import uuid
+from collections.abc import Callable
+
 import torch
 
 from . import laser, metrics
+from .cli import warn
+from .files import RunFolder, read_json
 from .rollout import Rollout
 
 
@@ -129,3 +136,60 @@ def doubts(o, positions: int) -> list[str]:
             f"{o.steps} steps for it"
         )
     return said
+
+
+# ---------------------------------------------------------------------------------------------
+# live curves
+
+
+def mirror(kind: str, folder: RunFolder, options: dict, first: int) -> Callable[[], None]:
+    """Send tensorboard, wandb or trackio every number that is written to metrics.jsonl and
+    evals.jsonl from step `first` on, as metrics/reward, evals/verification/f1 and so on; returns
+    what closes it.  A resumed run goes on in the curves that it began."""
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step: what a resumed run does again is forgotten, from there on
+            writer = SummaryWriter(folder.path / "tensorboard", purge_step=first)
+            close, send = writer.close, lambda numbers, step: _tensorboard(writer, numbers, step)
+        else:
+            # Both have wandb's interface.  The run is known by an id that its folder keeps.
+            module, place = importlib.import_module(kind), folder.path / "live.json"
+            if not place.exists():
+                folder.write_json(place.name, {"id": f"{folder.path.name}-{uuid.uuid4().hex[:8]}"})
+            name = read_json(place)["id"]
+            more = {"id": name, "dir": str(folder.path)} if kind == "wandb" else {}
+            module.init(project="nanolaser", name=name, config=options, resume="allow", **more)
+            close, send = module.finish, lambda numbers, step: module.log(numbers, step=step)
+    except Exception as error:  # not logged in, no network: the files of the run have it all
+        warn(f"no live curves in {kind}: {type(error).__name__}: {error}")
+        return lambda: None
+
+    def heard(name: str, rows: list[dict]) -> None:
+        try:
+            for row in rows if name in ("metrics.jsonl", "evals.jsonl") else ():
+                send(_numbers(row, name.removesuffix(".jsonl")), row["step"])
+        except Exception as error:
+            folder.on_append = lambda name, rows: None
+            warn(f"no more live curves in {kind}: {type(error).__name__}: {error}")
+
+    folder.on_append = heard
+    return close
+
+
+def _tensorboard(writer, numbers: dict, step: int) -> None:
+    for name, value in numbers.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()  # else a kill would cost the last two minutes
+
+
+def _numbers(row: dict, name: str) -> dict[str, float]:
+    """{"evals/verification/f1": 0.8, ...}: the numbers of a row, also of the tables in it."""
+    numbers = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            numbers |= _numbers(value, f"{name}/{key}")
+        elif key != "step" and isinstance(value, (int, float)):
+            numbers[f"{name}/{key}"] = value
+    return numbers

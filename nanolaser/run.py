@@ -12,10 +12,12 @@ The loop itself, and the step it repeats, are in train.py.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ class Run:
     began: float  # of time.perf_counter(), less what a resumed run had cost before
     reference: CausalLM | None = None  # the model before training, with --c-ref exact
     reward: Reward | None = None  # the user's own, in place of the checker
+    close: Callable[[], None] = lambda: None  # live curves
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     differ = [
         f"--{name.replace('_', '-')} {getattr(o, name)} differs from the run's "
         f"{getattr(saved, name)}"
-        for name in sorted(given - {"resume", "device", "plan"})
+        for name in sorted(given - {"resume", "device", "plan", "log"})
         if getattr(o, name) != getattr(saved, name)
     ]
     if differ:
@@ -119,7 +122,7 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
         # code is executed where the command line names it, not because a folder says so
         raise ValueError(f"the rewards of {o.resume} are those of --reward {saved.reward}: say so "
                          "again")  # fmt: skip
-    return folder, dataclasses.replace(saved, device=o.device, plan=o.plan)
+    return folder, dataclasses.replace(saved, device=o.device, plan=o.plan, log=o.log or saved.log)
 
 
 def prepare(
@@ -127,6 +130,8 @@ def prepare(
 ) -> Run:
     """The model, its tokenizer, the data: everything that can be wrong fails in here, before a
     folder is made for a new run."""
+    if o.log and importlib.util.find_spec(o.log) is None:
+        raise ValueError(f"--log {o.log}: it is not installed (pip install {o.log})")
     stop, reward = Stop(world), load_reward(o.reward) if o.reward else None
     with world.first():  # a machine downloads once
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
@@ -202,6 +207,7 @@ def begin(run: Run) -> int:
     tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
     before = {"step": 0, **evaluate(run, run.test, "before")}
     run.folder.cut_back(-1)
+    show_live(run, 0)
     run.folder.append("evals.jsonl", [before])
     print(log.eval_line(0, before))
     return 1
@@ -236,8 +242,15 @@ def take_up(run: Run, checkpoint: Path) -> int:
     run.folder.cut_back(meta["step"])
     for m in run.folder.read("metrics.jsonl"):  # the summary speaks of the whole run
         run.began -= m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
+    show_live(run, 1 + meta["step"])
     print(f"resuming after step {meta['step']}")
     return 1 + meta["step"]
+
+
+def show_live(run: Run, first: int) -> None:
+    """Mirror the logs from step `first` on where --log says; of many ranks the first one does."""
+    if run.o.log and run.world.is_first:
+        run.close = log.mirror(run.o.log, run.folder, dataclasses.asdict(run.o), first)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,6 +310,7 @@ def finish(run: Run) -> int:
     if run.world.is_first:
         page = report.page({folder.path.name: folder.path})
         print(report.save(folder.path / "report.html", page))
+    run.close()
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
     # A problem of its own kind, the longest that fits on a line.
