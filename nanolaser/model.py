@@ -196,6 +196,8 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # With LoRA, what z_c's row of the frozen output matrix has learned (1, C): see lora.py.
+        self.register_parameter("z_c_row", None)
         # Recompute each layer in the backward pass instead of keeping its activations: about a
         # third more arithmetic for memory that no longer grows with the number of layers.
         self.gradient_checkpointing = False
@@ -239,7 +241,8 @@ class CausalLM(nn.Module):
 
         Rows are padded on the right: hidden states at real tokens are right whatever the padding
         holds.  `past` is a KVCache's `admit(...)` or `decode()`: then the rows fill the cache, or
-        go on where they ended by one token each (cache.py has an example).
+        go on where they ended by one token each (cache.py has an example).  Or it is a Packing:
+        then one row holds many texts that share their prompts (packing.py).
         """
         # 1. Where does each token stand in its text?
         positions = None if past is None else past.positions  # (B, 1) when decoding
