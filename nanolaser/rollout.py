@@ -84,9 +84,9 @@ def judge(
             verdicts[pair] = _without_raising(is_equivalent, *pair)
         correct, error = verdicts.get(pair, (False, r.checker_error))
         r.r_v, r.checker_error = float(bool(correct)), error
-    if reward is not None:
+    if reward is not None and rollouts:
         texts = zip(*((r.problem, r.response, r.gold) for r in rollouts))
-        for r, r_v in zip(rollouts, reward(*texts) if rollouts else ()):
+        for r, r_v in zip(rollouts, reward(*texts)):
             r.r_v = r_v
 
 
