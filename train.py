@@ -128,7 +128,8 @@ class Options:
 
     # How a batch changes the weights.  A model of a million weights takes 400 times the step that
     # one of 7 billion can bear.
-    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
+    lr: float = updating(4e-4, "peak learning rate of AdamW; ten times that of adapters", above=0,
+        paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
     weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
@@ -197,6 +198,10 @@ def new_options(o: Options, given) -> Options:
         o = dataclasses.replace(o, eval_data=o.data if same else "math500")
     if o.algorithm == "grpo":  # without these two LaSeR is nothing else
         o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if o.lora_rank and "lr" not in given:
+        # B begins at zero and has far to go: ten times the rate of full training, whatever that is,
+        # is what others found for LoRA, and what the embedded run wants too.
+        o = dataclasses.replace(o, lr=10 * o.lr)
     if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
         raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
     if o.alpha == 0 and o.tau:
