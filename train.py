@@ -40,6 +40,7 @@ import torch
 from tqdm import tqdm
 
 from nanolaser import grpo, laser, log, scoring
+from nanolaser.checkpoint import EMBEDDED
 from nanolaser.cli import (
     apply_preset,
     is_terminal,
@@ -70,8 +71,9 @@ what, sampling, self_rewarding, updating, output = (
 class Options:
     """Train with LaSeR or GRPO."""
 
-    model: str = what("tiny", "tiny (embedded), an alias, a hub id or a folder")
-    data: str = what("arithmetic", "arithmetic, an alias, or a .jsonl file", paper="deepmath")
+    model: str = what("tiny", "tiny or tiny-subset-sum (embedded), an alias, a hub id or a folder")
+    data: str = what("arithmetic", "arithmetic, subset-sum, an alias, or a .jsonl file",
+        paper="deepmath")
     eval_data: str | None = what(None, "problems to evaluate on, named likewise: never trained on",
         shown="the test split of --data, else a part of it; math500 for deepmath")
     algorithm: str = what("laser", "grpo: alpha = tau = 0, the baseline", choices=("laser", "grpo"))
@@ -140,6 +142,11 @@ class Options:
     clip_low: float = updating(0.2, "PPO's clip below ratio 1; idle at one update a batch", min=0,
         max=1)
     clip_high: float = updating(0.2, "and above it; likewise", min=0, max=100)
+    # the weights stay, and a correction of rank R beside each linear layer learns
+    lora_rank: int = updating(0, "R of LoRA's adapters; 0: all weights learn", min=0, max=1024)
+    lora_alpha: float | None = updating(
+        None, "scale of the adapters, times R", above=0, max=1e6, shown="twice the rank")
+    lora_targets: str = updating("all", "linear layers adapted", choices=("all", "attention"))
     # one update a batch, as in the paper: the policy that learns is the one that sampled
     updates_per_batch: int = updating(1, "optimizer steps on each batch", min=1)
     micro_batch_tokens: int = updating(2048, "tokens a forward pass", min=1, paper=16384)
@@ -177,13 +184,15 @@ TRIAL = dict(
 
 def new_options(o: Options, given) -> Options:
     """A new run's options: the user's word first, then the model's preset, then the defaults."""
-    if o.model != "tiny":
+    if o.model not in EMBEDDED:
         o = apply_preset(o, given, paper_defaults(Options) | PRESETS.get(o.model.lower(), {}))
     if o.eval_data is None:  # the paper trains on DeepMath and evaluates on MATH-500
         same = o.data.lower() != "deepmath"
         o = dataclasses.replace(o, eval_data=o.data if same else "math500")
     if o.algorithm == "grpo":
         o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
+        raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
     if o.alpha == 0 and o.tau:
         # An untrained readout is noise, and noise must not enter the advantage.
         if "tau" in given:

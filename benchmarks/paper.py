@@ -65,7 +65,7 @@ SWITCHES = {
     "no std": ["--no-advantage-std"],
     "sequence mean": ["--aggregate", "sequence"],
     "constant divisor": ["--aggregate", "constant"],
-    "refill": ["--refill"],
+    "refill": ["--refill", 1],
     "truncated masked": ["--truncated", "mask"],
     "clip high": ["--clip-high", 0.28, "--updates-per-batch", 2],
 }

@@ -26,8 +26,9 @@ from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretr
 from .cli import Progress, check_options, warn
 from .files import RunFolder, peak_memory_bytes
 from .judge import check_prompts
+from .lora import Lora, fingerprint
 from .model import CausalLM
-from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
+from .problems import Problem, ProblemStream, train_and_test
 from .reward import Reward, load_reward
 from .rollout import judged_rows
 from .scale.distributed import World, local
@@ -132,8 +133,12 @@ def prepare(
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
         source = checkpoint or start
         train, test = train_and_test(o.data, o.eval_data, o.eval_problems, parses)
+    lora = None
+    if o.lora_rank:
+        alpha = o.lora_alpha or 2 * o.lora_rank
+        lora = Lora(o.lora_rank, alpha, o.lora_targets, 0, o.seed, o.model, checkpoint)
     model, tokenizer = load_pretrained(
-        source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world
+        source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world, lora=lora
     )
     model.gradient_checkpointing, reference = o.gradient_checkpointing, None
     if o.c_ref == "exact":
@@ -152,7 +157,7 @@ def prepare(
     if len(short) < len(train):
         print(f"{len(train) - len(short)} of {len(train)} problems have over {most} tokens: "
               "left out")  # fmt: skip
-    stream = ProblemStream(short, o.problems_per_step, o.seed, ARITHMETIC.get(o.data))
+    stream = ProblemStream(short, o.problems_per_step, o.seed, o.data)
     if world.is_first:  # it warns
         check_prompts(model, tokenizer, [p.problem for p in test])
     optimizer = Optimizer(model, o.lr, o.weight_decay, o.offload_optimizer, world)
@@ -164,9 +169,11 @@ def prepare(
     stop.how_to_resume += f" --reward {o.reward}" if o.reward else ""
 
     parameters = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = f" ({learning:,} of adapters, which learn)" if o.lora_rank else ""
     ranks = f" over {world.size} ranks" if world.size > 1 else ""
-    print(f"{o.model}: {parameters:,} parameters on {model.device} in {model.dtype}{ranks}; "
-          f"run {folder.path}")  # fmt: skip
+    print(f"{o.model}: {parameters:,} parameters{adapters} on {model.device} in {model.dtype}"
+          f"{ranks}; run {folder.path}")  # fmt: skip
     count = f"{len(short):,}" if short else "new"
     others = "others of it" if o.eval_data == o.data else f"of {o.eval_data}"
     print(f"learns from {count} problems of {o.data}, evaluated on {len(test)} {others}")
@@ -232,6 +239,9 @@ def find_c_ref(run: Run) -> None:
 def take_up(run: Run, checkpoint: Path) -> int:
     """Make the run what it was when the checkpoint was written.  Returns the next step."""
     tensors, meta = load_state(checkpoint / "state", run.world)
+    if run.o.lora_rank and meta["base"] != fingerprint(run.model, run.world):
+        raise ValueError(f"{run.o.model} is not the model that this run's adapters belong to: it "
+                         "has changed since the run began")  # fmt: skip
     run.optimizer.load_state(tensors)
     run.folder.cut_back(meta["step"])
     for m in run.folder.read("metrics.jsonl"):  # the summary speaks of the whole run
@@ -263,7 +273,8 @@ def save(run: Run, step: int) -> None:
         # weights that hold NaN never recover: what --resume goes on from must be from before
         warn(f"weights are not finite after step {step}: no checkpoint of it")
         return
-    state = (run.optimizer.state(), {"step": step})
+    base = {"base": fingerprint(run.model, run.world)} if run.o.lora_rank else {}
+    state = (run.optimizer.state(), {"step": step, **base})
     save_pretrained(
         run.model, run.tokenizer, run.folder.checkpoint(step), state, world=run.world
     )
