@@ -156,9 +156,10 @@ def evaluation(title: str, rows: Sequence[Mapping[str, Any]],
     """One data set in four panels: what votes bring, whether r_s = 0.8 means right in 80 % of the
     cases, how far apart right and wrong solutions are, and whether r_s only looks at the length."""
     right, score, tokens = scored(rows)
-    return picture([votes_panel(votes), reliability_panel(right, score),
-                    histogram_panel(right, score, "r_s"), _lengths(right, score, tokens)],
-                   title=title)  # fmt: skip
+    return picture([
+        votes_panel(votes, f"{title}: accuracy of votes"), reliability_panel(right, score),
+        histogram_panel(right, score, "r_s"), _lengths(right, score, tokens),
+    ])  # fmt: skip
 
 
 def histograms(kinds: Mapping[str, Sequence[Mapping[str, Any]]], columns: int = 2) -> str:
