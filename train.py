@@ -40,6 +40,7 @@ import torch
 from tqdm import tqdm
 
 from nanolaser import grpo, laser, log, scoring
+from nanolaser.checkpoint import EMBEDDED
 from nanolaser.cli import (
     apply_preset,
     is_terminal,
@@ -70,8 +71,9 @@ what, sampling, self_rewarding, updating, output = (
 class Options:
     """Train with LaSeR or GRPO."""
 
-    model: str = what("tiny", "tiny (embedded), an alias, a hub id or a folder")
-    data: str = what("arithmetic", "arithmetic, an alias, or a .jsonl file", paper="deepmath")
+    model: str = what("tiny", "tiny or tiny-subset-sum (embedded), an alias, a hub id or a folder")
+    data: str = what("arithmetic", "arithmetic, subset-sum, an alias, or a .jsonl file",
+        paper="deepmath")
     eval_data: str | None = what(None, "problems to evaluate on, named likewise: never trained on",
         shown="the test split of --data, else a part of it; math500 for deepmath")
     algorithm: str = what("laser", "grpo: alpha = tau = 0, the baseline", choices=("laser", "grpo"))
@@ -140,6 +142,11 @@ class Options:
     clip_low: float = updating(0.2, "PPO's clip below ratio 1; idle at one update a batch", min=0,
         max=1)
     clip_high: float = updating(0.2, "and above it; likewise", min=0, max=100)
+    # the weights stay, and a correction of rank R beside each linear layer learns
+    lora_rank: int = updating(0, "R of LoRA's adapters; 0: all weights learn", min=0, max=1024)
+    lora_alpha: float | None = updating(
+        None, "scale of the adapters, times R", above=0, max=1e6, shown="twice the rank")
+    lora_targets: str = updating("all", "linear layers adapted", choices=("all", "attention"))
     # one update a batch, as in the paper: the policy that learns is the one that sampled
     updates_per_batch: int = updating(1, "optimizer steps on each batch", min=1)
     micro_batch_tokens: int = updating(2048, "tokens a forward pass", min=1, paper=16384)
@@ -177,13 +184,15 @@ TRIAL = dict(
 
 def new_options(o: Options, given) -> Options:
     """A new run's options: the user's word first, then the model's preset, then the defaults."""
-    if o.model != "tiny":
+    if o.model not in EMBEDDED:
         o = apply_preset(o, given, paper_defaults(Options) | PRESETS.get(o.model.lower(), {}))
     if o.eval_data is None:  # the paper trains on DeepMath and evaluates on MATH-500
         same = o.data.lower() != "deepmath"
         o = dataclasses.replace(o, eval_data=o.data if same else "math500")
     if o.algorithm == "grpo":
         o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
+        raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
     if o.alpha == 0 and o.tau:
         # An untrained readout is noise, and noise must not enter the advantage.
         if "tau" in given:
@@ -324,7 +333,7 @@ def main() -> int:
 def loop(run: Run, first: int) -> int:
     """Step after step.  Returns 0 after the last one, else the exit code."""
     o, folder, stop = run.o, run.folder, run.stop
-    watch, skipped_in_a_row = log.Watch(), 0
+    watch, skipped_in_a_row, phase = log.Watch(), 0, None
     stop.in_step = True
     bar = tqdm(total=o.steps, initial=first - 1, disable=not is_terminal(), unit="step")
     for step in range(first, o.steps + 1):
@@ -336,7 +345,12 @@ def loop(run: Run, first: int) -> int:
         folder.append("samples.jsonl", rows[: o.group_size])
         bar.set_postfix(reward=f"{m['reward']:.2f}", tok_s=f"{m['tokens_per_second']:.0f}")
         bar.update()
-        tqdm.write(log.step_line(m, o.steps))
+        new, phase = m["phase"] != phase, m["phase"]
+        if new:
+            tqdm.write(log.phase_lines(phase, step, o))
+        # Every tenth step is enough for the eye, unless steps are slow; metrics.jsonl has them all.
+        if new or step % 10 == 0 or step == o.steps or m["seconds_rollout"] > 5:
+            tqdm.write(log.step_line(m))
         for text in watch.look(m, o.problems_per_step):
             warn(text)
 
@@ -351,7 +365,7 @@ def loop(run: Run, first: int) -> int:
                       "--lr", file=sys.stderr)  # fmt: skip
             return 1
         if step % o.eval_every == 0 and step < o.steps:
-            e = {"step": step, **evaluate(run, run.test[: len(run.test) // 4 or 1], "eval")}
+            e = {"step": step, **evaluate(run, run.test[: len(run.test) // 4 or 1], "eval")[0]}
             folder.append("evals.jsonl", [e])
             tqdm.write(log.eval_line(step, e))
         stopping = stop.agreed()  # asked once: it may come between the next two lines

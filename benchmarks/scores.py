@@ -22,7 +22,7 @@ the solution; r_s, the two tokens and the probes are read from their own model, 
 So both LaSeR's and GRPO's solutions are judged: on the first r_s is at home, on the second the
 probes are.
 
-Everything measured goes into docs/scores.json; docs/scores.md and docs/pictures/scores.png are made
+Everything measured goes into docs/scores.json; docs/scores.md and docs/pictures/scores.svg are made
 of that alone, and a test compares.
 """
 
@@ -45,7 +45,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanolaser import metrics, report  # noqa: E402
+from nanolaser import metrics, report, svg  # noqa: E402
 from nanolaser.checker import is_equivalent  # noqa: E402
 from nanolaser.checkpoint import load_pretrained  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
@@ -80,7 +80,7 @@ class Options:
     probe_problems: int = option(1000, "training problems that the probes are fitted on", min=2)
     n: int = option(8, "solutions of each problem", min=2)
     draws: int = option(500, "draws behind each interval", min=2)
-    docs: str = option("docs", "where scores.json, scores.md and pictures/scores.png go")
+    docs: str = option("docs", "where scores.json, scores.md and pictures/scores.svg go")
     text: bool = option(False, "write the page from scores.json alone")
 
 
@@ -308,7 +308,7 @@ Made by `python benchmarks/scores.py` from `scores.json`; nothing here is typed 
 solutions of arithmetic, and as many of the longest problems alone ("hard"). In brackets, 95 % of
 the draws of problems. Only solutions that came to an end are judged.
 
-![AUROC and accuracy at coverage](pictures/scores.png)
+![AUROC and accuracy at coverage](pictures/scores.svg)
 
 - **r_s** and **two tokens** were learned during RL, each in a run of its own: r_s by LaSeR, two
   tokens (`sigmoid(z_H - z_L)`, needs no `c_ref`) by `--self-reward-loss sft`.
@@ -359,8 +359,8 @@ def order_table(entry: dict) -> str:
 
 def verdict_table(entry: dict, solved: int) -> str:
     """The scores as probabilities and as verdicts, as they come and fitted."""
-    said = ("\nAs a probability and as a verdict; fitted: with two numbers for the calibration, and "
-            f"one for the threshold, from {solved} other solved problems.\n")
+    said = ("\nAs a probability and as a verdict; fitted: with two numbers for the calibration, "
+            f"and one for the threshold, from {solved} other solved problems.\n")
     rows = []
     for name, m in entry["methods"].items():
         rows.append([name, *(report.decimal(m[k]) for k in
@@ -390,51 +390,37 @@ def findings(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(record: dict, path: Path) -> str:
-    """docs/pictures/scores.png: a row a method, the same rows in both panels."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no picture: matplotlib is missing"
+def picture(record: dict) -> str:
+    """docs/pictures/scores.svg: how well each way orders solutions, and what trusting it brings."""
     entry = record["sets"]["laser, held-out"]
-    names = sorted(entry["methods"], key=lambda name: entry["methods"][name]["auroc"][0])
-    figure = Figure(figsize=(8.4, 4.4), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    # Told apart by their shapes and by words beside the top row: no legend, no colour needed.
-    panels = (
-        (left, "Does a right solution score higher? (AUROC)", (
-            (lambda m: m["auroc"][0], "o", "black", "any two"),
-            (lambda m: m["auroc_within"][0], "o", "white", "of one problem"))),
-        (right, "Right among the most believed (%)", (
-            (lambda m: 100 * m["accuracy_at_50"], "^", "black", "50 %"),
-            (lambda m: 100 * m["accuracy_at_80"], "s", "#999999", "80 %"),
-            (lambda m: 100 * m["accuracy_at_90"], "D", "white", "90 %"))),
+    found = entry["methods"]
+    names = sorted(found, key=lambda name: found[name]["auroc"][0])
+    # 1. A row a method.  Full and hollow dots, and names at the ends: no legend, no colour needed.
+    rows, full, hollow = [], [], []
+    for y, name in enumerate(names):
+        overall, within = found[name]["auroc"][0], found[name]["auroc_within"][0]
+        rows.append(svg.mark([[(within, y), (overall, y)], [(1, y)]], "#222", name, stroke_width=1))
+        full.append((overall, y))
+        hollow.append((within, y))
+    dots = (svg.dots(full, "#222", 10), svg.dots(hollow, "#222", 10), svg.dots(hollow, "#fff", 7))
+    left = svg.panel(
+        "AUROC of two solutions: \u25cf any, \u25cb of one problem", "the right one scores higher",
+        "", [*rows, *dots],
+        x_range=(min(min(full), min(hollow))[0] - 0.02, 1), y_range=(-0.6, len(names) - 0.4),
+        y_ticks={-0.6: ""},
     )  # fmt: skip
-    for axis, title, marks in panels:
-        rows = range(len(names))
-        ends = [[of(entry["methods"][name]) for of, *_ in marks] for name in names]
-        axis.hlines(rows, [min(e) for e in ends], [max(e) for e in ends], color="#bbbbbb", lw=1.5)
-        for number, (_, shape, colour, label) in enumerate(marks):
-            x = [e[number] for e in ends]
-            axis.plot(x, rows, shape, color=colour, mec="black", ms=7.5, zorder=3)
-            # Words of neighbours lean away from each other, so that they never meet.
-            rank = sum(e < x[-1] for e in ends[-1])
-            side = {0: ("right", 10), len(marks) - 1: ("left", 10)}.get(rank, ("center", 24))
-            axis.annotate(label, (x[-1], len(names) - 1), xytext=(0, side[1]), ha=side[0],
-                          textcoords="offset points", fontsize=9.5)
-        axis.set_title(title, loc="left", fontsize=11)
-        axis.set_yticks(rows, names, fontsize=10.5)
-        axis.set_ylim(-0.6, len(names) + 0.45)
-        axis.margins(x=0.12)
-        axis.grid(axis="x", color="#dddddd", lw=0.7)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    right.axvline(100 * entry["accuracy"], color="#777777", ls="--", lw=1)
-    right.annotate("all", (100 * entry["accuracy"], -0.55), xytext=(3, 2), fontsize=9,
-                   textcoords="offset points")  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-    return f"picture {path}"
+    # 2. The further right, the fewer solutions are trusted, and the more the ways differ.
+    lines = []
+    for i, name in enumerate(names):
+        kept = {0: entry["accuracy"], 10: found[name]["accuracy_at_90"],
+                20: found[name]["accuracy_at_80"], 50: found[name]["accuracy_at_50"]}
+        points = [(x, 100 * accuracy) for x, accuracy in kept.items()]
+        ours = name == "r_s"
+        lines.append(svg.mark([points], "#222" if ours else "#888", name,
+                              stroke_width=3 if ours else 1.2))
+    right = svg.panel("Right among the most believed, %", "share that is believed", "", lines,
+                      x_ticks={0: "100 %", 10: "90 %", 20: "80 %", 50: "50 %"})
+    return svg.picture([left, right])
 
 
 def main() -> None:
@@ -447,7 +433,9 @@ def main() -> None:
         write_atomic(data, json.dumps(record, indent=1) + "\n")
     record = read_json(data)
     write_atomic(Path(o.docs) / "scores.md", page(record))
-    print(picture(record, Path(o.docs) / "pictures" / "scores.png"))
+    path = Path(o.docs) / "pictures" / "scores.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, picture(record))
     first = record["sets"]["laser, held-out"]
     print(f"page {o.docs}/scores.md\n{order_table(first)}{verdict_table(first, record['solved'])}")
     print(json.dumps({name: m["auroc"] for name, m in first["methods"].items()}))

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from torch import Tensor
 from .scale.distributed import ALONE, World, local
 from .cli import near
 from .files import HUB_ID, fetch, latest_checkpoint, read_json, sync_folder, write_atomic
+from .lora import ADAPTER, Lora, attach, fill, in_peft, is_adapter, merged
 from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
 
-# Short names of models: --model qwen2.5-7b.  `tiny` is the folder beside this file.
+# Short names of models: --model qwen2.5-7b.
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -65,7 +66,9 @@ ALIASES = {
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
+# The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -97,12 +100,13 @@ def load_pretrained(
     dtype: str = "float32",
     z_c: str | None = None,
     world: World = ALONE,
+    lora: Lora | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
     """Model and tokenizer of an alias, a hub id, a checkpoint folder or a run's folder.
 
     device: auto, cpu, cuda; dtype: auto (see auto_dtype), float32, bfloat16, float16, whatever the
     dtype on disk.  z_c: another readout token than the checkpoint's.  world: the ranks over which
-    the weights are spread.
+    the weights are spread.  lora: the adapters to give it; the weights are then those of lora.base.
     ValueError, FileNotFoundError or OSError, one line, for all that can be wrong with it.
     """
     folder = find_checkpoint(name)
@@ -118,7 +122,10 @@ def load_pretrained(
     tokenizer = Tokenizer.from_folder(folder)
     if z_c is not None:
         tokenizer.set_z_c(z_c)
-    model = _load_model(folder, torch.device(device), DTYPES[dtype], world)
+    if lora is not None:
+        folder, base = find_checkpoint(lora.base), ALIASES.get(lora.base.lower(), lora.base)
+        lora = replace(lora, base=base, z_c_id=tokenizer.z_c_id)
+    model = _load_model(folder, torch.device(device), DTYPES[dtype], world, lora)
     return model, tokenizer
 
 
@@ -134,10 +141,10 @@ def auto_dtype(folder: Path | None, device: str) -> str:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: `tiny`, a local folder (of a checkpoint, or of a run: its newest
+    """The folder of a checkpoint: an embedded one, a local folder (of a checkpoint, or of a run: its newest
     checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
-    path = TINY if text == "tiny" else Path(text).expanduser()
+    path = EMBEDDED.get(text) or Path(text).expanduser()
     if path.is_dir():
         return _local(path)
     if path.exists():
@@ -146,7 +153,8 @@ def find_checkpoint(name: str | Path) -> Path:
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
     if not HUB_ID.fullmatch(hub_id):
-        hint = near(text.lower(), ["tiny", *ALIASES], "; ".join(["tiny", *ALIASES]))
+        known = [*EMBEDDED, *ALIASES]
+        hint = near(text.lower(), known, "; ".join(known))
         raise FileNotFoundError(f"{text!r} is no folder, hub id (owner/name) or alias: {hint}")
     try:
         return _local(fetch(hub_id, NEEDED))
@@ -173,17 +181,21 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: World) -> CausalLM:
+def _load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, world: World, lora: Lora | None
+) -> CausalLM:
     """Build the model without memory (device meta), then hand it its tensors one by one."""
     config = load_config(folder)
     # On the device meta a tensor is a shape without memory.  Made on the CPU, the model would
     # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
+        if lora is not None:
+            attach(model, lora)
     world.fully_shard(model, device)
     # All headers before any tensor: what does not fit is said at once, not after gigabytes.
     files = {path: _read_header(path) for path in _weight_files(folder)}  # {path: {name: shape}}
-    expected = {name: list(t.shape) for name, t in model.state_dict().items()}
+    expected = {name: list(t.shape) for name, t in _weights(model).items()}
     found = {name: shape for shapes in files.values() for name, shape in shapes.items()}
     _check_names(folder, expected, found, config.tie_word_embeddings)
     for path, shapes in files.items():
@@ -200,7 +212,14 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: W
     for path, shapes in files.items():
         if config.tie_word_embeddings and "lm_head.weight" in shapes:
             _check_tied(path, model, world)
+    if lora is not None:
+        fill(model, world)
     return model
+
+
+def _weights(model: CausalLM) -> dict[str, Tensor]:
+    """A model's weights by name, without LoRA's adapters."""
+    return {name: t for name, t in model.state_dict().items() if not is_adapter(name)}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -449,7 +468,8 @@ def save_pretrained(
     """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
     also what `load_state` reads, in its folder `state/`.
 
-    Weights keep the model's dtype; a tied matrix is written once.  The folder appears whole.  In
+    Weights keep the model's dtype; a tied matrix is written once.  LoRA's adapters are merged into
+    them, and lie in the folder `adapter/` as well, as PEFT has them.  The folder appears whole.  In
     a folder that exists each file is replaced whole, and foreign files stay.  OSError if the disk
     is full or read-only; nothing is left behind then.
 
@@ -457,8 +477,12 @@ def save_pretrained(
     of one tensor after the other, and never holds a second model.
     """
     folder = Path(folder).expanduser().resolve()
+    adapter_config, adapters = in_peft(model, world)
     if not world.is_first:  # no files, but its parts, in the same order
-        _write_weights(model.state_dict(), folder, shard_bytes, world)
+        with merged(model, world):
+            _write_weights(_weights(model), folder, shard_bytes, world)
+        if adapters:
+            _write_tensors(folder, adapters, world)
         if state is not None:
             _write_tensors(folder, state[0], world)
         return
@@ -473,7 +497,13 @@ def save_pretrained(
         # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
         for name, content in tokenizer.files().items():
             write_atomic(temporary / name, content)
-        _write_weights(model.state_dict(), temporary, shard_bytes, world)
+        with merged(model, world):
+            _write_weights(_weights(model), temporary, shard_bytes, world)
+        if adapters:
+            (temporary / ADAPTER).parent.mkdir()
+            beside = temporary / ADAPTER.with_name("adapter_config.json")
+            write_atomic(beside, _json(adapter_config))
+            _write_tensors(temporary / ADAPTER, adapters, world)
         if state is not None:
             save_state(temporary / "state", *state, world)
         sync_folder(temporary)
@@ -621,8 +651,8 @@ def _guarded(folder: Path) -> list[str]:
     the checkpoint around it, for a state fits those weights and no others."""
     names = ["state.safetensors"]
     if (folder.parent / "config.json").is_file():
-        beside = sorted({p.name for pattern in NEEDED for p in folder.parent.glob(pattern)})
-        names += [f"../{name}" for name in beside]
+        beside = {p for pattern in (*NEEDED, "adapter/*") for p in folder.parent.glob(pattern)}
+        names += sorted(f"../{p.relative_to(folder.parent)}" for p in beside)
     return names
 
 

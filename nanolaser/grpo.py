@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import laser
+from .lora import merged
 from .model import CausalLM
 from .packing import Packing, micro_batches
 from .readout import loss_backward
@@ -47,10 +48,11 @@ def sample(
     counts among all problems.  `sampling` goes to sampler.generate."""
     mine = world.shard(range(first, len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
-    rollouts = generate(
-        gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
-        streams=[i * n for i in mine], **sampling,
-    )  # fmt: skip
+    with merged(model, world):  # LoRA: one product in place of three
+        rollouts = generate(
+            gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
+            streams=[i * n for i in mine], **sampling,
+        )  # fmt: skip
     for rollout in rollouts:
         rollout.prompt_id = mine[rollout.prompt_id]
     return rollouts
@@ -221,6 +223,7 @@ def accumulate_gradients(
         logprobs, entropy = loss_backward(
             hidden[t.place], model.lm_head_weight, t.token,
             lambda logprobs, part, t=t: loss(logprobs, t.part(part), c, M, N), t.temperature,
+            (c.z_c_id, model.z_c_row),
         )  # fmt: skip
         if optimizer is not None:
             optimizer.accumulate()  # gradients of a bf16 model are summed in fp32

@@ -16,19 +16,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from . import metrics
-from .checker import extract_answer
+from .checker import explain, extract_answer, is_equivalent
 from .checkpoint import load_pretrained
-from .cli import ModelOptions, warn
+from .cli import ModelOptions, option, warn
 from .files import read_jsonl
 from .model import CausalLM
 from .readout import BLOCK_LOGITS
-from .rollout import Rollout
+from .rollout import Rollout, self_reward
 from .sampler import cut_by_tokens, generate, pad
-from .scoring import read_last
+from .scale.plan import default_kv_cache_gb
+from .scoring import read_last, score
 
 # The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
 LONGEST = 4096
@@ -58,6 +60,28 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
     return model, tokenizer
 
 
+@dataclass
+class SamplingOptions(ModelOptions):
+    """The options of every script that samples from a model it does not train."""
+
+    temperature: float = option(1.0, "0 always takes the likeliest token", group="sampling", min=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens of this total probability",
+                          group="sampling", above=0, max=1)
+    max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1,
+                                        shown="half of the model's positions, at most 4096")
+    max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
+    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="sampling",
+                                       shown="half of what is free")
+
+    def how(self, model: CausalLM) -> dict:
+        """`generate`'s arguments, with what the model decides where nothing was said."""
+        # Half of the positions that the model has seen in training are left to the problem.
+        longest = max(1, min(LONGEST, model.config.max_position_embeddings // 2))
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed,
+                "max_new_tokens": self.max_new_tokens or longest, "max_rows": self.max_rows,
+                "kv_cache_gb": self.kv_cache_gb or default_kv_cache_gb(model.device)}
+
+
 def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     """Warns of problems whose prompt alone is longer than the model was made for; ValueError for
     one over STRETCH times as long: now, and not as an error of memory hours later."""
@@ -75,10 +99,90 @@ def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     warn(f"{len(longer)} of {len(problems)} problems are too long: {said}: {begins}")
 
 
-def default_new_tokens(model: CausalLM) -> int:
-    """How long an answer may get if nobody says: half of the positions that the model has seen in
-    training, the other half being left to the problem, at most LONGEST tokens."""
-    return max(1, min(LONGEST, model.config.max_position_embeddings // 2))
+# ---------------------------------------------------------------------------------------------
+# rows of solutions that are there already
+
+
+def tokens_of(tokenizer, row: dict, ended: bool = True) -> tuple[list[int], list[int]]:
+    """(prompt, response) of a rollout row as token ids: those that were sampled, if they spell the
+    text beside them, else the text's.
+
+    ended: with a stop token even where the solution was cut off; there r_s is read as if it had
+    ended.  ValueError for the ids of another tokenizer without a text.
+    """
+    # A model's own tokens are not always those that its tokenizer would make of its text.
+    prompt, response = row.get("prompt_token_ids"), row.get("response_token_ids")
+    if not (response and own_tokens(tokenizer, row)):
+        if row["response"] is None or row["problem"] is None:
+            raise ValueError("a row's token ids are another model's, and it has no problem and "
+                             "response as text")
+        # With the ids of its response those of its prompt fall: they are the same model's.
+        prompt, response = None, tokenizer.encode(row["response"])
+        ended = ended or row.get("finished", True)  # a text without the word for it is whole
+    if ended and response[-1:] not in [[stop] for stop in tokenizer.stop_ids]:
+        response = [*response, tokenizer.stop_ids[0]]
+    return prompt or tokenizer.encode_prompt(row["problem"]), response
+
+
+def own_tokens(tokenizer, row: dict) -> bool:
+    """Whether a row's response_token_ids are this tokenizer's, and spell its text."""
+    ids = row.get("response_token_ids") or []
+    known = ids and max([*ids, *(row.get("prompt_token_ids") or [])]) < tokenizer.size
+    return bool(known) and row["response"] in (None, tokenizer.decode(ids))
+
+
+# Problem and solution may be this many times as long as the texts that the model was trained on:
+# a model can be sampled beyond its positions, and then r_s is read as it was sampled.
+TOO_LONG = 4
+
+
+def score_rows(
+    model: CausalLM, tokenizer, rows: list[dict], threshold: float = 0.5,
+    batch_tokens: int = 16_384, on_scored: Callable[[int], None] | None = None,
+) -> list[dict]:  # fmt: skip
+    """Rows of `problems.read_solutions` with logp_zc, r_s, verdict (right where r_s > threshold)
+    and all that the checker says; None where a solution was cut off, for there is no end to read
+    at."""
+    tokens = [tokens_of(tokenizer, row, ended=False) for row in rows]
+    done = []
+    for row, (_, response) in zip(rows, tokens):
+        own = own_tokens(tokenizer, row)
+        done.append(row | {
+            "logp_zc": None, "r_s": None, "verdict": None, "tokens_from": "ids" if own else "text",
+            "response": tokenizer.decode(response) if own else row["response"],
+            "finished": response[-1:] in [[stop] for stop in tokenizer.stop_ids],
+            "response_tokens": len(response),
+        })  # fmt: skip
+    # A row of a megabyte is a mistake, and the cost grows with the square of the length.
+    ended = [i for i, row in enumerate(done) if row["finished"]]
+    most = TOO_LONG * model.config.max_position_embeddings
+    fit = [i for i in ended if len(tokens[i][0]) + len(tokens[i][1]) <= most]
+    if len(fit) < len(ended):
+        warn(f"{len(ended) - len(fit)} solutions have over {most} tokens, {TOO_LONG} times what "
+             "the model was made for: no r_s")
+    prompts, responses = [tokens[i][0] for i in fit], [tokens[i][1] for i in fit]
+    values = score(model, tokenizer.z_c_id, prompts, responses, batch_tokens, on_scored)
+    for i, value in zip(fit, values):
+        r_s = self_reward(value, tokenizer)
+        verdict = None if r_s is None else "right" if r_s > threshold else "wrong"
+        done[i] |= {"logp_zc": value, "r_s": r_s, "verdict": verdict}
+    return [row | ask_checker(row) for row in done]
+
+
+def ask_checker(row: dict) -> dict:
+    """The boxed answer and, where there is a gold, r_v and the checker's reason."""
+    gold = row.get("gold")
+    # Not strict: exactly one box is a rule for training, where a model would exploit more.
+    try:
+        answer = extract_answer(row["response"]) or None
+        if gold is None:
+            return {"answer": answer, "r_v": row.get("r_v")}
+        r_v = float(answer is not None and is_equivalent(answer, gold))
+        reason = "no boxed answer" if answer is None else explain(answer, gold).rule
+    except Exception as error:  # a text that is too much for the checker is one bad row, not all
+        answer, r_v = None, row.get("r_v") if gold is None else 0.0
+        reason = f"the checker failed: {type(error).__name__}"
+    return {"answer": answer, "r_v": r_v, "checker": reason}
 
 
 def fitted_threshold(name: str | None, evaluated: Sequence[dict] = ()) -> float:
@@ -91,7 +195,7 @@ def fitted_threshold(name: str | None, evaluated: Sequence[dict] = ()) -> float:
     rows = [row for _, row in read_jsonl(name, {"r_s": number, "r_v": number})]
     rows = [row for row in rows if row["r_v"] is not None]
     try:
-        threshold = metrics.fit_threshold([row["r_v"] for row in rows], [row["r_s"] for row in rows])
+        threshold = metrics.fit_threshold(*([row[k] for row in rows] for k in ("r_v", "r_s")))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     both = {row.get("problem") for row in rows} & {row["problem"] for row in evaluated}
@@ -99,16 +203,6 @@ def fitted_threshold(name: str | None, evaluated: Sequence[dict] = ()) -> float:
         warn(f"{len(both)} of the problems evaluated are also in {name}: F1 is no longer that of "
              "problems which the threshold has not seen")
     return threshold
-
-
-def tokens_of(tokenizer, row: dict) -> tuple[list[int], list[int]]:
-    """(prompt, response) of a rollout row as token ids, the response with an end, which one that
-    was cut off did not come to: there r_s can be read as if it had ended."""
-    # The ids that were sampled, where the row has them: its text may be cut otherwise.
-    prompt = row.get("prompt_token_ids") or tokenizer.encode_prompt(row["problem"])
-    response = row.get("response_token_ids") or tokenizer.encode(row["response"])
-    ended = response[-1:] and response[-1] in tokenizer.stop_ids
-    return prompt, response if ended else [*response, tokenizer.stop_ids[0]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,12 +261,12 @@ def judge(
     def finish(rollout: Rollout) -> None:
         text = tokenizer.decode(rollout.response_tokens)
         # One that was cut off has not said its last word.
-        score = verdict(text, follow_up) if rollout.finished else None
-        facts = {"judgement": text, "score": score, "tokens": len(rollout.response_tokens)}
+        said = verdict(text, follow_up) if rollout.finished else None
+        facts = {"judgement": text, "score": said, "tokens": len(rollout.response_tokens)}
         on_judged(rollout.prompt_id, facts | {"finished": rollout.finished})
 
     prompts = [judgement_prompt(tokenizer, row) for row in rows]
-    generate(model, tokenizer, prompts, temperature=0.0, on_finish=finish, **sampling)
+    generate(model, tokenizer, prompts, on_finish=finish, **sampling | {"temperature": 0.0})
 
 
 def p_yes(model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384) -> list[float]:

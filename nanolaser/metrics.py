@@ -46,6 +46,9 @@ class VerificationF1(NamedTuple):
     accuracy_wrong: float | None
 
 
+_UNKNOWN = VerificationF1(None, None, None)
+
+
 def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> VerificationF1:
     """Harmonic mean of the verdict's accuracy on right and on wrong solutions (paper, evaluation).
 
@@ -53,8 +56,7 @@ def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> Verificat
     Not the usual F1: both classes count the same, so always answering "right" gets 0 however
     accurate the model is.  None where there is no solution of one of the kinds.
     """
-    right, score = _as_right(right), _as_scores(score)
-    _same_length(right, score)
+    right, score = _pair(right, score, gaps=True)
     # NaN (no score) compares as False, which is the verdict wanted; numpy need not warn of it.
     with np.errstate(invalid="ignore"):
         verdict = score > threshold
@@ -71,8 +73,7 @@ def auroc(right: Any, score: Any) -> float | None:
 
     right, score: (N,).  None where one of the kinds is missing.
     """
-    right, score = _as_right(right), _no_gaps(score)
-    _same_length(right, score)
+    right, score = _pair(right, score)
     # By ranks in N log N, not by the N^2 pairs of the definition: benchmarks have 16000 solutions.
     # Right 0.9 0.4, wrong 0.6 0.4: won 0.9 > 0.6, 0.9 > 0.4, half of 0.4 = 0.4: 2.5 of 4 pairs.
     wins, pairs = _wins(right, score)
@@ -101,8 +102,8 @@ def reliability(right: Any, score: Any, bins: int = 10) -> list[dict[str, Any]]:
     empty bin are None.  Bins are (low, high], the first one also holds 0, so that a score of
     exactly 0.5 lies on the same side as the verdict `score > 0.5` puts it.
     """
-    right, score = _as_right(right), _clip(_no_gaps(score))
-    _same_length(right, score)
+    right, score = _pair(right, score)
+    score = _clip(score)
     edges = np.linspace(0, 1, bins + 1)
     # Only the inner edges: whatever lies left of the first or right of the last is in that bin.
     index = np.searchsorted(edges[1:-1], score, side="left")
@@ -132,8 +133,8 @@ def brier(right: Any, score: Any) -> float | None:
     """Mean squared difference of the clipped score and the truth; in [0, 1], None without any."""
     # Unlike the ECE it also rewards telling right from wrong: always saying 0.4 where 40 % are
     # right is calibrated perfectly, ECE 0, and has a Brier score of 0.24.
-    right, score = _as_right(right), _clip(_no_gaps(score))
-    _same_length(right, score)
+    right, score = _pair(right, score)
+    score = _clip(score)
     return _mean((score - right) ** 2)
 
 
@@ -146,8 +147,7 @@ def coverage_curve(right: Any, score: Any) -> np.ndarray:
 
     right, score: (N,).  Equal scores have no order: each of them counts as their mean.
     """
-    right, score = _as_right(right), _no_gaps(score)
-    _same_length(right, score)
+    right, score = _pair(right, score)
     # Right 1 0 1 0 of scores .9 .5 .5 .1 count as 1, 1/2, 1/2, 0: the curve is 1, 3/4, 2/3, 1/2.
     order = np.argsort(-score, kind="stable")
     group = np.unique(-score[order], return_inverse=True)[1]
@@ -157,7 +157,7 @@ def coverage_curve(right: Any, score: Any) -> np.ndarray:
 
 def risk_coverage(right: Any, score: Any) -> dict[str, float | None]:
     """aurc, the area under 1 - coverage_curve (Geifman et al. 2018; 0 is best, and a guess has the
-    share of wrong solutions), and accuracy_at_50, _80, _90: of the so many per cent most believed."""
+    share of wrong solutions), and accuracy_at_50, _80, _90: of so many per cent most believed."""
     curve = coverage_curve(right, score)
     # 50 % of 5 solutions are 3: never fewer than asked for.
     at = {f"accuracy_at_{100 * c:.0f}": _mean(curve[math.ceil(c * len(curve)) - 1 :][:1])
@@ -172,8 +172,7 @@ def fit_threshold(right: Any, score: Any) -> float:
     0.5 is no longer where right and wrong part.  Where several thresholds are best, the middle one.
     ValueError where one of the kinds is missing.
     """
-    right, score = _as_right(right), _as_scores(score)
-    _same_length(right, score)
+    right, score = _pair(right, score, gaps=True)
     if right.all() or not right.any():
         raise ValueError("a threshold needs right and wrong solutions to lie between; "
                          f"all {len(right)} are {'right' if right.any() else 'wrong'}"
@@ -182,10 +181,11 @@ def fit_threshold(right: Any, score: Any) -> float:
     known = np.unique(score[~np.isnan(score)])  # sorted
     between = (known[1:] + known[:-1]) / 2
     candidates = np.array([*(known[:1] - 1), *between, *(known[-1:] + 1)] or [0.5])
-    # Of each kind the share above every candidate: NaN sorts last, and is above nothing.
-    above = lambda kind: 1 - (np.searchsorted(np.sort(score[kind]), candidates, "right")  # noqa: E731
-                              + np.isnan(score[kind]).sum()) / kind.sum()
-    correct, wrong = above(right), 1 - above(~right)
+    # Of each kind the share not above each candidate: NaN sorts last, and is above nothing.
+    correct, wrong = (
+        (np.searchsorted(np.sort(score[kind]), candidates, "right") + np.isnan(score[kind]).sum())
+        / kind.sum() for kind in (right, ~right))
+    correct = 1 - correct
     f1 = 2 * correct * wrong / np.maximum(correct + wrong, TIE)
     best = np.flatnonzero(f1 >= f1.max() - TIE)
     return float(candidates[best[len(best) // 2]])
@@ -416,12 +416,11 @@ def best_of_at_k(right: Any, score: Any, k: int, classes: Any = None) -> float:
     return value
 
 
-def votes_at_k(classes: Any, right: Any, score: Any, k: int, draws: int = DRAWS,
-               seed: int = 0) -> tuple[float, float]:
+def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, float]:
     """Expected accuracy of the majority and of the weighted vote over k of the n solutions.
 
     classes, right, score: (n,).  Over all subsets of size k where there are at most EXACT_SUBSETS,
-    else over `draws` random ones; both votes see the same subsets, so that their difference is not
+    else over DRAWS random ones; both votes see the same subsets, so that their difference is not
     blurred by the draw.  Tied classes share the win evenly.  That is the expectation of breaking
     ties at random, and also of taking the first seen (equal counts make every tied class equally
     often the first): no luck of the order is left, so the mean over subsets is unbiased and k = 1
@@ -432,7 +431,7 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int, draws: int = DRAWS,
     _same_length(classes, right, weight)
     # All subsets at once as matrix products: a loop over 1000 subsets of 500 problems would take
     # minutes in Python, and this takes a second.
-    subsets = _subsets(_sized(right, k), k, draws, seed)               # (S, n) of 0 and 1
+    subsets = _subsets(_sized(right, k), k)                            # (S, n) of 0 and 1
     ids, column = np.unique(classes, return_inverse=True)
     member = np.eye(len(ids))[column]                                  # (n, M), M answers
     votes = subsets @ member                                           # (S, M)
@@ -460,8 +459,8 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int, draws: int = DRAWS,
 METHODS = ("majority_vote", "weighted_vote", "best_of", "pass_at")
 
 
-def vote_tables(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool], *,
-                draws: int = DRAWS, seed: int = 0) -> dict[str, dict[int, np.ndarray]]:
+def vote_tables(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool]
+                ) -> dict[str, dict[int, np.ndarray]]:
     """Method -> k -> the expected accuracy on each problem (P,), for k of `vote_sizes`.
 
     rows: rollout rows of one data set.  One number a problem is what means, standard errors
@@ -469,18 +468,17 @@ def vote_tables(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, st
     problem has, so that every k speaks about the same problems.
     """
     samples = _group(rows)
-    return _vote_tables(samples, equivalent, vote_sizes(samples.n), draws, seed)
+    return _vote_tables(samples, equivalent, vote_sizes(samples.n))
 
 
-def _vote_tables(samples: _Samples, equivalent: Callable[[str, str], bool], sizes: Sequence[int],
-                 draws: int = DRAWS, seed: int = 0) -> dict[str, dict[int, np.ndarray]]:
+def _vote_tables(samples: _Samples, equivalent: Callable, sizes: Sequence[int]) -> dict:
     """`vote_tables` for these k alone."""
     # Merging answers is the expensive part (it calls the checker): once a problem, not once a k.
     solutions = [(answer_classes([samples.answers[i] for i in where], equivalent),
                   samples.right[where], samples.score[where]) for where in samples.where]
     tables: dict[str, dict[int, np.ndarray]] = {method: {} for method in METHODS}
     for k in sizes:
-        values = [(*votes_at_k(classes, right, score, k, draws, seed),
+        values = [(*votes_at_k(classes, right, score, k),
                    best_of_at_k(right, score, k, classes), pass_at_k(right, k))
                   for classes, right, score in solutions]              # P times 4 numbers
         for method, column in zip(METHODS, np.array(values).T):
@@ -509,9 +507,8 @@ def right_by_rank(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 # -------------------------------------------------------------- a data set's entry in results.json
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool], *,
-              votes: Mapping[str, Mapping[int, np.ndarray]] | None = None, threshold: float = 0.5,
-              bins: int = 10, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool],
+              votes: Mapping[str, Mapping[int, np.ndarray]] | None = None) -> dict[str, Any]:
     """Everything that results.json says about one data set, from its rollout rows.
 
     A row needs r_v, r_s (None if it was cut off), answer (None if there is none), finished,
@@ -521,14 +518,14 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
     samples = _group(rows)
     if votes is None:
         equivalent = safely(equivalent)
-        votes = vote_tables(rows, equivalent, draws=draws, seed=seed)
+        votes = vote_tables(rows, equivalent)
     accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
     entry: dict[str, Any] = {"problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
                              "accuracy_stderr": stderr}
     for method in METHODS:
         # Text keys, as JSON will have them anyway: what is returned equals what is read back.
         entry[method] = {str(k): _mean(values) for k, values in votes[method].items()}
-    entry["verification"] = verification(rows, threshold=threshold, bins=bins)
+    entry["verification"] = verification(rows)
     entry["mean_response_tokens"] = _mean(samples.tokens)
     entry["finished_share"] = _mean(samples.finished)
     # What the checker raised, on a solution or where two answers were compared: neither ends an
@@ -538,39 +535,61 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
     return entry
 
 
-def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5,
-                 bins: int = 10) -> dict[str, float | None]:
+def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5
+                 ) -> dict[str, float | None]:
     """How well r_s, or any score that the rows carry as r_s, knows right solutions from wrong.
 
     f1 is f1_all.  The two are those of the authors' evaluation script: f1_all over all solutions,
     one without an answer being judged wrong; f1_filtered over those with an answer.  All else
     measures the score itself, over the solutions that have one.
     """
+    samples = _group(rows)
+    everything = np.arange(len(rows))
+    found = {name: of(everything) for name, of in _measures(samples, threshold).items()}
+    return found | risk_coverage(*_scored(samples, everything))
+
+
+def _scored(samples: _Samples, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(right, score) of those of the solutions i that have a score."""
+    i = i[~np.isnan(samples.score[i])]
+    return samples.right[i], samples.score[i]
+
+
+def _measures(samples: _Samples, threshold: float = 0.5) -> dict[str, Callable]:
+    """Name -> function of solutions (indices), a number or None: what `verification` reports of all
+    of them, and the bootstrap of those that a draw has chosen."""
     # Two questions, two sets: does the *system* judge its solutions well (f1_all: everything that
     # came out, and no box is a reason to say "wrong"), and is the *score* any good (where it is)?
-    samples = _group(rows)
-    scored = ~np.isnan(samples.score)
-    right, score, answered = samples.right[scored], samples.score[scored], samples.answered
+    right, score, answered = samples.right, samples.score, samples.answered
+    known = ~np.isnan(score)
     # A solution cut off after its box has an answer and no r_s.  The authors' script appends the
     # end that it did not come to and reads r_s there: `r_s_if_ended`, where evaluate.py has done
     # so too; else it counts as judged wrong.  Where nothing is cut off this makes no difference.
-    judged = np.where(answered, np.where(scored, samples.score, samples.if_ended), np.nan)
-    everyone = verification_f1(samples.right, judged, threshold)
-    filtered = verification_f1(samples.right[answered], judged[answered], threshold)
+    judged = np.where(answered, np.where(known, score, samples.if_ended), np.nan)
+    # Where nobody was asked at all there are no verdicts, which are not bad ones.
+    asked = known.any() or not np.isnan(judged).all()
+
+    def f1(i: np.ndarray) -> VerificationF1:
+        return verification_f1(right[i], judged[i], threshold) if asked else _UNKNOWN
+
+    def length(i: np.ndarray) -> float | None:
+        i = i[known[i]]
+        return None if np.isnan(samples.tokens[i]).any() else spearman(score[i], samples.tokens[i])
+
+    of_score = lambda metric: lambda i: metric(*_scored(samples, i))  # noqa: E731
     return {
-        "f1": everyone.f1,
-        "f1_all": everyone.f1,
-        "f1_filtered": filtered.f1,
-        "accuracy_correct": everyone.accuracy_correct,
-        "accuracy_wrong": everyone.accuracy_wrong,
-        "auroc": auroc(right, score),
-        "auroc_within": auroc_within(right, score, samples.problem[scored]),
-        "ece": ece(right, score, bins),
-        "brier": brier(right, score),
-        **risk_coverage(right, score),
-        "spearman_length": spearman(score, samples.tokens[scored]),
-        "mean_r_s_correct": _mean(score[right]),
-        "mean_r_s_wrong": _mean(score[~right]),
+        "f1": lambda i: f1(i).f1,
+        "f1_all": lambda i: f1(i).f1,
+        "f1_filtered": lambda i: f1(i[answered[i]]).f1,
+        "accuracy_correct": lambda i: f1(i).accuracy_correct,
+        "accuracy_wrong": lambda i: f1(i).accuracy_wrong,
+        "auroc": of_score(auroc),
+        "auroc_within": lambda i: auroc_within(*_scored(samples, i), samples.problem[i[known[i]]]),
+        "ece": of_score(ece),
+        "brier": of_score(brier),
+        "spearman_length": length,
+        "mean_r_s_correct": of_score(lambda right, score: _mean(score[right])),
+        "mean_r_s_wrong": of_score(lambda right, score: _mean(score[~right])),
     }
 
 
@@ -595,8 +614,8 @@ class Interval(NamedTuple):
 
 
 def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float | None], problems: int,
-              runs: int = 1, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-    """A statistic and its percentile interval, resampling problems and runs.
+              runs: int = 1, draws: int = 1000) -> Interval:
+    """A statistic and its 95 % percentile interval, resampling problems and runs.
 
     The statistic takes indices of problems and of runs, with repeats, and gives a number or None.
     Draws that leave it undefined are skipped; there is no interval if most are, nor for a single
@@ -607,14 +626,13 @@ def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float | None], probl
     value = statistic(np.arange(problems), np.arange(runs))
     if value is None or problems < 2:
         return Interval(value, None, None)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # the same draws for whatever is compared
     drawn = [statistic(rng.integers(problems, size=problems), rng.integers(runs, size=runs))
              for _ in range(draws)]
     drawn = [x for x in drawn if x is not None]
     if len(drawn) <= draws / 2:
         return Interval(value, None, None)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
+    return Interval(value, *map(float, np.quantile(drawn, [0.025, 0.975])))
 
 
 class Difference(NamedTuple):
@@ -628,8 +646,8 @@ class Difference(NamedTuple):
 
 
 def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]],
-            equivalent: Callable[[str, str], bool], *, draws: int = 1000, seed: int = 0,
-            level: float = 0.95) -> tuple[int, dict[str, Difference]]:
+            equivalent: Callable[[str, str], bool], draws: int = 1000
+            ) -> tuple[int, dict[str, Difference]]:
     """Two runs on one data set: the number of problems both have, and metric -> Difference.
 
     Problems are matched by their text, else by prompt_id.  Votes are over n solutions, the smaller
@@ -646,7 +664,7 @@ def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, A
     everything, table = np.arange(len(common)), {}
     for name in a:
         change = bootstrap(lambda problems, _: minus(b[name](problems), a[name](problems)),
-                           len(common), 1, draws, seed, level)
+                           len(common), draws=draws)
         table[name] = Difference(a[name](everything), b[name](everything), *change)
     return len(common), table
 
@@ -661,29 +679,21 @@ def statistics(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str
     """Metric -> statistic (indices of problems, in the order in which the rows first name them ->
     number or None) of one run; votes over n solutions."""
     samples = _group(rows, by_text=True)
-    right, score, n = samples.right, samples.score, n or samples.n
-    scored = ~np.isnan(score)
-    judged = np.where(samples.answered, np.where(scored, score, samples.if_ended), np.nan)
+    n, known, measures = n or samples.n, ~np.isnan(samples.score), _measures(samples)
     # Pairs never cross problems, so their counts can be taken before any resampling.
-    wins, pairs = _wins_by_problem(right[scored], score[scored], samples.problem[scored],
-                                   len(samples.where))
+    wins, pairs = _wins_by_problem(samples.right[known], samples.score[known],
+                                   samples.problem[known], len(samples.where))
 
-    def pooled(metric: Callable, only_scored: bool = False) -> Callable:
+    def pooled(metric: Callable) -> Callable:
         # A metric over the pooled solutions of the chosen problems.
-        def statistic(problems: np.ndarray) -> float | None:
-            chosen = np.concatenate([samples.where[p] for p in problems])
-            return metric(chosen[scored[chosen]] if only_scored else chosen)
-        return statistic
+        return lambda problems: metric(np.concatenate([samples.where[p] for p in problems]))
 
-    found = {"accuracy": pooled(lambda i: _mean(right[i]))}
+    found = {"accuracy": pooled(lambda i: _mean(samples.right[i]))}
     for method, table in _vote_tables(samples, equivalent, [n]).items():
         found[f"{method}@{n}"] = lambda problems, x=table[n]: float(x[problems].mean())
+    found |= {name: pooled(measures[name]) for name in ("f1", "auroc", "ece", "brier")}
     return found | {
-        "f1": pooled(lambda i: verification_f1(right[i], judged[i]).f1),
-        "auroc": pooled(lambda i: auroc(right[i], score[i]), True),
         "auroc_within": lambda p: float(wins[p].sum() / pairs[p].sum()) if pairs[p].sum() else None,
-        "ece": pooled(lambda i: ece(right[i], score[i]), True),
-        "brier": pooled(lambda i: brier(right[i], score[i]), True),
         "response_tokens": pooled(lambda i: _mean(samples.tokens[i])),
     }
 
@@ -699,7 +709,7 @@ class _Samples:
     score: np.ndarray         # (N,) r_s as it is, NaN where there is none
     if_ended: np.ndarray      # (N,) r_s of a solution cut off, had it ended there; NaN: not known
     answered: np.ndarray      # (N,) bool
-    tokens: np.ndarray        # (N,) length of the response
+    tokens: np.ndarray        # (N,) length of the response, NaN where nobody counted
     finished: np.ndarray      # (N,) bool
     problem: np.ndarray       # (N,) 0 .. P-1
     answers: list             # N texts or None
@@ -729,7 +739,7 @@ def _group(rows: Sequence[Mapping[str, Any]], by_text: bool = False) -> _Samples
         score=_as_scores([row["r_s"] for row in rows]),
         if_ended=_as_scores([row.get("r_s_if_ended") for row in rows]),
         answered=np.array([answer is not None for answer in answers], dtype=bool),
-        tokens=np.array([row["response_tokens"] for row in rows], dtype=float),
+        tokens=_as_scores([row["response_tokens"] for row in rows]),
         finished=np.array([bool(row["finished"]) for row in rows], dtype=bool),
         problem=problem, answers=answers,
         where=[np.array(members) for members in where.values()])
@@ -770,6 +780,13 @@ def _no_gaps(score: Any) -> np.ndarray:
     return score
 
 
+def _pair(right: Any, score: Any, gaps: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """right (N,) bool and score (N,) float, NaN for a missing one where `gaps` are allowed."""
+    right, score = _as_right(right), _as_scores(score) if gaps else _no_gaps(score)
+    _same_length(right, score)
+    return right, score
+
+
 def _clip(score: np.ndarray) -> np.ndarray:
     # r_s is a log-ratio and leaves [0, 1] on both sides: a weight below 0 would be a vote against.
     return np.clip(np.nan_to_num(score, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
@@ -788,7 +805,9 @@ def _sized(right: np.ndarray, k: int) -> int:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+    """The mean, None without values or where one is unknown."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return None if math.isnan(mean) else mean
 
 
 # ---------------------------------------------------------------- ranks, pairs, subsets
@@ -848,8 +867,8 @@ def _share(worth: np.ndarray, tied: np.ndarray) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _subsets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
-    """(S, n) of 0 and 1, a row a subset of size k: all of them, or `draws` random ones.
+def _subsets(n: int, k: int) -> np.ndarray:
+    """(S, n) of 0 and 1, a row a subset of size k: all of them, or DRAWS random ones.
 
     Problems share the subsets: the solutions of each are drawn independently, so the errors of
     two problems are independent all the same, and the table is built once.
@@ -858,8 +877,8 @@ def _subsets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
         chosen = np.array(list(itertools.combinations(range(n), k)))
     else:
         # Sorting random numbers shuffles every row; the first k places are a fair subset.
-        rng = np.random.default_rng([seed, n, k])
-        chosen = rng.random((draws, n)).argsort(axis=1)[:, :k]
+        rng = np.random.default_rng([0, n, k])
+        chosen = rng.random((DRAWS, n)).argsort(axis=1)[:, :k]
     subsets = np.zeros((len(chosen), n))
     np.put_along_axis(subsets, chosen, 1.0, axis=1)
     return subsets

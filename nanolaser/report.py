@@ -147,7 +147,7 @@ def _at(row: Any, keys: Iterable[str]) -> Any:
 
 # One meaning a colour in all pictures, and colours that the colour-blind can tell apart (blue and
 # orange differ in lightness too; and what is wrong is dashed, so that a grey print still works).
-RIGHT, WRONG, OTHERS = "#1f6f9f", "#d9702a", ("#8b5fb0", "#3b8f5a", "#9aa0a8")
+RIGHT, WRONG, OTHERS = "#1f6f9f", "#d9702a", ("#8b5fb0", "#3b8f5a", "#818892")
 COLOURS = (RIGHT, WRONG, *OTHERS)  # of several runs
 
 
@@ -155,7 +155,7 @@ def evaluation(title: str, rows: Sequence[Mapping[str, Any]],
                votes: Mapping[str, Mapping[int, Any]]) -> str:
     """One data set in four panels: what votes bring, whether r_s = 0.8 means right in 80 % of the
     cases, how far apart right and wrong solutions are, and whether r_s only looks at the length."""
-    right, score, tokens = _scored(rows)
+    right, score, tokens = scored(rows)
     return picture([votes_panel(votes), reliability_panel(right, score),
                     histogram_panel(right, score, "r_s"), _lengths(right, score, tokens)],
                    title=title)  # fmt: skip
@@ -164,13 +164,20 @@ def evaluation(title: str, rows: Sequence[Mapping[str, Any]],
 def histograms(kinds: Mapping[str, Sequence[Mapping[str, Any]]], columns: int = 2) -> str:
     """r_s of right and of wrong solutions, a panel for each of several sets of rollout rows: before
     and after training, say.  One scale for all: what training moved is seen, not read."""
-    scored = {name: _scored(rows)[:2] for name, rows in kinds.items()}
-    high = max([0.0, *(_density(score[kind]).max() for right, score in scored.values()
+    pairs = {name: scored(rows)[:2] for name, rows in kinds.items()}
+    high = max([0.0, *(_density(score[kind]).max() for right, score in pairs.values()
                        for kind in (right, ~right))])  # fmt: skip
-    return picture([histogram_panel(*pair, name, high) for name, pair in scored.items()], columns)
+    return picture([histogram_panel(*pair, name, high) for name, pair in pairs.items()], columns)
 
 
-def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_phase(steps: Sequence[dict], samples: Sequence[dict]) -> dict[str, list[dict]]:
+    """The solutions of a run, sorted by the phase that their step belongs to."""
+    phase_of = {row["step"]: row.get("phase", "") for row in steps}
+    return {phase: [row for row in samples if phase_of.get(row["step"]) == phase]
+            for phase in dict.fromkeys(phase_of.values())}  # fmt: skip
+
+
+def scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(right, r_s, tokens), (M,) each, of the solutions that have an r_s."""
     # A solution that was cut off has no end, and no r_s: it is in no picture of r_s.
     kept = [row for row in rows if row["r_s"] is not None and math.isfinite(row["r_s"])]
@@ -179,7 +186,7 @@ def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, 
     return right > 0.5, score, tokens
 
 
-def votes_panel(votes: Mapping[str, Mapping[int, Any]]) -> str:
+def votes_panel(votes: Mapping[str, Mapping[int, Any]], title: str = "Accuracy of votes") -> str:
     """Accuracy of each kind of vote against k, with standard errors over problems."""
     styles = {"majority_vote": ("majority vote", GREY, DASH),
               "weighted_vote": ("weighted by r_s", RIGHT, ""),
@@ -196,7 +203,7 @@ def votes_panel(votes: Mapping[str, Mapping[int, Any]]) -> str:
         if method != "pass_at":
             marks.append(error_bars(x, y, [e or 0 for e in error], colour))
     ticks = {math.log2(k): str(k) for k in ks}
-    return panel("Accuracy of votes", "solutions k", "accuracy", marks, x_ticks=ticks)
+    return panel(title, "solutions k", "accuracy", marks, x_ticks=ticks)
 
 
 def reliability_panel(right: np.ndarray, score: np.ndarray) -> str:
@@ -367,10 +374,7 @@ def page(folders: Mapping[str, Path]) -> str:
     pictures = [curves({name: log[:2] for name, log in logs.items()}, 3)]
     if len(logs) == 1:
         ((steps, _, samples),) = logs.values()
-        of_step = {row["step"]: row.get("phase", "") for row in steps}
-        pictures.append(histograms(
-            {phase: [row for row in samples if of_step.get(row["step"]) == phase]
-             for phase in dict.fromkeys(of_step.values())}, 3))  # fmt: skip
+        pictures.append(histograms(by_phase(steps, samples), 3))
     data, note = _samples_json({name: log[2] for name, log in logs.items()})
     # One pass over the template, so that nothing that was put in is looked at again.
     template = string.Template((Path(__file__).parent / "report.html").read_text("utf-8"))

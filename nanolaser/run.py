@@ -26,8 +26,9 @@ from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretr
 from .cli import Progress, check_options, warn
 from .files import RunFolder, peak_memory_bytes
 from .judge import check_prompts
+from .lora import Lora, fingerprint
 from .model import CausalLM
-from .problems import ARITHMETIC, Problem, ProblemStream, train_and_test
+from .problems import Problem, ProblemStream, train_and_test
 from .reward import Reward, load_reward
 from .rollout import judged_rows
 from .scale.distributed import World, local
@@ -132,8 +133,12 @@ def prepare(
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
         source = checkpoint or start
         train, test = train_and_test(o.data, o.eval_data, o.eval_problems, parses)
+    lora = None
+    if o.lora_rank:
+        alpha = o.lora_alpha or 2 * o.lora_rank
+        lora = Lora(o.lora_rank, alpha, o.lora_targets, 0, o.seed, o.model, checkpoint)
     model, tokenizer = load_pretrained(
-        source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world
+        source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world, lora=lora
     )
     model.gradient_checkpointing, reference = o.gradient_checkpointing, None
     if o.c_ref == "exact":
@@ -152,7 +157,7 @@ def prepare(
     if len(short) < len(train):
         print(f"{len(train) - len(short)} of {len(train)} problems have over {most} tokens: "
               "left out")  # fmt: skip
-    stream = ProblemStream(short, o.problems_per_step, o.seed, ARITHMETIC.get(o.data))
+    stream = ProblemStream(short, o.problems_per_step, o.seed, o.data)
     if world.is_first:  # it warns
         check_prompts(model, tokenizer, [p.problem for p in test])
     optimizer = Optimizer(model, o.lr, o.weight_decay, o.offload_optimizer, world)
@@ -164,9 +169,11 @@ def prepare(
     stop.how_to_resume += f" --reward {o.reward}" if o.reward else ""
 
     parameters = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = f" ({learning:,} of adapters, which learn)" if o.lora_rank else ""
     ranks = f" over {world.size} ranks" if world.size > 1 else ""
-    print(f"{o.model}: {parameters:,} parameters on {model.device} in {model.dtype}{ranks}; "
-          f"run {folder.path}")  # fmt: skip
+    print(f"{o.model}: {parameters:,} parameters{adapters} on {model.device} in {model.dtype}"
+          f"{ranks}; run {folder.path}")  # fmt: skip
     count = f"{len(short):,}" if short else "new"
     others = "others of it" if o.eval_data == o.data else f"of {o.eval_data}"
     print(f"learns from {count} problems of {o.data}, evaluated on {len(test)} {others}")
@@ -188,8 +195,8 @@ def begin(run: Run) -> int:
     own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
     # "exact" as well: the checkpoint, and every evaluation of it, has to do without the reference.
     measured = o.c_ref in ("estimate", "exact") or (o.c_ref == "auto" and not own)
-    print(f"before the first step: {len(run.test)} problems x {o.eval_n} solutions to evaluate on"
-          f"{f', after {o.c_ref_pairs} for c_ref' if measured else ''}")  # fmt: skip
+    c_ref = f"{o.c_ref_pairs} solutions for c_ref, " if measured else ""
+    print(f"before the first step: {c_ref}{len(run.test)} problems x {o.eval_n} evaluated")
     if measured:
         find_c_ref(run)
     elif o.c_ref == "auto":
@@ -200,7 +207,7 @@ def begin(run: Run) -> int:
     else:
         tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
     tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
-    before = {"step": 0, **evaluate(run, run.test, "before")}
+    before = {"step": 0, **evaluate(run, run.test, "before")[0]}
     run.folder.cut_back(-1)
     run.folder.append("evals.jsonl", [before])
     print(log.eval_line(0, before))
@@ -232,6 +239,9 @@ def find_c_ref(run: Run) -> None:
 def take_up(run: Run, checkpoint: Path) -> int:
     """Make the run what it was when the checkpoint was written.  Returns the next step."""
     tensors, meta = load_state(checkpoint / "state", run.world)
+    if run.o.lora_rank and meta["base"] != fingerprint(run.model, run.world):
+        raise ValueError(f"{run.o.model} is not the model that this run's adapters belong to: it "
+                         "has changed since the run began")  # fmt: skip
     run.optimizer.load_state(tensors)
     run.folder.cut_back(meta["step"])
     for m in run.folder.read("metrics.jsonl"):  # the summary speaks of the whole run
@@ -244,15 +254,16 @@ def take_up(run: Run, checkpoint: Path) -> int:
 # in between
 
 
-def evaluate(run: Run, problems: list[Problem], label: str) -> dict:
-    """Accuracy, self-verification and votes on held-out problems, as in results.json."""
+def evaluate(run: Run, problems: list[Problem], label: str) -> tuple[dict, list[dict]]:
+    """Accuracy, self-verification and votes on held-out problems, as in results.json; and the rows
+    of the solutions."""
     o, world = run.o, run.world
     with Progress(label, len(world.shard(problems)) * o.eval_n, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, world, **how)
     rows = judged_rows(mine, problems, run.tokenizer, reward=run.reward)
     rows = world.gather(rows, by="prompt_id")
-    return metrics.summarise(rows, is_equivalent)
+    return metrics.summarise(rows, is_equivalent), rows
 
 
 def save(run: Run, step: int) -> None:
@@ -262,7 +273,8 @@ def save(run: Run, step: int) -> None:
         # weights that hold NaN never recover: what --resume goes on from must be from before
         warn(f"weights are not finite after step {step}: no checkpoint of it")
         return
-    state = (run.optimizer.state(), {"step": step})
+    base = {"base": fingerprint(run.model, run.world)} if run.o.lora_rank else {}
+    state = (run.optimizer.state(), {"step": step, **base})
     save_pretrained(
         run.model, run.tokenizer, run.folder.checkpoint(step), state, world=run.world
     )
@@ -274,15 +286,16 @@ def save(run: Run, step: int) -> None:
 
 
 def finish(run: Run) -> int:
-    """The last evaluation, the summary of the whole run, the picture.  Returns exit code 0."""
+    """The last evaluation, the summary of the whole run, its page.  Returns exit code 0."""
     o, folder = run.o, run.folder
-    after = {"step": o.steps, **evaluate(run, run.test, "after")}
+    after, rows = evaluate(run, run.test, "after")
+    after = {"step": o.steps, **after}
     if not any(e["step"] == o.steps for e in folder.read("evals.jsonl")):  # a kill after this line
         folder.append("evals.jsonl", [after])
     before = next((e for e in folder.read("evals.jsonl") if e["step"] == 0), None)
-    if before is not None:  # only a log that somebody removed does not have it
-        print(log.eval_line(0, before))
-    print(log.eval_line(o.steps, after))
+    header = (f"{len(run.test)} held-out problems", "before", "after", "change")
+    print("\n" + report.table(header, report.before_after(before, after)))
+    print("\n" + log.vote_lines(rows) + "\n")
     groups = lambda m: o.problems_per_step + m.get("refilled_groups", 0)  # noqa: E731
     tokens = (m["response_tokens"] * groups(m) for m in folder.read("metrics.jsonl"))
     folder.write_json("summary.json", {
@@ -296,11 +309,13 @@ def finish(run: Run) -> int:
     })  # fmt: skip
     if run.world.is_first:
         page = report.page({folder.path.name: folder.path})
-        print(report.save(folder.path / "report.html", page))
+        report.save(folder.path / "report.html", page)
     minutes = (time.perf_counter() - run.began) / 60
-    print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now try:")
+    print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now open its report.html, and:")
     # A problem of its own kind, the longest that fits on a line.
     example = max((p.problem for p in run.test), key=lambda p: (len(p) <= 60, -abs(len(p) - 40)))
     example = shlex.quote(example) if len(example) <= 200 else '"a problem"'
-    print(f"  python sample.py --model {shlex.quote(str(folder.path))} --vote {example}")
+    name = shlex.quote(str(folder.path))
+    print(f"  python sample.py --model {name} --vote {example}")
+    print(f"  python evaluate.py --model {name}")
     return 0

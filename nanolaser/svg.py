@@ -40,9 +40,10 @@ def error_bars(x: Sequence, y: Sequence, error: Sequence, colour: str) -> dict:
 def panel(
     title: str, x_name: str, y_name: str, marks: Sequence[dict],
     x_range: Any = None, y_range: Any = None, x_ticks: Any = None, notes: Iterable = (),
+    y_ticks: Any = None,
 ) -> str:
-    """One diagram as SVG elements, its corner at (0, 0).  `x_ticks`: value -> label; `notes`: (x,
-    y, text).  Where there is nothing to draw it says so: an empty frame is a riddle."""
+    """One diagram as SVG elements, its corner at (0, 0).  `x_ticks`, `y_ticks`: value -> label;
+    `notes`: (x, y, text).  With nothing to draw it says so: an empty frame is a riddle."""
     every = np.concatenate([np.zeros((0, 2)), *(line for m in marks for line in m["lines"])])
     # Names stand at the ends of their lines: no legend to match with colours, least of all in grey.
     named = [m for m in marks if m["name"] and m["lines"]]
@@ -61,7 +62,7 @@ def panel(
     # 1. The frame: ticks, a quiet grid, what the axes are.
     for value, label in (x_ticks or _ticks(x0, x1)).items():
         parts.append(_text(place(value, y0)[0], low + 16, label, "middle"))
-    for value, label in _ticks(y0, y1).items():
+    for value, label in (y_ticks or _ticks(y0, y1)).items():
         y = place(x0, value)[1]
         parts.append(f'<path d="M{LEFT} {y}H{right}" stroke="#d5d8dd"/>')
         parts.append(_text(LEFT - 6, y + 4, label, "end"))

@@ -310,10 +310,10 @@ def main() -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from nanolaser import is_correct, load_pretrained
-    from nanolaser.problems import arithmetic_problems
+    from nanolaser.problems import made_up_problems
 
     model, tokenizer = load_pretrained("tiny", device="cpu", dtype="float32")
-    problems = arithmetic_problems(2, seed=0)
+    problems = made_up_problems(2, seed=0)
     check = lambda i, y: float(is_correct(tokenizer.decode(y), problems[i].answer))  # noqa: E731
     w = dict(model.named_parameters())
     prompts = [tokenizer.encode_prompt(p.problem) for p in problems]

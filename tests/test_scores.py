@@ -18,6 +18,7 @@ def test_the_page_says_what_was_measured():
         pytest.skip("not measured yet")
     record = json.loads(data.read_text())
     assert (ROOT / "docs" / "scores.md").read_text() == scores.page(record)
+    assert (ROOT / "docs" / "pictures" / "scores.svg").read_text() == scores.picture(record)
 
 
 @pytest.fixture(scope="module")
