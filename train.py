@@ -108,7 +108,7 @@ class Options:
     kv_cache_gb: float | None = sampling(
         None, "GB the KV cache may take", above=0, shown="what the plan leaves")
 
-    alpha: float = self_rewarding(0.5, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
+    alpha: float = self_rewarding(0.25, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
     beta_v: float = self_rewarding(0.1, "scale of r_s", above=0)
     tau: float = self_rewarding(
         0.1, "share of r_s in the advantage; 1: r_s is the only reward", min=0, max=1)
@@ -126,11 +126,11 @@ class Options:
     self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
     class_weights: bool = self_rewarding(True, "right and wrong weigh the same in that loss")
 
-    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
+    lr: float = updating(6e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
     weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
-    grad_clip: float = updating(1.0, "largest gradient norm", above=0, max=1e9)
+    grad_clip: float = updating(0.2, "largest gradient norm", above=0, max=1e9, paper=1.0)
     advantage_std: bool = updating(True, "divide advantages by the group's std (off: Dr. GRPO)")
     aggregate: str = updating("token", "the policy loss is a mean over all tokens, a mean over "
         "solutions of theirs, or a sum over tokens / (solutions * --max-new-tokens)",
