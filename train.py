@@ -130,6 +130,8 @@ class Options:
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
     weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
+    # The loss on r_s begins with ten times the policy's gradient, and AdamW divides both by one
+    # second moment that forgets nothing in so short a run: the policy would crawl (docs/log.md).
     grad_clip: float = updating(0.2, "largest gradient norm", above=0, max=1e9, paper=1.0)
     advantage_std: bool = updating(True, "divide advantages by the group's std (off: Dr. GRPO)")
     aggregate: str = updating("token", "the policy loss is a mean over all tokens, a mean over "
