@@ -64,7 +64,7 @@ from nanolaser.judge import (
 from nanolaser.problems import (
     MADE_UP, Problem, has_test_split, load_problems, read_solutions, train_and_test,
 )  # fmt: skip
-from nanolaser.reward import load_reward, reward_file
+from nanolaser.reward import load_reward
 from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
@@ -135,9 +135,9 @@ def main() -> int:
 
     # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
-    reward = load_reward(o.reward) if o.reward else None
+    load_reward(o.reward)
     trained = (run_of(o.model) or {}).get("reward")
-    if trained and not reward:
+    if trained and not o.reward:
         warn(f"{o.model} was trained with --reward {trained}; here the checker decides")
     model, tokenizer = open_model(o)
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
@@ -153,7 +153,7 @@ def main() -> int:
     # of it is on disk as soon as it is known.
     more = {}
     try:
-        sample(model, tokenizer, run, sets, how, o, reward)
+        sample(model, tokenizer, run, sets, how, o)
         if tokenizer.c_ref is not None:
             end_what_was_cut_off(model, tokenizer, run)
         if o.generative:
@@ -257,7 +257,8 @@ def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
         "data": {name: f"{len(sets[name])} problems, {x}" for name, x in data.items()},
         "n": o.n, "token_ids": o.token_ids,
         **{name: how[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")},
-        "reward": o.reward and f"{o.reward} {digest(reward_file(o.reward).read_bytes())}",
+        "reward": o.reward
+        and f"{o.reward} {digest(Path(o.reward.rpartition(':')[0]).expanduser().read_bytes())}",
     }  # fmt: skip
 
 
@@ -324,7 +325,7 @@ def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
     return sets
 
 
-def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options, reward) -> None:
+def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) -> None:
     """Fill samples.jsonl, problem by problem, skipping those that are there."""
     # 1. What is there?  A problem that a kill left half-written is sampled again.
     rows = run.read("samples.jsonl", SAMPLE)
@@ -344,7 +345,7 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options, 
             name, place, problem = missing[rollout.prompt_id]
             group.sort(key=lambda r: r.sample_id)
             rows = judged_rows(groups.pop(rollout.prompt_id), problems, tokenizer, o.token_ids,
-                               reward)
+                               load_reward(o.reward))
             which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
             run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
 

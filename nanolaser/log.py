@@ -7,17 +7,22 @@ What a training run says: the numbers of a step, a line about it, a word when no
     vote_lines   the solutions to one problem, and what they decide together
     Watch        notices when there is nothing to learn from, and says the likely cause
     doubts       what is odd about a run's options, before it starts
+    mirror       live curves elsewhere: every number that is written to the logs
 """
 
 from __future__ import annotations
 
+import importlib
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
 from . import laser, metrics
 from .checker import is_equivalent
+from .cli import warn
+from .files import RunFolder
 from .report import shorten, table
 from .rollout import Rollout
 
@@ -113,7 +118,7 @@ def vote_lines(rows: list[dict]) -> str:
     found = metrics.tally(classes, [row["r_s"] for row in group])
     lines = [
         [shorten(group[c.first]["answer"] or "(none)", 40), str(c.votes), f"{c.weight:.2f}",
-         "right" if group[c.first]["r_v"] else ""]
+         "right" if group[c.first]["r_v"] > 0.5 else ""]
         for c in sorted(found, key=lambda c: -c.weight)
     ]  # fmt: skip
     problem = f"A vote, on the most contested problem: {shorten(group[0]['problem'], 40)}"
@@ -179,3 +184,52 @@ def doubts(o, positions: int) -> list[str]:
             f"{o.steps} steps for it"
         )
     return said
+
+
+# ---------------------------------------------------------------------------------------------
+# live curves
+
+
+def mirror(kind: str, folder: RunFolder, options: dict, first: int) -> Callable[[], None]:
+    """Send tensorboard, wandb or trackio the numbers of each row of metrics.jsonl and evals.jsonl
+    from step `first` on, as metrics/reward, evals/verification/f1 ...; returns what ends that."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: what a resumed run does again is forgotten first
+        writer = SummaryWriter(folder.path / "tensorboard", purge_step=first)
+
+        def send(numbers: dict, step: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()  # a kill would cost the last two minutes
+    else:
+        # Both have wandb's interface, and go on with a run whose name they know: its folder's, and
+        # when that was made, since folders of one name are many.
+        writer, made = importlib.import_module(kind), (folder.path / "config.json").stat().st_mtime
+        name = f"{folder.path.name}-{int(made * 1000):x}"
+        more = {"id": name, "dir": str(folder.path)} if kind == "wandb" else {}
+        writer.init(project="nanolaser", name=name, config=options, resume="allow", **more)
+        send = lambda numbers, step: writer.log(numbers, step=step)  # noqa: E731
+
+    def heard(name: str, rows: list[dict]) -> None:
+        try:
+            for row in rows if name != "samples.jsonl" else ():
+                send(_numbers(row, name.removesuffix(".jsonl")), row["step"])
+        except Exception as error:  # no network?  The files of the run have it all.
+            folder.on_append = lambda name, rows: None
+            warn(f"no more live curves in {kind}: {type(error).__name__}: {error}")
+
+    folder.on_append = heard
+    return writer.close if kind == "tensorboard" else writer.finish
+
+
+def _numbers(row: dict, name: str) -> dict[str, float]:
+    """The numbers of a row, also of the tables in it: {"evals/verification/f1": 0.8, ...}."""
+    numbers = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            numbers |= _numbers(value, f"{name}/{key}")
+        elif key != "step" and isinstance(value, (int, float)):
+            numbers[f"{name}/{key}"] = value
+    return numbers

@@ -12,10 +12,12 @@ The loop itself, and the step it repeats, are in train.py.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from .judge import check_prompts
 from .lora import Lora, fingerprint
 from .model import CausalLM
 from .problems import Problem, ProblemStream, train_and_test
-from .reward import Reward, load_reward
+from .reward import load_reward
 from .rollout import judged_rows
 from .scale.distributed import World, local
 from .scale.optimizer import Optimizer
@@ -82,7 +84,7 @@ class Run:
     world: World  # the processes of this run; ALONE is usual
     began: float  # of time.perf_counter(), less what a resumed run had cost before
     reference: CausalLM | None = None  # the model before training, with --c-ref exact
-    reward: Reward | None = None  # the user's own, in place of the checker
+    end_live: Callable[[], None] = lambda: None  # curves elsewhere, see log.mirror
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,24 +113,24 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     differ = [
         f"--{name.replace('_', '-')} {getattr(o, name)} differs from the run's "
         f"{getattr(saved, name)}"
-        for name in sorted(given - {"resume", "device", "plan"})
+        for name in sorted(given - {"resume", "device", "plan", "log"})
         if getattr(o, name) != getattr(saved, name)
     ]
     if differ:
         raise ValueError(f"{'; '.join(differ)}; leave it out to resume, or start a new run")
     if saved.reward and "reward" not in given:
         # code is executed where the command line names it, not because a folder says so
-        raise ValueError(f"the rewards of {o.resume} are those of --reward {saved.reward}: say so "
-                         "again")  # fmt: skip
-    return folder, dataclasses.replace(saved, device=o.device, plan=o.plan)
+        raise ValueError(f"this run has a reward of its own: repeat --reward {saved.reward}")
+    return folder, dataclasses.replace(saved, device=o.device, plan=o.plan, log=o.log or saved.log)
 
 
-def prepare(
-    o, folder: RunFolder | None, checkpoint: Path | None, world: World
-) -> Run:
+def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) -> Run:
     """The model, its tokenizer, the data: everything that can be wrong fails in here, before a
     folder is made for a new run."""
-    stop, reward = Stop(world), load_reward(o.reward) if o.reward else None
+    if o.log and importlib.util.find_spec(o.log) is None:
+        raise ValueError(f"--log {o.log}: it is not installed (pip install {o.log})")
+    load_reward(o.reward)
+    stop, reference = Stop(world), None
     with world.first():  # a machine downloads once
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
         source = checkpoint or start
@@ -140,11 +142,10 @@ def prepare(
     model, tokenizer = load_pretrained(
         source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world, lora=lora
     )
-    model.gradient_checkpointing, reference = o.gradient_checkpointing, None
+    model.gradient_checkpointing = o.gradient_checkpointing
     if o.c_ref == "exact":
-        reference, _ = load_pretrained(
-            start, device=world.device(o.device), dtype=o.dtype, world=world
-        )
+        device = world.device(o.device)
+        reference, _ = load_pretrained(start, device=device, dtype=o.dtype, world=world)
         reference.requires_grad_(False)
     if o.template and not checkpoint:  # (a checkpoint of ours has it with it)
         tokenizer.use_template(o.template)
@@ -179,9 +180,8 @@ def prepare(
     print(f"learns from {count} problems of {o.data}, evaluated on {len(test)} {others}")
     for doubt in log.doubts(o, model.config.max_position_embeddings):
         warn(doubt)
-    began = time.perf_counter()
-    return Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world, began,
-               reference, reward)  # fmt: skip
+    return Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world,
+               time.perf_counter(), reference)  # fmt: skip
 
 
 def short_name(o) -> str:
@@ -209,6 +209,7 @@ def begin(run: Run) -> int:
     tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
     before = {"step": 0, **evaluate(run, run.test, "before")[0]}
     run.folder.cut_back(-1)
+    begin_live(run, 0)
     run.folder.append("evals.jsonl", [before])
     print(log.eval_line(0, before))
     return 1
@@ -246,8 +247,18 @@ def take_up(run: Run, checkpoint: Path) -> int:
     run.folder.cut_back(meta["step"])
     for m in run.folder.read("metrics.jsonl"):  # the summary speaks of the whole run
         run.began -= m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
+    begin_live(run, 1 + meta["step"])
     print(f"resuming after step {meta['step']}")
     return 1 + meta["step"]
+
+
+def begin_live(run: Run, first: int) -> None:
+    """Show the curves from step `first` on elsewhere, if --log says so; one rank does."""
+    if run.o.log and run.world.is_first:
+        try:
+            run.end_live = log.mirror(run.o.log, run.folder, dataclasses.asdict(run.o), first)
+        except Exception as error:  # not logged in?  Not a reason to lose a run.
+            warn(f"no live curves in {run.o.log}: {type(error).__name__}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -261,7 +272,7 @@ def evaluate(run: Run, problems: list[Problem], label: str) -> tuple[dict, list[
     with Progress(label, len(world.shard(problems)) * o.eval_n, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, world, **how)
-    rows = judged_rows(mine, problems, run.tokenizer, reward=run.reward)
+    rows = judged_rows(mine, problems, run.tokenizer, reward=load_reward(o.reward))
     rows = world.gather(rows, by="prompt_id")
     return metrics.summarise(rows, is_equivalent), rows
 
@@ -310,6 +321,7 @@ def finish(run: Run) -> int:
     if run.world.is_first:
         page = report.page({folder.path.name: folder.path})
         report.save(folder.path / "report.html", page)
+    run.end_live()
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now open its report.html, and:")
     # A problem of its own kind, the longest that fits on a line.
