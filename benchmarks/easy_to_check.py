@@ -56,7 +56,7 @@ class Options:
     runs: str = option("runs/easy", "folder of the runs and of their results")
     docs: str = option("docs", "folder of the page, its numbers and its picture")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the runs", min=0)
-    steps: int = option(360, "of each run", min=9)
+    steps: int = option(600, "of each run", min=9)
     problems: int = option(400, "held-out problems", min=2)
     draws: int = option(500, "draws behind each interval", min=1)
     report: bool = option(False, "only write the page again, from the numbers")
@@ -81,9 +81,9 @@ def train_and_evaluate(o: Options) -> None:
         if not (folder / "summary.json").exists():
             # A folder without a summary is a run that was interrupted.
             new = ["--model", "tiny-subset-sum", "--data", "subset-sum", "--seed", seed,
-                   "--steps", o.steps, "--reasoning-warmup", o.steps // 9,
-                   "--self-reward-warmup", o.steps // 6, "--eval-problems", 100,
-                   "--out", folder]  # fmt: skip
+                   "--steps", o.steps, "--eval-problems", 100, "--out", folder]
+            if o.steps < 100:  # a trial: its warm-ups shrink along
+                new += ["--reasoning-warmup", o.steps // 9, "--self-reward-warmup", o.steps // 6]
             begun = (folder / "config.json").exists()
             run("train.py", *(["--resume", folder] if begun else new))
         results = folder / "results"
@@ -221,7 +221,7 @@ def page(found: dict) -> str:
     return PAGE.format(
         table=table, each=each, spent=spent, accuracy=report.percent(accuracy),
         tokens=f"{tokens:.0f}", enough=f"{enough:.0f}", times=f"{tokens / enough:.0f}",
-        minutes=minutes, **{k: found[k] for k in ("steps", "problems")},
+        minutes=minutes, typical=f"{np.median(found['minutes']):.0f}", **{k: found[k] for k in ("steps", "problems")},
         seeds=", ".join(map(str, found["seeds"])))  # fmt: skip
 
 
@@ -288,7 +288,7 @@ A solution is one try: numbers are picked, subtracted one after another, and wha
 whether the try was right. Which numbers to pick the model cannot see; that nothing is left it can.
 
 ```
-python train.py --model tiny-subset-sum --data subset-sum      # minutes: see below
+python train.py --model tiny-subset-sum --data subset-sum --steps {steps}      # about {typical} minutes
 python sample.py --model runs/tiny-subset-sum-laser --until 0.5 "50 from a7 b10 c14 d16 e17 f18"
 ```
 
