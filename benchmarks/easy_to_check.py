@@ -80,8 +80,8 @@ def train_and_evaluate(o: Options) -> None:
         folder = Path(o.runs).resolve() / f"laser-{seed}"
         if not (folder / "summary.json").exists():
             # A folder without a summary is a run that was interrupted.
-            new = ["--model", "tiny-subset-sum", "--data", "subset-sum", "--seed", seed,
-                   "--steps", o.steps, "--eval-problems", 100, "--out", folder]
+            new = ["--model", "tiny-subset-sum", "--seed", seed, "--steps", o.steps,
+                   "--eval-problems", 100, "--out", folder]  # fmt: skip
             if o.steps < 100:  # a trial: its warm-ups shrink along
                 new += ["--reasoning-warmup", o.steps // 9, "--self-reward-warmup", o.steps // 6]
             begun = (folder / "config.json").exists()
@@ -288,7 +288,7 @@ A solution is one try: numbers are picked, subtracted one after another, and wha
 whether the try was right. Which numbers to pick the model cannot see; that nothing is left it can.
 
 ```
-python train.py --model tiny-subset-sum --data subset-sum --steps {steps}      # about {typical} minutes
+python train.py --model tiny-subset-sum      # about {typical} minutes
 python sample.py --model runs/tiny-subset-sum-laser --until 0.5 "50 from a7 b10 c14 d16 e17 f18"
 ```
 
