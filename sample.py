@@ -64,7 +64,7 @@ def main() -> int:
     o, _ = parse_args(Options, description=__doc__.split("\n\n")[0], positional="problem")
     problem = Problem(id="0", problem=read_problem(o.problem), answer=o.gold)
     vote = o.vote or o.adaptive
-    n = o.n or (32 if o.adaptive else 8 if vote else 1)
+    n = o.n or (32 if o.adaptive else 8 if vote else 1)  # a vote needs voters
     model, tokenizer = open_model(o)
     check_prompts(model, tokenizer, [problem.problem])
 
@@ -96,6 +96,7 @@ def read_problem(text: str | None) -> str:
 def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
     """Rollout rows of n solutions; fewer with --adaptive, where no more are needed.  People see
     each of them when it is there."""
+    # One solution is shown token by token, several as they end, which they do in any order.
     alone = n == 1 and not (o.vote or o.adaptive or o.json)
     streamer, shown, rows = tokenizer.streamer(), 0, []
 
@@ -130,6 +131,8 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
             )  # fmt: skip
             # Tokens go along for programs: verify.py then scores exactly what was sampled.
             rows += judged_rows(new, [problem], tokenizer, token_ids=o.json)
+            # Settled?  The question is not how sure the winner is, but whether those left can still
+            # make another answer win.
             if o.adaptive:
                 classes = metrics.answer_classes([row["answer"] for row in rows], is_equivalent)
                 left = n - len(rows)
@@ -170,6 +173,7 @@ def weights(rows: list[dict]) -> list[float | None]:
 
 def decide(rows: list[dict], budget: int, o: Options) -> dict:
     """The vote, ready for JSON: the candidates, both winners and how sure they are."""
+    # Answers 5, 5, none, 4 of r_s .9 .7 .8 .2 are classes 0 0 -1 1: 5 has two votes that weigh 1.6.
     answers = [row["answer"] for row in rows]
     classes = metrics.answer_classes(answers, is_equivalent)
     scores = weights(rows)
@@ -192,6 +196,7 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
         # How sure?  What would as many solutions again do to the decision?
         "change_probability": chance_of_change(len(rows)),
     }
+    # And what would those that --adaptive has not drawn have done?
     if o.adaptive:
         left = budget - len(rows)
         decision |= {"budget": budget, "saved": left}
@@ -201,6 +206,8 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
 
 def print_vote(rows: list[dict], d: dict) -> None:
     """The table answer / votes / summed r_s, both winners, and how sure they are."""
+    #     answer    votes  sum of r_s
+    #     69            5        4.31    <- majority, weighted
     lines = []
     for c in d["candidates"]:
         wins = [kind for kind in ("majority", "weighted") if c["answer"] == d[kind] is not None]
