@@ -62,13 +62,14 @@ from nanolaser.judge import (
     open_model, own_scores, score_rows, tokens_of,
 )  # fmt: skip
 from nanolaser.problems import (
-    ARITHMETIC, Problem, has_test_split, load_problems, read_solutions, train_and_test,
+    MADE_UP, Problem, has_test_split, load_problems, read_solutions, train_and_test,
 )  # fmt: skip
+from nanolaser.reward import load_reward
 from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
 
-MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
+ENOUGH = 200  # of problems that are made up, where --max-problems does not say
 
 
 # One helper a heading of --help.
@@ -83,16 +84,18 @@ class Options(SamplingOptions):
     """What to evaluate, and how."""
 
     data: tuple[str, ...] = what(("arithmetic",),
-        "data sets: arithmetic, arithmetic-hard, aliases, .jsonl files")
+        "data sets: arithmetic, arithmetic-hard, subset-sum, aliases, .jsonl files")
     n: int = what(8, "solutions per problem", min=1)
     max_problems: int | None = what(None, "problems per data set", min=1,
-        shown="all; of arithmetic 200")
+        shown="all; of what is made up 200")
     # what a model has learned by heart says nothing about what it can do
     include_trained: bool = what(False, "of a training run, also what it was trained on")
     samples: str | None = what(None, metavar="FILE", help="solutions sampled elsewhere, in the "
         "place of --data; r_s by --model if that is given, else as the file has it")
     output: str | None = what(None, "results' folder", metavar="DIR", shown="results/MODEL")
 
+    reward: str | None = sampling(None, "r_v by a function of your own, as in train.py",
+        metavar="FILE.py:FUNCTION", shown="the checker")
     token_ids: bool = sampling(False, "keep the solutions' tokens in samples.jsonl")
 
     fit_threshold: str | None = verifiers(None, metavar="FILE", help="also verdicts at the "
@@ -132,6 +135,10 @@ def main() -> int:
 
     # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
+    load_reward(o.reward)
+    trained = (run_of(o.model) or {}).get("reward")
+    if trained and not o.reward:
+        warn(f"{o.model} was trained with --reward {trained}; here the checker decides")
     model, tokenizer = open_model(o)
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
     for problems in sets.values():
@@ -191,7 +198,7 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
         if name in sets:
             raise ValueError(f"--data names {source} twice")
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
-        most = o.max_problems or (MADE_UP if source in ARITHMETIC else None)
+        most = o.max_problems or (ENOUGH if source in MADE_UP else None)
         trained = trained_on(run, source) if run else set()
         sets[name] = load_problems(source, "test", None if trained else most, parses=parses)
         if trained:
@@ -251,6 +258,8 @@ def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
         "data": {name: f"{len(sets[name])} problems, {x}" for name, x in data.items()},
         "n": o.n, "token_ids": o.token_ids,
         **{name: how[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")},
+        "reward": o.reward
+        and f"{o.reward} {digest(Path(o.reward.rpartition(':')[0]).expanduser().read_bytes())}",
     }  # fmt: skip
 
 
@@ -339,7 +348,8 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
         if len(group) == o.n:
             name, place, problem = missing[rollout.prompt_id]
             group.sort(key=lambda r: r.sample_id)
-            rows = judged_rows(groups.pop(rollout.prompt_id), problems, tokenizer, o.token_ids)
+            rows = judged_rows(groups.pop(rollout.prompt_id), problems, tokenizer, o.token_ids,
+                               load_reward(o.reward))
             which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
             run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
 

@@ -4,6 +4,7 @@ Ask a model to solve a problem, and how sure it is of each solution.
     python sample.py "(14+25)*2-9=?"                  # one solution, as it is written
     python sample.py --vote "(14+25)*2-9=?"           # several, and what they decide together
     python sample.py --adaptive --n 64 "..."          # stop as soon as the decision is settled
+    python sample.py --until 0.5 --n 64 "..."         # stop at the first solution it believes
     python sample.py --n 8 --json - < problem.txt     # rollout rows, one JSON object a line
 
 r_s, printed with every solution, is the model's own estimate of being right: about 0 for wrong
@@ -18,7 +19,8 @@ has no end and so no r_s; it weighs nothing.
 --adaptive draws a few solutions at a time and looks after each draw how likely the solutions that
 are left are to change the weighted vote (metrics.vote_change_probability); it stops where that is
 impossible, or at most --risk.  The solutions drawn are those that a run without --adaptive would
-have drawn first.
+have drawn first.  --until X draws one after another, and stops at the first whose r_s is above X:
+where r_s can be trusted, a single good solution settles it, whatever the others say.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from tqdm import tqdm
 
 from nanolaser import metrics
 from nanolaser.checker import is_equivalent
-from nanolaser.cli import Progress, main_guard, option, parse_args, standard_input
+from nanolaser.cli import (
+    Progress, apply_preset, main_guard, option, parse_args, standard_input,
+)  # fmt: skip
 from nanolaser.files import to_jsonl
 from nanolaser.judge import SamplingOptions, check_prompts, open_model
 from nanolaser.problems import Problem
@@ -55,13 +59,17 @@ class Options(SamplingOptions):
     batch: int = option(4, "solutions between two looks of --adaptive", group="vote", min=1)
     risk: float = option(0.05, "probability of another decision at which --adaptive stops",
                          group="vote", min=0, max=1)
+    until: float | None = option(None, "--adaptive, one at a time, up to the first solution with a "
+                                       "higher r_s, which is the answer", group="vote")
     json: bool = option(False, "print rollout rows, one JSON object a line (the vote, if asked "
                                "for, is the last line)", group="output")
 
 
 def main() -> int:
     """Read the problem, sample, print, vote."""
-    o, _ = parse_args(Options, description=__doc__.split("\n\n")[0], positional="problem")
+    o, given = parse_args(Options, description=__doc__.split("\n\n")[0], positional="problem")
+    if o.until is not None:
+        o = apply_preset(o, given, dict(adaptive=True, batch=1))
     problem = Problem(id="0", problem=read_problem(o.problem), answer=o.gold)
     vote = o.vote or o.adaptive
     n = o.n or (32 if o.adaptive else 8 if vote else 1)  # a vote needs voters
@@ -133,12 +141,20 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
             rows += judged_rows(new, [problem], tokenizer, token_ids=o.json)
             # Settled?  The question is not how sure the winner is, but whether those left can still
             # make another answer win.
-            if o.adaptive:
+            if o.until is not None:
+                if believed(rows, o.until):
+                    break
+            elif o.adaptive:
                 classes = metrics.answer_classes([row["answer"] for row in rows], is_equivalent)
                 left = n - len(rows)
                 if metrics.vote_change_probability(classes, weights(rows), left) <= o.risk:
                     break
     return rows
+
+
+def believed(rows: list[dict], until: float) -> dict | None:
+    """The first solution whose r_s is above `until`."""
+    return next((row for row in rows if row["answer"] and (row["r_s"] or 0) > until), None)
 
 
 def describe(row: dict) -> str:
@@ -196,6 +212,9 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
         # How sure?  What would as many solutions again do to the decision?
         "change_probability": chance_of_change(len(rows)),
     }
+    if o.until is not None:
+        row = believed(rows, o.until)
+        decision |= {"believed": row and row["answer"]}
     # And what would those that --adaptive has not drawn have done?
     if o.adaptive:
         left = budget - len(rows)
@@ -231,7 +250,10 @@ def print_vote(rows: list[dict], d: dict) -> None:
         print("(this model has no r_s: every solution weighs the same)")
     print(f"how sure: {len(rows)} more would change the weighted answer with probability "
           f"{chance(d['change_probability'])}")
-    if "saved" in d:
+    if "believed" in d:
+        said = d["believed"] or "none of them"
+        print(f"believed  {said}   {len(rows)} of {count(d['budget'])} drawn, {d['saved']} saved")
+    elif "saved" in d:
         risk, why = d["saved_change_probability"], "the budget is used up"
         if d["saved"]:
             change = f"would change it with probability {chance(risk)}"

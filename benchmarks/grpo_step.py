@@ -46,7 +46,7 @@ from nanolaser import extract_answer, grpo, is_equivalent, load_pretrained  # no
 from nanolaser.checkpoint import save_pretrained  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
-from nanolaser.problems import arithmetic_problems  # noqa: E402
+from nanolaser.problems import made_up_problems  # noqa: E402
 from nanolaser.scale.distributed import ALONE  # noqa: E402
 from nanolaser.tokenizer import Tokenizer  # noqa: E402
 
@@ -200,7 +200,7 @@ def trl_steps(folder: str, case: str, o: Options, batches: list[list], after_eac
 def run(case: str, folder: str, o: Options, peer: bool) -> dict:
     """Alternating steps of TRL, our GRPO and our LaSeR; prints and returns their medians."""
     problems = SIZES[case][0]
-    batches = [arithmetic_problems(problems, seed) for seed in range(o.steps + 1)]
+    batches = [made_up_problems(problems, seed) for seed in range(o.steps + 1)]
     sides = {"GRPO": Ours(folder, case, o, False), "LaSeR": Ours(folder, case, o, True)}
     steps: dict[str, list] = {name: [] for name in sides}
 

@@ -65,7 +65,7 @@ SWITCHES = {
     "no std": ["--no-advantage-std"],
     "sequence mean": ["--aggregate", "sequence"],
     "constant divisor": ["--aggregate", "constant"],
-    "refill": ["--refill"],
+    "refill": ["--refill", 1],
     "truncated masked": ["--truncated", "mask"],
     "clip high": ["--clip-high", 0.28, "--updates-per-batch", 2],
 }
@@ -507,8 +507,8 @@ def main() -> None:
         kinds = {"before": folder(o, "base", 0), "after": folder(o, "laser", 0)}
         if all((x / "results" / "results.json").exists() for x in kinds.values()):
             (docs / "pictures").mkdir(exist_ok=True)
-            print(report.histograms(docs / "pictures" / "r_s.png", {
-                name: rows_of(x / "results", "arithmetic") for name, x in kinds.items()}))
+            print(report.save(docs / "pictures" / "r_s.svg", report.histograms({
+                name: rows_of(x / "results", "arithmetic") for name, x in kinds.items()})))
     for said in paper_text.write(docs):
         print(said)
 

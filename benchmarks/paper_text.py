@@ -14,6 +14,7 @@ from pathlib import Path
 from nanolaser import report
 from nanolaser.files import read_json, write_atomic
 from nanolaser.metrics import METHODS
+from nanolaser.svg import picture
 
 SETS = ("held-out", "hard")
 YES, NO, OPEN, MISSING = "reproduces", "does not reproduce", "not decided", "not run yet"
@@ -270,7 +271,7 @@ the best ten steps and the last thirty:
 
 {table("", columns, lines)}
 
-![reward, r_s, lengths over the steps](pictures/paper-tau.png)
+![reward, r_s, lengths over the steps](pictures/paper-tau.svg)
 """
 
 
@@ -298,7 +299,7 @@ Votes of k of 32 solutions of LaSeR:
 
 {more}
 
-![accuracy of votes](pictures/paper-votes.png)
+![accuracy of votes](pictures/paper-votes.svg)
 """
 
 
@@ -378,24 +379,19 @@ def pictures(record: dict, folder: Path) -> list[str]:
     names = {"tau 0": "tau 0", "laser": "tau 0.1 (LaSeR)", "tau 0.5": "tau 0.5", "tau 1": "tau 1"}
     runs = {title: (record["curves"][v], []) for v, title in names.items() if v in record["curves"]}
     folder.mkdir(parents=True, exist_ok=True)
-    said = [report.curves(folder / "paper-tau.png", runs)]
+    said = [report.save(folder / "paper-tau.svg", report.curves(runs))]
     if record["votes"]:
-        said.append(report._draw(folder / "paper-votes.png", 11, 4, lambda figure: paint_votes(
-            figure, record["votes"])))
+        # One number for each k, where an evaluation has one a problem: hence no error bars.
+        panels = [
+            report.votes_panel({m: {int(k): [x] for k, x in entry[m].items()} for m in METHODS}, w)
+            for w, entry in record["votes"].items()
+        ]
+        said.append(report.save(folder / "paper-votes.svg", picture(panels)))
     return said
 
 
-def paint_votes(figure, votes: dict) -> None:
-    """A panel a set of problems, in the colours of every other picture of votes."""
-    axes = figure.subplots(1, len(votes), squeeze=False)[0]
-    for axis, (where, entry) in zip(axes, votes.items()):
-        # One number for each k, where an evaluation has one a problem: hence no error bars.
-        report._votes(axis, {m: {int(k): [x] for k, x in entry[m].items()} for m in METHODS})
-        axis.set_title(where, loc="left", fontsize=11)
-
-
 def write(docs: Path) -> list[str]:
-    """docs/paper.md and docs/pictures/paper-*.png from docs/paper.json."""
+    """docs/paper.md and docs/pictures/paper-*.svg from docs/paper.json."""
     record = read_json(docs / "paper.json")
     write_atomic(docs / "paper.md", markdown(record))
     return [f"text {docs / 'paper.md'}", *pictures(record, docs / "pictures")]

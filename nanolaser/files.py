@@ -203,6 +203,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, first: bool = True):
         self.path, self.first = Path(path), first
+        self.on_append = lambda name, rows: None  # hears of every line written to a log
         if not first:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -281,6 +282,7 @@ class RunFolder:
         except OSError as error:
             error.filename = str(self.path / name)  # a full disk does not say by itself
             raise
+        self.on_append(name, rows)
 
     def read(self, name: str, fields: Mapping[str, Any] | None = None) -> list[dict]:
         """The rows of a log, [] if there is none; a last line cut short by a crash is no row.

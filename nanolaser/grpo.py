@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import laser
+from .lora import merged
 from .model import CausalLM
 from .packing import Packing, micro_batches
 from .readout import loss_backward
@@ -40,16 +41,18 @@ from .scale.optimizer import Optimizer
 
 
 def sample(
-    model: CausalLM, tokenizer, problems: list, n: int, world: World = ALONE, **sampling
-) -> list[Rollout]:
-    """n solutions of each problem, or of this rank's share of the problems; `prompt_id` counts
-    among all of them.  `sampling` goes to sampler.generate."""
-    mine = world.shard(range(len(problems)))
+    model: CausalLM, tokenizer, problems: list, n: int, world: World = ALONE, first: int = 0,
+    **sampling,
+) -> list[Rollout]:  # fmt: skip
+    """n solutions of each problem from the `first` on, or of this rank's share of them; `prompt_id`
+    counts among all problems.  `sampling` goes to sampler.generate."""
+    mine = world.shard(range(first, len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
-    rollouts = generate(
-        gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
-        streams=[i * n for i in mine], **sampling,
-    )  # fmt: skip
+    with merged(model, world):  # LoRA: one product in place of three
+        rollouts = generate(
+            gathered(model, world), tokenizer, [problems[i].problem for i in mine], n=n,
+            streams=[i * n for i in mine], **sampling,
+        )  # fmt: skip
     for rollout in rollouts:
         rollout.prompt_id = mine[rollout.prompt_id]
     return rollouts
@@ -95,7 +98,8 @@ class Targets(NamedTuple):
     temperature: Tensor  # (n,) that of sampling; always 1 for z_c
     advantage: Tensor  # (n,) the rollout's own for each of its tokens
     weight: Tensor  # (n,) in the loss on r_s
-    r_v: Tensor  # (n,)
+    r_v: Tensor  # (n,) and c_ref, for z_c; 0 for response tokens, which have no use for it
+    c_ref: Tensor  # (n,) nats
     sampled: Tensor  # (n,) what the sampler had read; nan for another token than it had
     old: Tensor  # (n,) what was read before the batch's first update; nan: that is now
 
@@ -104,22 +108,21 @@ class Targets(NamedTuple):
         return Targets(*(column[rows] for column in self))
 
 
-def targets(
-    rows: list[tuple], texts: list[list[int]], c: Loss, device: torch.device
-) -> Targets:
-    """What is read of rollouts: rows of (rollout, advantage, weight, old log-probs of its response
-    or None), one after the other; texts[.] says where the tokens of each of them lie."""
+def targets(rows: list[tuple], texts: list[list[int]], c: Loss, device: torch.device) -> Targets:
+    """What is read of rollouts: rows of (rollout, advantage, weight, c_ref, old log-probs of its
+    response or None), one after the other; texts[.] says where the tokens of each of them lie."""
     table = []
-    for (r, advantage, weight, old), text in zip(rows, texts):
+    for (r, advantage, weight, c_ref, old), text in zip(rows, texts):
         if advantage:
+            # text a b c d EOS, prompt a b: read at b c d, where c d EOS are expected
             n, places = len(r.response_tokens), text[len(r.prompt_tokens) - 1 : -1]
             columns = r.logprobs, [math.nan] * n if old is None else old.tolist()
             for place, token, *known in zip(places, r.response_tokens, *columns, strict=True):
-                table.append((place, token, c.temperature, advantage, 0.0, r.r_v, *known))
+                table.append((place, token, c.temperature, advantage, 0.0, 0.0, 0.0, *known))
         if weight:
-            token = c.readout_token(r)
+            token = c.readout_token(r)  # "sft" reads another token after wrong solutions
             sampled = r.logp_zc if token == c.z_c_id else math.nan
-            table.append((text[-1], token, 1.0, 0.0, weight, r.r_v, sampled, math.nan))
+            table.append((text[-1], token, 1.0, 0.0, weight, r.r_v, c_ref, sampled, math.nan))
     return Targets(*(torch.tensor(column).to(device, non_blocking=True) for column in zip(*table)))
 
 
@@ -133,7 +136,7 @@ class Loss:
 
     alpha: float = 0.1
     beta_v: float = 0.1
-    c_ref: float = 0.0
+    c_ref: float | Tensor = 0.0  # (N,): one of each rollout
     z_c_id: int = 0
     z_wrong_id: int = 0  # "sft" alone: the token to imitate after wrong solutions
     temperature: float = 1.0
@@ -161,7 +164,7 @@ def loss_sums(logprobs: Tensor, t: Targets, c: Loss) -> tuple[Tensor, Tensor]:
     policy = laser.policy_loss(logprobs, old_of(logprobs, t), t.advantage, *clips)
     if not c.alpha:  # plain GRPO, which has no c_ref
         return policy, torch.zeros_like(policy)
-    return policy, laser.self_reward_loss(logprobs, t.r_v, t.weight, c.c_ref, c.beta_v, c.kind)
+    return policy, laser.self_reward_loss(logprobs, t.r_v, t.weight, t.c_ref, c.beta_v, c.kind)
 
 
 def old_of(logprobs: Tensor, t: Targets) -> Tensor:
@@ -171,16 +174,10 @@ def old_of(logprobs: Tensor, t: Targets) -> Tensor:
 
 
 def accumulate_gradients(
-    model: CausalLM,
-    rollouts: list[Rollout],
-    advantages: Tensor,
-    weights: Tensor,
-    c: Loss,
-    micro_batch_tokens: int,
-    old_logprobs: dict[int, Tensor] | None = None,
-    world: World = ALONE,
+    model: CausalLM, rollouts: list[Rollout], advantages: Tensor, weights: Tensor, c: Loss,
+    micro_batch_tokens: int, old_logprobs: dict[int, Tensor] | None = None, world: World = ALONE,
     optimizer: Optimizer | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Add the gradient of the whole batch's loss to the parameters' .grad, micro-batch by
     micro-batch; returns the statistics of the batch, under the names of metrics.jsonl.
 
@@ -190,34 +187,39 @@ def accumulate_gradients(
     """
     M = sum(len(r.response_tokens) for r in rollouts)
     N = max(sum(r.finished for r in rollouts), 1)
-    # 1. Which rows have a gradient?  Late in a run many groups are all right: no advantage.  Such
-    #    rows are left out, unless r_s is learned from them; of these z_c alone is read.
-    #        advantage 0.7, weight 1.2: all is read     advantage 0, weight 0.8: z_c is read
-    #        advantage 0.7, weight 0 (truncated, or alpha = 0): the response     0, 0: left out
+    # 1. Which rows have a gradient?  Late in a run many groups are all right, and their advantages
+    #    exactly 0.  Such rows are left out, unless r_s is learned from them:
+    #        advantage  weight     what is read
+    #           0.7      1.2       response and z_c
+    #           0.7      0         response: the row is truncated, or alpha = 0
+    #           0        0.8       z_c
+    #           0        0         nothing: the row does not pass the model
     A, w = advantages.tolist(), (weights * (c.alpha != 0)).tolist()
+    c_ref = torch.as_tensor(c.c_ref).expand(len(rollouts)).tolist()
     learned = [i for i in range(len(rollouts)) if A[i] or w[i]]
     sums, sizes = [torch.zeros(9, device=model.device)], [(0, 0)]  # where nothing is to be learned
     cuts = micro_batches([rollouts[i] for i in learned], micro_batch_tokens)
     for rows, counts in world.rounds([[learned[j] for j in cut] for cut in cuts]):
-        # 2. Forward pass over the rows, up to the hidden states.  The textbook is a pass for each
-        #    row; packed, they share one, and their prompts.
+        # 2. Forward pass, up to the hidden states.  The textbook is a pass for each row,
+        #        hidden = model(prompt + response)
+        #    Packed, they share one, and each prompt is in it once.
         packing = Packing([rollouts[i] for i in rows], model.device, model.dtype)
         hidden = model(packing.tokens, packing)[0]  # (tokens, C)
 
-        # 3. What is read of them, and what it is to learn.  (A rank without rows of its own
-        #    computes along with others' rows, and learns nothing.)
-        old = old_logprobs or {}
-        these = [(rollouts[i], A[i], w[i], old.get(i)) for i in rows]
+        # 3. What is read of them, and what it is to learn: nothing, where a rank without rows of
+        #    its own computes along with another's.
+        these = [(rollouts[i], A[i], w[i], c_ref[i], (old_logprobs or {}).get(i)) for i in rows]
         t = targets(these, packing.texts, c, model.device)
         t = t._replace(advantage=counts * t.advantage, weight=counts * t.weight)
 
         # 4. Loss and backward pass.  In the textbook's words, with logits (n, V):
         #        logprobs = token_logprobs(hidden[t.place], W, t.token, t.temperature)
         #        loss(logprobs, t, c, M, N).backward()
-        #    loss_backward does that for one block of them after the other, and never holds all.
+        #    loss_backward does so for one block after the other, and never holds all logits.
         logprobs, entropy = loss_backward(
             hidden[t.place], model.lm_head_weight, t.token,
             lambda logprobs, part, t=t: loss(logprobs, t.part(part), c, M, N), t.temperature,
+            (c.z_c_id, model.z_c_row),
         )  # fmt: skip
         if optimizer is not None:
             optimizer.accumulate()  # gradients of a bf16 model are summed in fp32
@@ -227,7 +229,7 @@ def accumulate_gradients(
             sums.append(statistics(logprobs, entropy, t, c))
             sizes.append(packing.sizes)
         if old_logprobs is not None:
-            read = [len(r.response_tokens) * bool(a) + bool(b) for r, a, b, _ in these]
+            read = [len(r.response_tokens) * bool(a) + bool(b) for r, a, b, *_ in these]
             for i, part in zip(rows, logprobs.cpu().split(read)):
                 old_logprobs.setdefault(i, part[: len(rollouts[i].response_tokens)])
     # Here the host waits for the device, once for all micro-batches.

@@ -196,6 +196,8 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # With LoRA, what z_c's row of the frozen output matrix has learned (1, C): see lora.py.
+        self.register_parameter("z_c_row", None)
         # Recompute each layer in the backward pass instead of keeping its activations: about a
         # third more arithmetic for memory that no longer grows with the number of layers.
         self.gradient_checkpointing = False

@@ -73,9 +73,11 @@ def _widened(weight: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]
         yield v, weight[v].to(wide)
 
 
-def _gradients(hidden, weight, targets, inverse_temperature, derivative, grad_weight):
+def _gradients(
+    hidden, weight, targets, inverse_temperature, derivative, grad_weight, learns=slice(None)
+):
     """(log-probs (N,), entropies (N,), gradient of hidden (N, C)) in fp32; the gradient of the
-    output matrix is added to grad_weight (V, C), unless that is None.
+    output matrix's rows `learns` is added to grad_weight (all: V, C), unless that is None.
 
     `derivative(logprobs (n,), rows)` is that of the loss by each log-prob of a block (n,).
     """
@@ -102,7 +104,7 @@ def _gradients(hidden, weight, targets, inverse_temperature, derivative, grad_we
         grad_hidden[rows] = mean_minus_target.mul_(-factor)
         # 3. By the output matrix: summed over all blocks.
         if grad_weight is not None:
-            grad_weight.addmm_(exps.T, h * factor, alpha=-1)
+            grad_weight.addmm_(exps[:, learns].T, h * factor, alpha=-1)
     return logprobs, entropy, grad_hidden
 
 
@@ -162,6 +164,7 @@ def loss_backward(
     targets: Tensor,
     loss: Callable[[Tensor, slice], Tensor],
     temperature: float | Tensor = 1.0,
+    z_c: tuple[int, Tensor | None] = (0, None),
 ) -> tuple[Tensor, Tensor]:
     """`loss(token_logprobs(...)).backward()` at three quarters of the cost: (log-probs (N,),
     entropy (N,) in nats of each whole distribution, not differentiable), both fp32.
@@ -173,7 +176,12 @@ def loss_backward(
     Extra memory, in numbers of fp32, beyond inputs, gradients and a few numbers a token: a block
     of n * V logits with n = BLOCK_LOGITS // V rows, and 3 * n * C.  A bf16 output matrix costs
     V * C more, its gradient being summed in fp32 and rounded once, and CHUNK_VOCAB * C.
+
+    Of a frozen output matrix one row may learn, z_c's: (its id, the parameter (1, C) that gets the
+    gradient).
     """
+    z_c_id, row = z_c
+    learns, weights = (slice(None), weight) if row is None else (slice(z_c_id, z_c_id + 1), row)
 
     def derivative(logprobs: Tensor, rows: slice) -> Tensor:
         """Autograd on a block's loss alone, a graph of n numbers."""
@@ -184,17 +192,19 @@ def loss_backward(
     # 1. Through the readout, block by block.
     with torch.no_grad():
         h, ids, inverse = _flat(hidden, weight, targets, temperature)
-        grad_weight, in_place = _gradient_buffer(weight, inverse.dtype)
+        grad_weight, in_place = _gradient_buffer(weights, inverse.dtype)
         inputs = h, weight, ids, inverse
-        logprobs, entropy, grad_hidden = _gradients(*inputs, derivative, grad_weight)  # (N, C)
+        logprobs, entropy, grad_hidden = _gradients(  # (N, C)
+            *inputs, derivative, grad_weight, learns
+        )
     # 2. Through the model: autograd goes on from the gradients found.
     outputs, gradients = [], []
     if hidden.requires_grad:
         outputs.append(hidden)
         gradients.append(grad_hidden.to(hidden.dtype))
     if grad_weight is not None and not in_place:
-        outputs.append(weight)
-        gradients.append(grad_weight.to(weight.dtype))
+        outputs.append(weights)
+        gradients.append(grad_weight.to(weights.dtype))
     del grad_hidden, grad_weight  # autograd is then their only owner, and need not copy
     torch.autograd.backward(outputs, gradients)
     return logprobs, entropy

@@ -147,7 +147,7 @@ def _at(row: Any, keys: Iterable[str]) -> Any:
 
 # One meaning a colour in all pictures, and colours that the colour-blind can tell apart (blue and
 # orange differ in lightness too; and what is wrong is dashed, so that a grey print still works).
-RIGHT, WRONG, OTHERS = "#1f6f9f", "#d9702a", ("#8b5fb0", "#3b8f5a", "#9aa0a8")
+RIGHT, WRONG, OTHERS = "#1f6f9f", "#d9702a", ("#8b5fb0", "#3b8f5a", "#818892")
 COLOURS = (RIGHT, WRONG, *OTHERS)  # of several runs
 
 
@@ -155,22 +155,30 @@ def evaluation(title: str, rows: Sequence[Mapping[str, Any]],
                votes: Mapping[str, Mapping[int, Any]]) -> str:
     """One data set in four panels: what votes bring, whether r_s = 0.8 means right in 80 % of the
     cases, how far apart right and wrong solutions are, and whether r_s only looks at the length."""
-    right, score, tokens = _scored(rows)
-    return picture([votes_panel(votes), reliability_panel(right, score),
-                    histogram_panel(right, score, "r_s"), _lengths(right, score, tokens)],
-                   title=title)  # fmt: skip
+    right, score, tokens = scored(rows)
+    return picture([
+        votes_panel(votes, f"{title}: accuracy of votes"), reliability_panel(right, score),
+        histogram_panel(right, score, "r_s"), _lengths(right, score, tokens),
+    ])  # fmt: skip
 
 
 def histograms(kinds: Mapping[str, Sequence[Mapping[str, Any]]], columns: int = 2) -> str:
     """r_s of right and of wrong solutions, a panel for each of several sets of rollout rows: before
     and after training, say.  One scale for all: what training moved is seen, not read."""
-    scored = {name: _scored(rows)[:2] for name, rows in kinds.items()}
-    high = max([0.0, *(_density(score[kind]).max() for right, score in scored.values()
+    pairs = {name: scored(rows)[:2] for name, rows in kinds.items()}
+    high = max([0.0, *(_density(score[kind]).max() for right, score in pairs.values()
                        for kind in (right, ~right))])  # fmt: skip
-    return picture([histogram_panel(*pair, name, high) for name, pair in scored.items()], columns)
+    return picture([histogram_panel(*pair, name, high) for name, pair in pairs.items()], columns)
 
 
-def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_phase(steps: Sequence[dict], samples: Sequence[dict]) -> dict[str, list[dict]]:
+    """The solutions of a run, sorted by the phase that their step belongs to."""
+    phase_of = {row["step"]: row.get("phase", "") for row in steps}
+    return {phase: [row for row in samples if phase_of.get(row["step"]) == phase]
+            for phase in dict.fromkeys(phase_of.values())}  # fmt: skip
+
+
+def scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(right, r_s, tokens), (M,) each, of the solutions that have an r_s."""
     # A solution that was cut off has no end, and no r_s: it is in no picture of r_s.
     kept = [row for row in rows if row["r_s"] is not None and math.isfinite(row["r_s"])]
@@ -179,7 +187,7 @@ def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, 
     return right > 0.5, score, tokens
 
 
-def votes_panel(votes: Mapping[str, Mapping[int, Any]]) -> str:
+def votes_panel(votes: Mapping[str, Mapping[int, Any]], title: str = "Accuracy of votes") -> str:
     """Accuracy of each kind of vote against k, with standard errors over problems."""
     styles = {"majority_vote": ("majority vote", GREY, DASH),
               "weighted_vote": ("weighted by r_s", RIGHT, ""),
@@ -196,7 +204,7 @@ def votes_panel(votes: Mapping[str, Mapping[int, Any]]) -> str:
         if method != "pass_at":
             marks.append(error_bars(x, y, [e or 0 for e in error], colour))
     ticks = {math.log2(k): str(k) for k in ks}
-    return panel("Accuracy of votes", "solutions k", "accuracy", marks, x_ticks=ticks)
+    return panel(title, "solutions k", "accuracy", marks, x_ticks=ticks)
 
 
 def reliability_panel(right: np.ndarray, score: np.ndarray) -> str:
@@ -367,10 +375,7 @@ def page(folders: Mapping[str, Path]) -> str:
     pictures = [curves({name: log[:2] for name, log in logs.items()}, 3)]
     if len(logs) == 1:
         ((steps, _, samples),) = logs.values()
-        of_step = {row["step"]: row.get("phase", "") for row in steps}
-        pictures.append(histograms(
-            {phase: [row for row in samples if of_step.get(row["step"]) == phase]
-             for phase in dict.fromkeys(of_step.values())}, 3))  # fmt: skip
+        pictures.append(histograms(by_phase(steps, samples), 3))
     data, note = _samples_json({name: log[2] for name, log in logs.items()})
     # One pass over the template, so that nothing that was put in is looked at again.
     template = string.Template((Path(__file__).parent / "report.html").read_text("utf-8"))
@@ -380,19 +385,12 @@ def page(folders: Mapping[str, Path]) -> str:
 
 def _samples_json(runs: Mapping[str, Sequence[dict]]) -> tuple[str, str]:
     """(the solutions as JSON for the page, a sentence on what is not among them)."""
-    keys = ("step", "problem", "gold", "response", "answer", "r_v", "r_s", "advantage",
-            "response_tokens", "finished")  # fmt: skip
     by_step: dict[tuple, list[str]] = {}
     for name, rows in runs.items():
         for row in rows:
-            row = {"run": name} | {key: finite(row.get(key)) for key in keys}
-            text = str(row["response"])
-            if len(text) > LONGEST:  # of a long chain of thought its beginning and its end
-                left_out = f"\n[... {len(text) - LONGEST} characters ...]\n"
-                row["response"] = text[: LONGEST // 2] + left_out + text[-LONGEST // 2 :]
             # What a model writes is anything, HTML and scripts included.  In JSON no tag can begin,
             # once "<" is written as its number; the page's script shows it as text (report.html).
-            line = json.dumps(row).replace("<", "\\u003c")
+            line = json.dumps({"run": name} | finite(row)).replace("<", "\\u003c")
             by_step.setdefault((name, row["step"]), []).append(line)
     # A long run has more solutions than a page can hold: every second step, every third ...
     sizes, every = [sum(map(len, lines)) for lines in by_step.values()], 1
@@ -404,16 +402,29 @@ def _samples_json(runs: Mapping[str, Sequence[dict]]) -> tuple[str, str]:
 
 
 def read_run(folder: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
-    """(metrics.jsonl, evals.jsonl, samples.jsonl) of a run's folder; ValueError, one line, if it is
-    none."""
+    """(metrics.jsonl, evals.jsonl, what is shown of samples.jsonl) of a run's folder; ValueError,
+    one line, if it is none."""
     logs = [Path(folder) / f"{name}.jsonl" for name in ("metrics", "evals", "samples")]
     if not logs[0].is_file():
         raise ValueError(f"{folder} is no training run: there is no metrics.jsonl in it")
-    # `cut`: a run that is being trained, or was killed, may end within a line.
     solution = {"r_v": NUMBER, "r_s": (*NUMBER, type(None)), "response_tokens": int}
-    fields = ({"step": int}, {"step": int}, {"step": int, **solution})
-    return tuple([row for _, row in read_jsonl(log, kind, cut=True)] if log.exists() else []
-                 for log, kind in zip(logs, fields))  # fmt: skip
+    # `cut`: a run that is being trained, or was killed, may end within a line.
+    metrics, evals, samples = (
+        (row for _, row in read_jsonl(log, {"step": int, **more}, cut=True)) if log.exists() else ()
+        for log, more in zip(logs, ({}, {}, solution))
+    )
+    return list(metrics), list(evals), [_shown(row) for row in samples]
+
+
+def _shown(row: Mapping[str, Any]) -> dict:
+    """What a page shows of a solution: of a long chain of thought its beginning and its end."""
+    keys = "step problem gold response answer r_v r_s advantage response_tokens finished".split()
+    row = {key: row.get(key) for key in keys}
+    text = str(row["response"])
+    if len(text) > LONGEST:
+        left_out = f"\n[... {len(text) - LONGEST} characters ...]\n"
+        row["response"] = text[: LONGEST // 2] + left_out + text[-LONGEST // 2 :]
+    return row
 
 
 def main() -> None:

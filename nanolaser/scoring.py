@@ -3,6 +3,7 @@ log pi(z_c | x, y) of solutions that are there already: anybody's, and c_ref fro
 
     score       log pi(z_c) of given solutions: the sampler's number, from one plain forward pass
     estimate    c_ref: its mean over solutions of the untouched model, before the first step
+    reference   or, in place of the constant, its value for each solution, in every step
 
 r_s is how far log pi(z_c) has risen above c_ref.  In a language model that has never seen z_c used
 it is nearly the same whatever x and y are (PAPER: -23.11 +- 0.04 nats for Qwen2.5), so its mean
@@ -22,6 +23,7 @@ from torch import Tensor
 from .grpo import of_all_ranks, sample
 from .model import CausalLM
 from .readout import token_logprobs
+from .rollout import Rollout
 from .sampler import cut_by_tokens, pad, refuse_empty
 from .scale.distributed import ALONE, World, gathered
 
@@ -122,6 +124,15 @@ def estimate(
     std = values.std(0).tolist()
     others = sorted(zip(tokenizer.tokens(candidates[1:]), mean[1:], std[1:]), key=lambda x: x[2])
     return CRef(mean[0], std[0], count, others)
+
+
+def reference(model: CausalLM, z_c_id: int, rollouts: list[Rollout], world: World = ALONE) -> None:
+    """Fill in logp_ref = log pi_ref(z_c | x, y) in nats of this rank's rollouts that have an end,
+    `model` being the frozen reference."""
+    ended = [r for r in rollouts if r.finished]
+    texts = [r.prompt_tokens for r in ended], [r.response_tokens for r in ended]
+    for r, logp in zip(ended, score(gathered(model, world), z_c_id, *texts)):
+        r.logp_ref = logp
 
 
 def doubts(c: CRef, o) -> list[str]:

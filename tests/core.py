@@ -114,8 +114,8 @@ def read(model, rollouts, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
     hidden = model(packing.tokens, packing)[0]
     c = grpo.Loss(z_c_id=z_c_id, temperature=temperature)
     for r in rollouts:
-        r.r_v = 0.0
-    rows = [(r, 1.0, float(r.finished), None) for r in rollouts]
+        r.r_v = r.r_v or 0.0
+    rows = [(r, 1.0, float(r.finished), 0.0, None) for r in rollouts]
     t = grpo.targets(rows, packing.texts, c, model.device)
     logprobs = token_logprobs(hidden[t.place], model.lm_head_weight, t.token, t.temperature)
     return logprobs[t.weight == 0], logprobs[t.weight > 0]

@@ -204,7 +204,7 @@ def test_rows_without_a_gradient_are_left_out_and_nobody_misses_them(model, alph
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_to_learn_is_a_step_with_a_gradient_of_zero(dtype):
-    """Every group all right, and no loss on r_s: nothing is computed, moments fade, weights decay."""
+    """Every group all right, no loss on r_s: nothing is computed, moments fade, weights decay."""
     model = random_model().to(dtype)
     rollouts = random_rollouts(truncated=())
     batch = batch_of(rollouts)
@@ -254,7 +254,7 @@ def test_z_c_lies_outside_the_response():
              for i, r in enumerate(rollouts)]  # fmt: skip
     for r in rollouts:
         r.r_v = 0.0
-    rows = [(r, 0.5, float(r.finished), None) for r in rollouts]
+    rows = [(r, 0.5, float(r.finished), -15.0, None) for r in rollouts]
     t = grpo.targets(rows, texts, loss_of(temperature=0.7), torch.device("cpu"))
     ends = t.weight > 0
     assert ends.sum() == sum(r.finished for r in rollouts)

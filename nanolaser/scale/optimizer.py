@@ -58,7 +58,10 @@ class Optimizer:
         world: World = ALONE,
     ):
         self.world = world
-        self.names, self.parameters = zip(*model.named_parameters())
+        # with LoRA the adapters alone
+        self.names, self.parameters = zip(
+            *((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        )
         # Of many ranks a parameter is a DTensor, which stands for the whole.  What is stepped are
         # the plain rows that this rank holds; alone, they are the parameters themselves.
         self.rows = [local(p) for p in self.parameters]
