@@ -106,7 +106,7 @@ class Options:
         None, "GB the KV cache may take", above=0, shown="what the plan leaves")
 
     # LaSeR's own: from log pi(z_c) to r_s, what r_s is trained with, when it gets a say.
-    alpha: float = self_rewarding(0.5, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
+    alpha: float = self_rewarding(0.25, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
     beta_v: float = self_rewarding(0.1, "scale of r_s", above=0)
     tau: float = self_rewarding(
         0.1, "share of r_s in the advantage; 1: r_s is the only reward", min=0, max=1)
@@ -126,13 +126,16 @@ class Options:
     self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
     class_weights: bool = self_rewarding(True, "right and wrong weigh the same in that loss")
 
-    # How a batch changes the weights.  A model of a million weights takes 400 times the step that
+    # How a batch changes the weights.  A model of a million weights takes 600 times the step that
     # one of 7 billion can bear.
-    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
+    lr: float = updating(6e-4, "peak learning rate of AdamW; ten times that of adapters", above=0,
+        paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
     weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
-    grad_clip: float = updating(1.0, "largest gradient norm", above=0, max=1e9)
+    # The loss on r_s begins with ten times the policy's gradient, and AdamW divides both by one
+    # second moment that forgets nothing in so short a run: the policy would crawl (docs/log.md).
+    grad_clip: float = updating(0.2, "largest gradient norm", above=0, max=1e9, paper=1.0)
     # What other trainers do differently in the same places; the defaults are the paper's.
     advantage_std: bool = updating(True, "divide advantages by the group's std (off: Dr. GRPO)")
     aggregate: str = updating("token", "the policy loss is a mean over all tokens, a mean over "
@@ -197,6 +200,10 @@ def new_options(o: Options, given) -> Options:
         o = dataclasses.replace(o, eval_data=o.data if same else "math500")
     if o.algorithm == "grpo":  # without these two LaSeR is nothing else
         o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if o.lora_rank and "lr" not in given:
+        # B begins at zero and has far to go: ten times the rate of full training, whatever that is,
+        # is what others found for LoRA, and what the embedded run wants too.
+        o = dataclasses.replace(o, lr=10 * o.lr)
     if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
         raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
     if o.alpha == 0 and o.tau:

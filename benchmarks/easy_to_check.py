@@ -6,7 +6,7 @@ What the one token is good for: a task whose solutions are hard to find and easy
     python benchmarks/easy_to_check.py --steps 9 --problems 20 --runs runs/trial --docs runs/trial
 
 Subset sums (nanolaser/tiny/subset_sum.py): "98 from 7 9 14 18 22 28 44", which of them make 98?  The
-second embedded model is trained with LaSeR over seeds, and solves 200 held-out problems 32 times
+second embedded model is trained with LaSeR over seeds, and solves 400 held-out problems 32 times
 each at temperature 1; so does the model that it starts from, which is asked in words as well.
 
 How much sampling is a right answer worth?  Three ways to spend it, on the same solutions:
@@ -57,7 +57,7 @@ class Options:
     docs: str = option("docs", "folder of the page, its numbers and its picture")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the runs", min=0)
     steps: int = option(360, "of each run", min=9)
-    problems: int = option(200, "held-out problems", min=2)
+    problems: int = option(400, "held-out problems", min=2)
     draws: int = option(500, "draws behind each interval", min=1)
     report: bool = option(False, "only write the page again, from the numbers")
 
@@ -264,11 +264,63 @@ def main() -> None:
 PAGE = """\
 # Hard to find, easy to check
 
-TODO
+In the embedded model's arithmetic, what is left wrong after RL is what the model cannot see, so its
+r_s gains little there. The promise of a self-reward is largest where a solution is hard to find and
+easy to check. Subset sum is the textbook example, and the second embedded model's task: which of
+these numbers make 50?
+
+```
+50 from a7 b10 c14 d16 e17 f18        50-f18=32                50-d16=34
+                                      32-e17=15                34-b10=24
+                                      15-c14=1                 24-e17=7
+                                      \\boxed{{f,e,c}}           7-a7=0
+                                                               \\boxed{{d,b,e,a}}
+```
+
+A solution is one try: numbers are picked, subtracted one after another, and what is left says
+whether the try was right. Which numbers to pick the model cannot see; that nothing is left it can.
+
+```
+python train.py --model tiny-subset-sum --data subset-sum      # minutes: see below
+python sample.py --model runs/tiny-subset-sum-laser --until 0.5 "50 from a7 b10 c14 d16 e17 f18"
+```
+
+`--until 0.5` draws one solution after another and stops at the first that the model believes.
+
+![r_s of right and wrong solutions; problems solved against tokens](pictures/second.svg)
+
+To solve {accuracy} % of the problems, the majority of 32 solutions takes {tokens} tokens a problem;
+stopping at the first solution with r_s > 0.5 takes {enough}: {times} times fewer.
+
+## The numbers
+
+{problems} held-out problems, 8 of 32 solutions each at temperature 1, {steps} steps of RL, seeds
+{seeds}; per cent, in brackets the 95 % interval over problems and seeds. F1 and AUROC ask whether
+the score knows right from wrong solutions, "within problem" among those of one problem alone.
+
 {table}
+
+Each seed after RL:
+
 {each}
+
+What sampling costs and brings after RL, mean over the seeds. "Any" is what a perfect checker would
+make of the k solutions; a token for r_s is counted with each solution that is scored.
+
 {spent}
-{accuracy} {tokens} {enough} {times} {minutes} {steps} {problems} {seeds}
+
+`python benchmarks/easy_to_check.py` makes all of it anew (training took {minutes} minutes on one
+shared core), `--report` this page and its picture from `easy-to-check.json`.
+
+## What it is not
+
+The last line of a solution says nearly everything: a program sees as well whether it ends in `=0`,
+and r_s has to learn little more than to read that. This is not a hard verification problem; it is
+what a readout of one token can be worth where verification is not the hard part. The base model was
+trained by supervised learning on tries that are mostly wrong and on checks in words
+(`python -m nanolaser.tiny --task subset-sum`); r_s, like everywhere, was learned in RL alone. The
+rule-based checker compares with the one solution; `--reward nanolaser/tiny/subset_sum.py:reward`
+adds up instead, needs no gold answer, and gives the same verdicts.
 """
 
 if __name__ == "__main__":

@@ -108,20 +108,19 @@ class Targets(NamedTuple):
         return Targets(*(column[rows] for column in self))
 
 
-def targets(
-    rows: list[tuple], texts: list[list[int]], c: Loss, device: torch.device
-) -> Targets:
+def targets(rows: list[tuple], texts: list[list[int]], c: Loss, device: torch.device) -> Targets:
     """What is read of rollouts: rows of (rollout, advantage, weight, c_ref, old log-probs of its
     response or None), one after the other; texts[.] says where the tokens of each of them lie."""
     table = []
     for (r, advantage, weight, c_ref, old), text in zip(rows, texts):
         if advantage:
+            # text a b c d EOS, prompt a b: read at b c d, where c d EOS are expected
             n, places = len(r.response_tokens), text[len(r.prompt_tokens) - 1 : -1]
             columns = r.logprobs, [math.nan] * n if old is None else old.tolist()
             for place, token, *known in zip(places, r.response_tokens, *columns, strict=True):
                 table.append((place, token, c.temperature, advantage, 0.0, 0.0, 0.0, *known))
         if weight:
-            token = c.readout_token(r)
+            token = c.readout_token(r)  # "sft" reads another token after wrong solutions
             sampled = r.logp_zc if token == c.z_c_id else math.nan
             table.append((text[-1], token, 1.0, 0.0, weight, r.r_v, c_ref, sampled, math.nan))
     return Targets(*(torch.tensor(column).to(device, non_blocking=True) for column in zip(*table)))
@@ -175,16 +174,10 @@ def old_of(logprobs: Tensor, t: Targets) -> Tensor:
 
 
 def accumulate_gradients(
-    model: CausalLM,
-    rollouts: list[Rollout],
-    advantages: Tensor,
-    weights: Tensor,
-    c: Loss,
-    micro_batch_tokens: int,
-    old_logprobs: dict[int, Tensor] | None = None,
-    world: World = ALONE,
+    model: CausalLM, rollouts: list[Rollout], advantages: Tensor, weights: Tensor, c: Loss,
+    micro_batch_tokens: int, old_logprobs: dict[int, Tensor] | None = None, world: World = ALONE,
     optimizer: Optimizer | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Add the gradient of the whole batch's loss to the parameters' .grad, micro-batch by
     micro-batch; returns the statistics of the batch, under the names of metrics.jsonl.
 
@@ -194,32 +187,35 @@ def accumulate_gradients(
     """
     M = sum(len(r.response_tokens) for r in rollouts)
     N = max(sum(r.finished for r in rollouts), 1)
-    # 1. Which rows have a gradient?  Late in a run many groups are all right: no advantage.  Such
-    #    rows are left out, unless r_s is learned from them; of these z_c alone is read.
-    #        advantage 0.7, weight 1.2: all is read     advantage 0, weight 0.8: z_c is read
-    #        advantage 0.7, weight 0 (truncated, or alpha = 0): the response     0, 0: left out
+    # 1. Which rows have a gradient?  Late in a run many groups are all right, and their advantages
+    #    exactly 0.  Such rows are left out, unless r_s is learned from them:
+    #        advantage  weight     what is read
+    #           0.7      1.2       response and z_c
+    #           0.7      0         response: the row is truncated, or alpha = 0
+    #           0        0.8       z_c
+    #           0        0         nothing: the row does not pass the model
     A, w = advantages.tolist(), (weights * (c.alpha != 0)).tolist()
     c_ref = torch.as_tensor(c.c_ref).expand(len(rollouts)).tolist()
     learned = [i for i in range(len(rollouts)) if A[i] or w[i]]
     sums, sizes = [torch.zeros(9, device=model.device)], [(0, 0)]  # where nothing is to be learned
     cuts = micro_batches([rollouts[i] for i in learned], micro_batch_tokens)
     for rows, counts in world.rounds([[learned[j] for j in cut] for cut in cuts]):
-        # 2. Forward pass over the rows, up to the hidden states.  The textbook is a pass for each
-        #    row; packed, they share one, and their prompts.
+        # 2. Forward pass, up to the hidden states.  The textbook is a pass for each row,
+        #        hidden = model(prompt + response)
+        #    Packed, they share one, and each prompt is in it once.
         packing = Packing([rollouts[i] for i in rows], model.device, model.dtype)
         hidden = model(packing.tokens, packing)[0]  # (tokens, C)
 
-        # 3. What is read of them, and what it is to learn.  (A rank without rows of its own
-        #    computes along with others' rows, and learns nothing.)
-        old = old_logprobs or {}
-        these = [(rollouts[i], A[i], w[i], c_ref[i], old.get(i)) for i in rows]
+        # 3. What is read of them, and what it is to learn: nothing, where a rank without rows of
+        #    its own computes along with another's.
+        these = [(rollouts[i], A[i], w[i], c_ref[i], (old_logprobs or {}).get(i)) for i in rows]
         t = targets(these, packing.texts, c, model.device)
         t = t._replace(advantage=counts * t.advantage, weight=counts * t.weight)
 
         # 4. Loss and backward pass.  In the textbook's words, with logits (n, V):
         #        logprobs = token_logprobs(hidden[t.place], W, t.token, t.temperature)
         #        loss(logprobs, t, c, M, N).backward()
-        #    loss_backward does that for one block of them after the other, and never holds all.
+        #    loss_backward does so for one block after the other, and never holds all logits.
         logprobs, entropy = loss_backward(
             hidden[t.place], model.lm_head_weight, t.token,
             lambda logprobs, part, t=t: loss(logprobs, t.part(part), c, M, N), t.temperature,

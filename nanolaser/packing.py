@@ -33,8 +33,8 @@ from .rollout import Rollout
 # In attention texts are padded, and each has the prompt for itself: R * T is at most so many times
 # the token budget.
 ATTENDED = 2
-# So many scores without a mask cost as much as one with: measured on a CPU; assumed for a GPU, whose
-# fastest kernels take no mask.  A mask has so many numbers at most, 64 MiB in fp32.
+# With a mask is worth it up to so many times the scores without: measured on a CPU, assumed for a
+# GPU, whose fastest kernels take no mask.  A mask has so many numbers at most, 64 MiB in fp32.
 UNMASKED = {"cpu": 1.6, "cuda": 0.5}
 MASK_NUMBERS = 2**24
 
@@ -58,7 +58,9 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[int]]:
         attended = len(rows) * max(length[i] for i in rows)
         return max(prompts + responses, attended / ATTENDED)
 
-    pieces = [piece for rows in groups.values() for piece in _join([[i] for i in rows], cost, budget)]
+    # First rows to pieces of a group, mostly all of it; then those to micro-batches.
+    rows = [[[i] for i in group] for group in groups.values()]
+    pieces = [piece for group in rows for piece in _join(group, cost, budget)]
     return list(_join(pieces, cost, budget))
 
 

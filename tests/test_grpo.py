@@ -204,7 +204,7 @@ def test_rows_without_a_gradient_are_left_out_and_nobody_misses_them(model, alph
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_to_learn_is_a_step_with_a_gradient_of_zero(dtype):
-    """Every group all right, and no loss on r_s: nothing is computed, moments fade, weights decay."""
+    """Every group all right, no loss on r_s: nothing is computed, moments fade, weights decay."""
     model = random_model().to(dtype)
     rollouts = random_rollouts(truncated=())
     batch = batch_of(rollouts)

@@ -44,6 +44,7 @@ from ..cache import KVCache
 from ..checkpoint import ALIASES, EMBEDDED, auto_dtype, find_checkpoint, load_config
 from ..cli import main_guard, option, parse_args
 from ..model import ModelConfig
+from ..packing import ATTENDED
 from ..problems import MADE_UP
 from ..readout import BLOCK_LOGITS, CHUNK_VOCAB
 from .optimizer import SUMMED_IN_BF16
@@ -406,13 +407,19 @@ def updating_bytes(p: Plan) -> dict[str, int]:
     C, I, L, V = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size  # noqa: E741
     lora = p.work.lora_rank > 0
     layer = layer_activation_bytes(c, p.dtype, p.work.lora_rank, p.work.lora_targets)
+    # Attention goes over texts, padded and each with a prompt of its own (packing.py): of those
+    # there are keys and values, and the heads' output is there once more, put back.
+    H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    layer += e * (H + (ATTENDED - 1) * 2 * K) * D
     # Forward.  With checkpointing a layer's input is all that is kept.  Around the layers: token
     # ids, the final norm, and the hidden states picked for the readout.
     kept = N * (L * (C * e if again else layer) + 8 + (4 + 2 * e) * C + 4 + C * e)
     # Readout of the response tokens, and of the token after the end of each row: a block of
     # logits, never (N, V), three times its hidden states, and the gradient of all hidden states.
     # bf16: pieces of the output matrix are widened, old and new, and its gradient summed in fp32.
-    read = N * (p.work.max_new_tokens + 1) // p.work.longest
+    # (Of N tokens: a group's prompt is there once.)
+    G, S, new = p.work.group_size, p.work.prompt_tokens, p.work.max_new_tokens
+    read = N * G * (new + 1) // (S + G * new)
     readout = (min(read, max(1, BLOCK_LOGITS // V)) * (V + 3 * C) + read * C) * 4
     readout += ((0 if lora else V) + 2 * min(CHUNK_VOCAB, V)) * C * 4 if e < 4 else 0
     # Backward: the gradients that flow through one layer, and its activations if computed anew.
