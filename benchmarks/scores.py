@@ -2,7 +2,7 @@
 Nine ways to know whether an answer is right, judged on the same solutions.
 
     python benchmarks/scores.py                    # three runs of 6 min each, 5 min of scoring
-    python benchmarks/scores.py --runs FOLDER      # laser-seed0, grpo-seed0, two-token-seed0 there
+    python benchmarks/scores.py --runs FOLDER      # laser-seed0, grpo-seed0, sft-seed0 there
     python benchmarks/scores.py --no-two-token     # without the run that only this row needs
     python benchmarks/scores.py --text             # the page and its picture anew, in seconds
 
@@ -64,7 +64,7 @@ METHODS = {"r_s": True, "two tokens": True, "linear probe": True, "BCE head": Tr
            "lowest group": False, "share of votes": True}  # fmt: skip
 # How train.py makes each model.
 RUNS = {"laser": [], "grpo": ["--algorithm", "grpo"],
-        "two-token": ["--self-reward-loss", "sft"]}  # fmt: skip
+        "sft": ["--self-reward-loss", "sft"]}  # fmt: skip
 
 
 @dataclass
@@ -192,7 +192,7 @@ def all_scores(rows: list[dict], writer: str, models: dict, heads: dict, o: Opti
         return [[self_reward(x, t) for x in logp_zc]]
 
     def two_tokens() -> list:
-        m, t = models["two-token"]
+        m, t = models["sft"]
         high, low = read_last(m, prompts, responses, [t.z_c_id, t.unused_special_ids()[0]]).T
         return [(high - low).sigmoid().tolist()]
 
@@ -202,7 +202,7 @@ def all_scores(rows: list[dict], writer: str, models: dict, heads: dict, o: Opti
 
     # The stop token has to pass the model for what is read after it: one token.
     measure(["r_s"], 1, r_s)
-    if "two-token" in models:
+    if "sft" in models:
         measure(["two tokens"], 1, two_tokens)
     for name, head in heads.items():
         states = lambda: last_states(models["grpo"][0], prompts, responses)  # noqa: E731
@@ -270,7 +270,7 @@ def fit_line(score: np.ndarray, right: np.ndarray) -> Callable[[np.ndarray], np.
 
 def measure_all(o: Options) -> dict:
     """Everything that the page and the picture say."""
-    models = {kind: model_of(kind, o) for kind in RUNS if kind != "two-token" or o.two_token}
+    models = {kind: model_of(kind, o) for kind in RUNS if kind != "sft" or o.two_token}
     heads = probes(*models["grpo"], o)
     record: dict[str, Any] = {"seed": o.seed, "problems": o.problems, "n": o.n, "solved": o.solved,
                               "probe_problems": o.probe_problems,
