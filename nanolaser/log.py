@@ -73,6 +73,8 @@ COLUMNS = (
 
 def phase_lines(phase: str, step: int, o) -> str:
     """What begins at this step, and the columns of the lines that follow."""
+    # Said where it happens, not in a manual: whoever looks at a run for the first time asks at once
+    # why F1 is 0, and the columns are far above by the time that a phase ends.
     said = PHASES[phase].format(tau=o.tau)
     if o.alpha == 0:
         said = "plain GRPO, as in every phase: r_s is only read, never trained."
@@ -86,6 +88,7 @@ def step_line(m: dict) -> str:
     """One step on one line, under the columns of `phase_lines`."""
     seconds = m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
     values = [(m | {"seconds": seconds})[key] for _, _, key, _ in COLUMNS]
+    # None where a batch has no wrong solution, or no right one.
     cells = ["-" if x is None else f"{x:{form}}" for x, (*_, form) in zip(values, COLUMNS)]
     return "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells, COLUMNS))
 
@@ -107,13 +110,15 @@ def vote_lines(rows: list[dict]) -> str:
     groups: dict[int, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
+    # Where all agree, and where no two do, there is nothing to see.  Counted by text: merging equal
+    # answers, the slow part, is for the one problem that is shown.
     votes = lambda group: Counter(row["answer"] for row in group).most_common()  # noqa: E731
     group = max(groups.values(), key=lambda group: [n for _, n in votes(group)][1:2])
     classes = metrics.answer_classes([row["answer"] for row in group], is_equivalent)
     found = metrics.tally(classes, [row["r_s"] for row in group])
     lines = [
         [shorten(group[c.first]["answer"] or "(none)", 40), str(c.votes), f"{c.weight:.2f}",
-         "right" if group[c.first]["r_v"] else ""]
+         "right" if (group[c.first]["r_v"] or 0) > 0.5 else ""]
         for c in sorted(found, key=lambda c: -c.weight)
     ]  # fmt: skip
     problem = f"A vote, on the most contested problem: {shorten(group[0]['problem'], 40)}"
