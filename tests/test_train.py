@@ -91,7 +91,8 @@ def test_what_a_run_says(run):
 
 
 def test_the_vote_shown_is_the_most_contested_one():
-    answers = {0: ["7"] * 8, 1: ["1/2", "0.5", "3", "3", "3", "4", None, "1/2"], 2: list("12345678")}
+    answers = {0: ["7"] * 8, 1: ["1/2", "0.5", "3", "3", "3", "4", None, "1/2"],
+               2: list("12345678")}  # fmt: skip
     solved = [{"prompt_id": i, "problem": f"problem {i}", "answer": answer, "r_s": 0.5,
                "r_v": float(answer in ("1/2", "0.5"))}
               for i, group in answers.items() for answer in group]  # fmt: skip
