@@ -88,7 +88,7 @@ def sampled(w, config, tokenizer) -> list[plain.Solution]:
 
     section("tokens of solution 7")
     s = group[7]
-    shown = [repr(tokenizer.decode([t])) if t not in tokenizer.stop_ids else "the end" for t in s.y]
+    shown = [tokenizer.decode([t]).replace("\n", "newline") or "the end" for t in s.y]
     for first in range(0, len(s.y), 7):
         part = slice(first, first + 7)
         print("".join(f"{t:>10s}" for t in shown[part]))
