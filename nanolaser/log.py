@@ -55,8 +55,8 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
 PHASES = {
     "reasoning": "plain GRPO learns to solve.  r_s is only read: near 0 for every solution, so "
     "that none is judged right, and F1 is 0.",
-    "self-reward": "r_s is trained as well.  At first it rises for right and wrong solutions "
-    "alike; F1 waits until they part and the right ones pass 0.5.",
+    "self-reward": "r_s is trained as well.  It first rises for right and wrong alike; F1 waits "
+    "until they part, the right ones above 0.5.",
     "integrated": "r_s, which can tell them apart by now, also has a share of {tau:g} in the "
     "advantage.",
 }
