@@ -63,8 +63,8 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
 PHASES = {
     "reasoning": "plain GRPO learns to solve.  r_s is only read: near 0 for every solution, so "
     "that none is judged right, and F1 is 0.",
-    "self-reward": "r_s is trained as well.  At first it rises for right and wrong solutions "
-    "alike; F1 waits until they part and the right ones pass 0.5.",
+    "self-reward": "r_s is trained as well.  It first rises for right and wrong alike; F1 waits "
+    "until they part, the right ones above 0.5.",
     "integrated": "r_s, which can tell them apart by now, also has a share of {tau:g} in the "
     "advantage.",
 }
@@ -81,6 +81,8 @@ COLUMNS = (
 
 def phase_lines(phase: str, step: int, o) -> str:
     """What begins at this step, and the columns of the lines that follow."""
+    # Said where it happens, not in a manual: whoever looks at a run for the first time asks at once
+    # why F1 is 0, and the columns are far above by the time that a phase ends.
     said = PHASES[phase].format(tau=o.tau)
     if o.alpha == 0:
         said = "plain GRPO, as in every phase: r_s is only read, never trained."
@@ -95,6 +97,7 @@ def step_line(m: dict) -> str:
     seconds = m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
     # Through the keys that metrics.jsonl has: what is on the screen can be looked up there.
     values = [(m | {"seconds": seconds})[key] for _, _, key, _ in COLUMNS]
+    # None where a batch has no wrong solution, or no right one.
     cells = ["-" if x is None else f"{x:{form}}" for x, (*_, form) in zip(values, COLUMNS)]
     return "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells, COLUMNS))
 
@@ -116,6 +119,8 @@ def vote_lines(rows: list[dict]) -> str:
     groups: dict[int, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
+    # Where all agree, and where no two do, there is nothing to see.  Counted by text: merging equal
+    # answers, the slow part, is for the one problem that is shown.
     votes = lambda group: Counter(row["answer"] for row in group).most_common()  # noqa: E731
     # Where all agree there is nothing to see: 4 votes against 3 show what r_s adds.
     group = max(groups.values(), key=lambda group: [n for _, n in votes(group)][1:2])
@@ -123,7 +128,11 @@ def vote_lines(rows: list[dict]) -> str:
     found = metrics.tally(classes, [row["r_s"] for row in group])
     lines = [
         [shorten(group[c.first]["answer"] or "(none)", 40), str(c.votes), f"{c.weight:.2f}",
+<<<<<<< HEAD
          "right" if group[c.first]["r_v"] > 0.5 else ""]
+=======
+         "right" if (group[c.first]["r_v"] or 0) > 0.5 else ""]
+>>>>>>> wt-tutorial
         for c in sorted(found, key=lambda c: -c.weight)
     ]  # fmt: skip
     problem = f"A vote, on the most contested problem: {shorten(group[0]['problem'], 40)}"
