@@ -122,17 +122,12 @@ def vote_lines(rows: list[dict]) -> str:
     # Where all agree, and where no two do, there is nothing to see.  Counted by text: merging equal
     # answers, the slow part, is for the one problem that is shown.
     votes = lambda group: Counter(row["answer"] for row in group).most_common()  # noqa: E731
-    # Where all agree there is nothing to see: 4 votes against 3 show what r_s adds.
     group = max(groups.values(), key=lambda group: [n for _, n in votes(group)][1:2])
     classes = metrics.answer_classes([row["answer"] for row in group], is_equivalent)
     found = metrics.tally(classes, [row["r_s"] for row in group])
     lines = [
         [shorten(group[c.first]["answer"] or "(none)", 40), str(c.votes), f"{c.weight:.2f}",
-<<<<<<< HEAD
-         "right" if group[c.first]["r_v"] > 0.5 else ""]
-=======
          "right" if (group[c.first]["r_v"] or 0) > 0.5 else ""]
->>>>>>> wt-tutorial
         for c in sorted(found, key=lambda c: -c.weight)
     ]  # fmt: skip
     problem = f"A vote, on the most contested problem: {shorten(group[0]['problem'], 40)}"
