@@ -56,7 +56,7 @@ class Options:
     runs: str = option("runs/easy", "folder of the runs and of their results")
     docs: str = option("docs", "folder of the page, its numbers and its picture")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the runs", min=0)
-    steps: int = option(360, "of each run", min=9)
+    steps: int = option(600, "of each run", min=9)
     problems: int = option(400, "held-out problems", min=2)
     draws: int = option(500, "draws behind each interval", min=1)
     report: bool = option(False, "only write the page again, from the numbers")
@@ -80,10 +80,10 @@ def train_and_evaluate(o: Options) -> None:
         folder = Path(o.runs).resolve() / f"laser-{seed}"
         if not (folder / "summary.json").exists():
             # A folder without a summary is a run that was interrupted.
-            new = ["--model", "tiny-subset-sum", "--data", "subset-sum", "--seed", seed,
-                   "--steps", o.steps, "--reasoning-warmup", o.steps // 9,
-                   "--self-reward-warmup", o.steps // 6, "--eval-problems", 100,
-                   "--out", folder]  # fmt: skip
+            new = ["--model", "tiny-subset-sum", "--seed", seed, "--steps", o.steps,
+                   "--eval-problems", 100, "--out", folder]  # fmt: skip
+            if o.steps < 100:  # a trial: its warm-ups shrink along
+                new += ["--reasoning-warmup", o.steps // 9, "--self-reward-warmup", o.steps // 6]
             begun = (folder / "config.json").exists()
             run("train.py", *(["--resume", folder] if begun else new))
         results = folder / "results"
@@ -110,6 +110,12 @@ def in_words(folder: Path) -> list[dict]:
     key = lambda row: (row["prompt_id"], row["sample"])  # noqa: E731
     said = {key(row): row["score"] for row in read(folder, "judgements.jsonl")}
     return [row | {"r_s": said.get(key(row)), "r_s_if_ended": None} for row in read(folder)]
+
+
+def last_line(rows: list[dict]) -> list[dict]:
+    """The solutions with what anybody can see in the place of r_s: is nothing left?"""
+    nothing = lambda row: float("=0\n\\boxed{" in row["response"])  # noqa: E731
+    return [row | {"r_s": nothing(row)} for row in rows]
 
 
 def intervals(seeds: list[list[dict]], draws: int) -> dict[str, list[float]]:
@@ -173,7 +179,8 @@ def collect(o: Options) -> dict:
                     for s in o.seeds],
         "table": {"before RL, asked in words": intervals([in_words(base)], o.draws),
                   "before RL, r_s": intervals([read(base)], o.draws),
-                  "after RL, r_s": intervals(after, o.draws)},
+                  "after RL, r_s": intervals(after, o.draws),
+                  "after RL, by the last line": intervals(list(map(last_line, after)), o.draws)},
         "each": {name: [metrics.statistics([r for r in rows if r["sample"] < 8], is_equivalent)[m](
             np.arange(o.problems)) for rows in after] for name, m in METRICS.items()},
         "curves": {way: np.mean([c[way] for c in each], axis=0).tolist() for way in each[0]},
@@ -214,7 +221,7 @@ def page(found: dict) -> str:
     return PAGE.format(
         table=table, each=each, spent=spent, accuracy=report.percent(accuracy),
         tokens=f"{tokens:.0f}", enough=f"{enough:.0f}", times=f"{tokens / enough:.0f}",
-        minutes=minutes, **{k: found[k] for k in ("steps", "problems")},
+        minutes=minutes, typical=f"{np.median(found['minutes']):.0f}", **{k: found[k] for k in ("steps", "problems")},
         seeds=", ".join(map(str, found["seeds"])))  # fmt: skip
 
 
@@ -281,7 +288,7 @@ A solution is one try: numbers are picked, subtracted one after another, and wha
 whether the try was right. Which numbers to pick the model cannot see; that nothing is left it can.
 
 ```
-python train.py --model tiny-subset-sum --data subset-sum      # minutes: see below
+python train.py --model tiny-subset-sum      # about {typical} minutes
 python sample.py --model runs/tiny-subset-sum-laser --until 0.5 "50 from a7 b10 c14 d16 e17 f18"
 ```
 
@@ -314,9 +321,11 @@ shared core), `--report` this page and its picture from `easy-to-check.json`.
 
 ## What it is not
 
-The last line of a solution says nearly everything: a program sees as well whether it ends in `=0`,
-and r_s has to learn little more than to read that. This is not a hard verification problem; it is
-what a readout of one token can be worth where verification is not the hard part. The base model was
+The last line of a solution says nearly everything, and r_s has to learn little more than to read
+whether it ends in `=0`. (A little more it does learn: the last row of the first table is that rule
+alone, which is fooled by a wrong difference, by a letter used twice, and by a number that is not
+its letter's.) This is not a hard verification problem; it is what a readout of one token can be
+worth where verification is not the hard part. The base model was
 trained by supervised learning on tries that are mostly wrong and on checks in words
 (`python -m nanolaser.tiny --task subset-sum`); r_s, like everywhere, was learned in RL alone. The
 rule-based checker compares with the one solution; `--reward nanolaser/tiny/subset_sum.py:reward`

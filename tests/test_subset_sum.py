@@ -79,7 +79,7 @@ def test_checks_in_the_recipe_say_what_the_reward_says():
 
 def test_its_own_reward_trains_as_the_checker_does(call, tmp_path):
     """Through the door of any reward, and to the same last digit."""
-    short = """--model tiny-subset-sum --data subset-sum --steps 2 --problems-per-step 4
+    short = """--model tiny-subset-sum --steps 2 --problems-per-step 4
         --group-size 4 --eval-problems 2 --eval-n 2 --reasoning-warmup 0 --self-reward-warmup 1
         --max-new-tokens 64 --c-ref -22""".split()
     door = ["--reward", f"{ROOT / 'nanolaser' / 'tiny' / 'subset_sum.py'}:reward"]
