@@ -88,11 +88,11 @@ def sampled(w, config, tokenizer) -> list[plain.Solution]:
 
     section("tokens of solution 7")
     s = group[7]
-    shown = [repr(tokenizer.decode([t])) if t not in tokenizer.stop_ids else "the end" for t in s.y]
-    for first in range(0, len(s.y), 9):
-        part = slice(first, first + 9)
-        print("".join(f"{t:>8s}" for t in shown[part]))
-        print("".join(f"{x:8.2f}" for x in s.logprobs[part]))
+    shown = [tokenizer.decode([t]).replace("\n", "newline") or "the end" for t in s.y]
+    for first in range(0, len(s.y), 7):
+        part = slice(first, first + 7)
+        print("".join(f"{t:>10s}" for t in shown[part]))
+        print("".join(f"{x:10.2f}" for x in s.logprobs[part]))
     print(f"\n{len(s.x)} tokens of prompt, {len(s.y)} of response; after the last one:")
     print(f"log pi({tokenizer.z_c}) = {s.logp_zc:.3f}")
     return group
