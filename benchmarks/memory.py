@@ -81,7 +81,7 @@ def planned(o: Options, case: str) -> planning.Plan:
     return planning.plan(
         SIZES[size], device_bytes=there, host_bytes=there, dtype=getattr(torch, dtype), name=case,
         work=planning.Workload(o.problems, n, o.prompt_tokens, o.max_new_tokens),
-        wanted=planning.Settings(o.micro_batch_tokens, checkpointing), rates=planning.H100,
+        wanted=planning.Settings(o.micro_batch_tokens, checkpointing),
     )  # fmt: skip
 
 

@@ -14,13 +14,14 @@ trained.  Saving is whole or not at all: the folder takes its name when everythi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from torch import Tensor
 from .scale.distributed import ALONE, World, local
 from .cli import near
 from .files import HUB_ID, fetch, latest_checkpoint, read_json, sync_folder, write_atomic
+from .lora import ADAPTER, Lora, attach, fill, in_peft, is_adapter, merged
 from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
 
-# Short names of models: --model qwen2.5-7b.  `tiny` is the folder beside this file.
+# Short names of models: --model qwen2.5-7b.
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -57,15 +59,18 @@ ALIASES = {
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
+# Qwen3's bare name is the instruct model's, and so is ours.
+ALIASES |= {f"qwen3-{size}{kind}".lower(): f"Qwen/Qwen3-{size}{kind}"
+            for size in ("0.6B", "1.7B", "4B", "8B") for kind in ("", "-Base")}  # fmt: skip
+# The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # All that is needed of a repository, which may also hold pickles, other formats and pictures.
 # huggingface_hub takes these as shell patterns; vLLM and transformers look for the same names.
 NEEDED = (*TOKENIZER_FILES, "config.json", "laser.json", WEIGHTS, INDEX, "model-*-of-*.safetensors")
-SHARD_BYTES = 5_000_000_000  # larger models are split: what hubs and file systems handle well
-CHUNK_BYTES = 32_000_000  # weights that are mapped at a time while loading
 
 # What to do about a damaged one: the older checkpoints of the run lie beside it.
 OLDER = "resume from an older checkpoint: put its name (step-000080) into checkpoints/latest"
@@ -89,12 +94,13 @@ def load_pretrained(
     dtype: str = "float32",
     z_c: str | None = None,
     world: World = ALONE,
+    lora: Lora | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
     """Model and tokenizer of an alias, a hub id, a checkpoint folder or a run's folder.
 
     device: auto, cpu, cuda; dtype: auto (see auto_dtype), float32, bfloat16, float16, whatever the
     dtype on disk.  z_c: another readout token than the checkpoint's.  world: the ranks over which
-    the weights are spread.
+    the weights are spread.  lora: the adapters to give it; the weights are then those of lora.base.
     ValueError, FileNotFoundError or OSError, one line, for all that can be wrong with it.
     """
     folder = find_checkpoint(name)
@@ -110,7 +116,10 @@ def load_pretrained(
     tokenizer = Tokenizer.from_folder(folder)
     if z_c is not None:
         tokenizer.set_z_c(z_c)
-    model = _load_model(folder, torch.device(device), DTYPES[dtype], world)
+    if lora is not None:
+        folder, base = find_checkpoint(lora.base), ALIASES.get(lora.base.lower(), lora.base)
+        lora = replace(lora, base=base, z_c_id=tokenizer.z_c_id)
+    model = _load_model(folder, torch.device(device), DTYPES[dtype], world, lora)
     return model, tokenizer
 
 
@@ -126,10 +135,10 @@ def auto_dtype(folder: Path | None, device: str) -> str:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: `tiny`, a local folder (of a checkpoint, or of a run: its newest
+    """The folder of a checkpoint: an embedded one, a local folder (of a checkpoint, or of a run: its newest
     checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
-    path = TINY if text == "tiny" else Path(text).expanduser()
+    path = EMBEDDED.get(text) or Path(text).expanduser()
     if path.is_dir():
         return _local(path)
     if path.exists():
@@ -138,7 +147,8 @@ def find_checkpoint(name: str | Path) -> Path:
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
     if not HUB_ID.fullmatch(hub_id):
-        hint = near(text.lower(), ["tiny", *ALIASES], "; ".join(["tiny", *ALIASES]))
+        known = [*EMBEDDED, *ALIASES]
+        hint = near(text.lower(), known, "; ".join(known))
         raise FileNotFoundError(f"{text!r} is no folder, hub id (owner/name) or alias: {hint}")
     try:
         return _local(fetch(hub_id, NEEDED))
@@ -165,34 +175,45 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _load_model(folder: Path, device: torch.device, dtype: torch.dtype, world: World) -> CausalLM:
+def _load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, world: World, lora: Lora | None
+) -> CausalLM:
     """Build the model without memory (device meta), then hand it its tensors one by one."""
     config = load_config(folder)
     # On the device meta a tensor is a shape without memory.  Made on the CPU, the model would
     # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
+        if lora is not None:
+            attach(model, lora)
     world.fully_shard(model, device)
     # All headers before any tensor: what does not fit is said at once, not after gigabytes.
     files = {path: _read_header(path) for path in _weight_files(folder)}  # {path: {name: shape}}
-    expected = {name: list(t.shape) for name, t in model.state_dict().items()}
+    expected = {name: list(t.shape) for name, t in _weights(model).items()}
     found = {name: shape for shapes in files.values() for name, shape in shapes.items()}
     _check_names(folder, expected, found, config.tie_word_embeddings)
-    for path, shapes in files.items():
-        for names in _chunks({n: shape for n, shape in shapes.items() if n in expected}):
-            # Each chunk is mapped, converted and unmapped: the peak is one copy and one chunk.
-            # A copy also where the dtype is right already: a mapped tensor would change with its
-            # file, and starts at an odd address, on which fast kernels round differently.
-            with _open(path) as file:
-                tensors = {n: world.scatter(file.get_tensor(n), device, dtype) for n in names}
-            for name, tensor in tensors.items():
-                _check_finite(path, name, local(tensor))
-            # assign: these tensors become the parameters; there is nothing to copy into.
-            model.load_state_dict(tensors, strict=False, assign=True)
-    for path, shapes in files.items():
-        if config.tie_word_embeddings and "lm_head.weight" in shapes:
-            _check_tied(path, model, world)
+    places, tensors = {n: path for path, shapes in files.items() for n in shapes}, {}
+    for name, path in places.items():
+        if name not in expected:  # not needed, see _check_names
+            continue
+        # Mapped, copied and unmapped, one by one: the peak is the model and one tensor.  A copy
+        # also where the dtype is right already: a mapped tensor would change with its file, and
+        # starts at an odd address, on which fast kernels round differently.
+        with _open(path) as file:
+            tensors[name] = world.scatter(file.get_tensor(name), device, dtype)
+        _check_finite(path, name, local(tensors[name]))
+    # assign: these tensors become the parameters; there is nothing to copy into.
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if config.tie_word_embeddings and "lm_head.weight" in places:
+        _check_tied(places["lm_head.weight"], model, world)
+    if lora is not None:
+        fill(model, world)
     return model
+
+
+def _weights(model: CausalLM) -> dict[str, Tensor]:
+    """A model's weights by name, without LoRA's adapters."""
+    return {name: t for name, t in model.state_dict().items() if not is_adapter(name)}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -241,18 +262,6 @@ def _read_header(path: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _chunks(shapes: dict[str, list[int]]) -> Iterator[list[str]]:
-    """The names of some tensors, in portions of about CHUNK_BYTES."""
-    chunk, size = [], 0
-    for name, shape in shapes.items():
-        chunk.append(name)
-        size += 4 * math.prod(shape)  # as fp32, the largest that it may become
-        if size > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
-
-
 def _check_names(folder: Path, expected: dict, found: dict, tied: bool) -> None:
     """ValueError unless the tensors are the model's; names three of each kind, and counts."""
     # Two kinds of tensor may be there and are not needed: the duplicate of a tied output matrix,
@@ -298,9 +307,18 @@ def _check_tied(path: Path, model: CausalLM, world: World) -> None:
 # ---------------------------------------------------------------------------------------------
 # config.json: the dialects of Hugging Face's transformers, 4 and 5
 
-# Far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
-LARGEST = {"vocab_size": 16_777_216, "hidden_size": 1_048_576, "intermediate_size": 1_048_576,
-           "num_hidden_layers": 1024, "num_attention_heads": 65_536}  # fmt: skip
+# What each family is called, and the size of a head where config.json does not say (None: C / H).
+FAMILIES = {"qwen2": ("Qwen2ForCausalLM", None), "qwen3": ("Qwen3ForCausalLM", 128),
+            "llama": ("LlamaForCausalLM", None)}  # fmt: skip
+# The numbers: their type, the default (REQUIRED: none), and the largest that is believed.  That is
+# far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
+REQUIRED = object()
+NUMBERS = {
+    "vocab_size": (int, REQUIRED, 16_777_216), "hidden_size": (int, REQUIRED, 1_048_576),
+    "intermediate_size": (int, REQUIRED, 1_048_576), "num_hidden_layers": (int, REQUIRED, 1024),
+    "num_attention_heads": (int, REQUIRED, 65_536), "rms_norm_eps": (float, 1e-6, 1.0),
+    "max_position_embeddings": (int, 2048, 2**31), "initializer_range": (float, 0.02, 1000.0),
+}  # fmt: skip
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -321,37 +339,37 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
     sliding = sliding or not isinstance(layers, list) or any(x != "full_attention" for x in layers)
     for unsupported, what in (
-        (kind not in ("qwen2", "llama"), f"model_type {kind!r:.40} (only qwen2 and llama are)"),
+        (str(kind) not in FAMILIES, f"model_type {kind!r:.40} (only {', '.join(FAMILIES)} are)"),
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r:.40}"),
         (raw.get("quantization_config"), "a model of quantised weights"),
         (sliding, "sliding-window attention (sliding_window, layer_types)"),
     ):
         if unsupported:
             raise ValueError(f"config.json: {what} is not supported")
-    sizes = {name: _number(raw, name, most=most) for name, most in LARGEST.items()}
-    heads = sizes["num_attention_heads"]
+    numbers = {name: _number(raw, name, *accepted) for name, accepted in NUMBERS.items()}
+    heads, head_dim = numbers["num_attention_heads"], FAMILIES[kind][1]
+    head_dim = head_dim or numbers["hidden_size"] // heads
     theta, scaling = _rope_from_hf(raw)
     eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
-    # Qwen2 has q, k, v biases by construction and never an output bias; LLaMA's one switch means
-    # all four.  transformers leaves out what equals the family's default, which is no for all.
-    qwen, bias = kind == "qwen2", bool(raw.get("attention_bias"))
+    # Qwen2 has q, k, v biases by construction and never an output bias; the one switch of the other
+    # families means all four.  transformers leaves out what equals the family's default: no.
+    bias = bool(raw.get("attention_bias"))
     config = ModelConfig(
         model_type=kind,
-        **sizes,
-        num_key_value_heads=_number(raw, "num_key_value_heads", heads, most=heads),
-        head_dim=_number(raw, "head_dim", sizes["hidden_size"] // heads, most=65_536),
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, float, 1.0),
+        **numbers,
+        num_key_value_heads=_number(raw, "num_key_value_heads", int, heads, heads),
+        head_dim=_number(raw, "head_dim", int, head_dim, 65_536),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=_number(raw, "max_position_embeddings", 2048, most=2**31),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        attention_bias=qwen or bias,
-        attention_output_bias=bias and not qwen,
-        mlp_bias=bool(raw.get("mlp_bias")) and not qwen,
-        initializer_range=_number(raw, "initializer_range", 0.02, float, 1000.0),
+        attention_bias=bias or kind == "qwen2",
+        attention_output_bias=bias and kind != "qwen2",
+        qk_norm=kind == "qwen3",
+        mlp_bias=bool(raw.get("mlp_bias")) and kind == "llama",
         eos_token_id=tuple(i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int),
         bos_token_id=bos if type(bos) is int else None,
     )
+    # Turning pairs halves a head; a key-value head serves a whole number of query heads.
     if config.head_dim % 2 or heads % config.num_key_value_heads:
         raise ValueError(
             f"config.json: {heads} heads of head_dim {config.head_dim} (an even number) that share "
@@ -362,10 +380,10 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The config.json that transformers (4 and 5) and vLLM read back; dtype as on disk."""
-    llama, eos = config.model_type == "llama", config.eos_token_id
+    kind, eos = config.model_type, config.eos_token_id
     theta, scaling = config.rope_theta, config.rope_scaling
     raw = {
-        "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
+        "architectures": [FAMILIES[kind][0]],
         **asdict(config),
         "hidden_act": "silu",
         # both dialects: the old pair, and transformers 5's rope_parameters
@@ -376,20 +394,21 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "eos_token_id": [*eos] if len(eos) > 1 else eos[0] if eos else None,
     }
     # What the family says by itself (see above) is left out.
-    del raw["attention_output_bias"]
-    if not llama:
-        del raw["attention_bias"], raw["mlp_bias"]
+    del raw["attention_output_bias"], raw["qk_norm"]
+    if kind == "qwen2":
+        del raw["attention_bias"]
+    if kind != "llama":
+        del raw["mlp_bias"]
         raw["use_sliding_window"] = False
     return {k: v for k, v in raw.items() if v is not None or k == "rope_scaling"}
 
 
-def _number(raw: dict, name: str, default: Any = None, kind: type = int, most: float = 1e12) -> Any:
+def _number(raw: dict, name: str, kind: type, default: Any = REQUIRED, most: float = 1e12) -> Any:
     """A number above 0 from the config; absent or null stands for the default."""
     value = default if raw.get(name) is None else raw[name]
-    if kind is float and type(value) is int:
-        value = float(value)
+    value = float(value) if kind is float and type(value) is int else value
     if type(value) is not kind or not 0 < value <= most:
-        what = "whole number" if kind is int else "number"
+        value, what = raw.get(name), "whole number" if kind is int else "number"
         raise ValueError(
             f"config.json: {name} is {value!r:.40}, but has to be a {what} above 0, at most {most}"
         )
@@ -401,7 +420,7 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     if not isinstance(new, dict) or not isinstance(old, dict):
         raise ValueError("config.json: rope_parameters or rope_scaling is no JSON object")
-    theta = _number({"rope_theta": raw.get("rope_theta"), **new}, "rope_theta", 10_000.0, float)
+    theta = _number({"rope_theta": raw.get("rope_theta"), **new}, "rope_theta", float, 10_000.0)
     scaling = {k: v for k, v in (old or new).items() if k not in ("rope_theta", "type")}
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor is not supported")
@@ -412,8 +431,8 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
         return theta, None
     # read and not guessed: a wrong one only shows in long texts
     for name in ("factor", "low_freq_factor", "high_freq_factor"):
-        _number(scaling, name, kind=float)
-    _number(scaling, "original_max_position_embeddings")
+        _number(scaling, name, float)
+    _number(scaling, "original_max_position_embeddings", int)
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("config.json: low_freq_factor has to be below high_freq_factor")
     return theta, {**scaling, "rope_type": "llama3"}
@@ -428,66 +447,55 @@ def save_pretrained(
     tokenizer: Tokenizer,
     folder: str | Path,
     state: tuple[dict[str, Tensor], dict] | None = None,
-    shard_bytes: int = SHARD_BYTES,
     world: World = ALONE,
 ) -> None:
     """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
     also what `load_state` reads, in its folder `state/`.
 
-    Weights keep the model's dtype; a tied matrix is written once.  The folder appears whole.  In
+    Weights keep the model's dtype; a tied matrix is written once.  LoRA's adapters are merged into
+    them, and lie in the folder `adapter/` as well, as PEFT has them.  The folder appears whole.  In
     a folder that exists each file is replaced whole, and foreign files stay.  OSError if the disk
     is full or read-only; nothing is left behind then.
 
     Of many ranks each calls this, and the first one writes the same files: it is handed the parts
     of one tensor after the other, and never holds a second model.
     """
-    folder = Path(folder).expanduser().resolve()
-    if not world.is_first:  # no files, but its parts, in the same order
-        _write_weights(model.state_dict(), folder, shard_bytes, world)
-        if state is not None:
-            _write_tensors(folder, state[0], world)
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A fixed name: what a killed process left half-written is found and removed by the next.
-    temporary = folder.with_name(folder.name + ".incomplete.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        dtype = str(model.dtype).removeprefix("torch.")
-        write_atomic(temporary / "config.json", _json(config_to_hf(model.config, dtype)))
-        # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
-        for name, content in tokenizer.files().items():
+    adapter_config, adapters = in_peft(model, world)
+    dtype = str(model.dtype).removeprefix("torch.")
+    # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
+    files = {"config.json": _json(config_to_hf(model.config, dtype)), **tokenizer.files()}
+    if adapters:
+        files[str(ADAPTER.with_name("adapter_config.json"))] = _json(adapter_config)
+    with _whole(Path(folder).expanduser().resolve(), world) as temporary:
+        for name, content in files.items() if world.is_first else ():
+            (temporary / name).parent.mkdir(exist_ok=True)
             write_atomic(temporary / name, content)
-        _write_weights(model.state_dict(), temporary, shard_bytes, world)
+        # Here all ranks meet, tensor by tensor, in the same order.
+        with merged(model, world):
+            _write_tensors(temporary / WEIGHTS, _weights(model), world)
+        if adapters:
+            _write_tensors(temporary / ADAPTER, adapters, world)
         if state is not None:
             save_state(temporary / "state", *state, world)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path, world: World) -> Iterator[Path]:
+    """A temporary folder that takes the name of `folder` when it is complete, or is gone again; on
+    other ranks than the first nothing is made."""
+    # A fixed name: what a killed process left half-written is found and removed by the next.
+    temporary = folder.with_name(folder.name + ".incomplete.tmp")
+    if not world.is_first:
+        yield temporary
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         sync_folder(temporary)
         _move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
-
-
-def _write_weights(tensors: dict[str, Tensor], folder: Path, limit: int, world: World) -> None:
-    """Write model.safetensors; or, above `limit` bytes, shards of that size and their index."""
-    # Sizes first, then files: their names hold the number of all of them (00001-of-00004).
-    shards: list[list[str]] = [[]]
-    filled = total = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled, total = filled + tensor.nbytes, total + tensor.nbytes
-    if len(shards) == 1:
-        return _write_tensors(folder / WEIGHTS, tensors, world)
-    place = {}
-    for i, names in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_tensors(folder / file, {name: tensors[name] for name in names}, world)
-        place |= dict.fromkeys(names, file)
-    if world.is_first:
-        index = {"metadata": {"total_size": total}, "weight_map": place}
-        write_atomic(folder / INDEX, _json(index))
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
@@ -538,11 +546,9 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
         for file in files:
             (folder / file).parent.mkdir(exist_ok=True)
             os.replace(temporary / file, folder / file)
-        # One file where there were shards, or the other way round: the old weights must go.
-        for pattern in (WEIGHTS, INDEX, "model-*-of-*.safetensors"):
-            for old in folder.glob(pattern):
-                if Path(old.name) not in files:
-                    old.unlink()
+        # The weights are one file now.  vLLM would read an old index and its shards all the same.
+        for old in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+            old.unlink(missing_ok=True)
         sync_folder(folder)
     sync_folder(folder.parent)
 
@@ -564,9 +570,12 @@ def save_state(
     the checksums of both, and of the checkpoint files in the folder above.  ValueError for a NaN
     in meta; OSError as in writing."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
     meta = json.loads(_json(meta))  # as it will be read back: tuples are lists, keys are texts
     _write_tensors(folder / "state.safetensors", tensors, world)
+    if not world.is_first:
+        return
     sums = {name: _sha256(folder / name) for name in _guarded(folder)}
     sums["meta"] = _sha256_of(meta)
     write_atomic(folder / "state.json", _json({"meta": meta, "sha256": sums}))
@@ -606,8 +615,8 @@ def _guarded(folder: Path) -> list[str]:
     the checkpoint around it, for a state fits those weights and no others."""
     names = ["state.safetensors"]
     if (folder.parent / "config.json").is_file():
-        beside = sorted({p.name for pattern in NEEDED for p in folder.parent.glob(pattern)})
-        names += [f"../{name}" for name in beside]
+        beside = {p for pattern in (*NEEDED, "adapter/*") for p in folder.parent.glob(pattern)}
+        names += sorted(f"../{p.relative_to(folder.parent)}" for p in beside)
     return names
 
 

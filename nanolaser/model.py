@@ -1,6 +1,6 @@
 """
-The language model: a Qwen2 / LLaMA decoder whose parameters carry Hugging Face's own names, so
-that a checkpoint is loaded by name, strictly, with no table of renamings in between.
+The language model: a Qwen2, Qwen3 or LLaMA decoder whose parameters carry Hugging Face's own
+names, so that a checkpoint is loaded by name, strictly, with no table of renamings in between.
 
     hidden = model(input_ids)                  # (B, T) -> (B, T, C), after the final norm
     logits = hidden @ model.lm_head_weight.T   # only where somebody needs them: see readout.py
@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 class ModelConfig:
     """The shape of a decoder; field names are those of Hugging Face's config.json."""
 
-    model_type: str  # "qwen2" or "llama"
+    model_type: str  # "qwen2", "qwen3" or "llama"
     vocab_size: int  # V; may exceed the tokenizer's size (Qwen2.5-7B pads it to 152,064)
     hidden_size: int  # C
     intermediate_size: int  # width of the SwiGLU
@@ -51,6 +51,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False  # the output matrix IS the embedding matrix
     attention_bias: bool = False  # biases on q, k and v
     attention_output_bias: bool = False  # bias on o (LLaMA's attention_bias has it, Qwen2 not)
+    qk_norm: bool = False  # Qwen3: a norm over each head's query and key
     mlp_bias: bool = False
     initializer_range: float = 0.02
     eos_token_id: tuple[int, ...] = ()  # config.json may name one or several
@@ -121,14 +122,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_output_bias)
+        # Qwen3 brings every query and key to one length before they meet: q . k can then not grow
+        # with the weights, and softmax keeps its slope.  One weight of D numbers for all heads.
+        self.q_norm, self.k_norm = (
+            RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
 
     def forward(self, x: Tensor, rope, past, layer: int) -> Tensor:
         """(B, T, C) -> (B, T, C), over the T tokens alone or over those in a KV cache too."""
         B, T, _ = x.shape
-        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # noqa: E731
-        q = rotate(heads(self.q_proj(x)), *rope)  # (B, H, T, D)
-        k = rotate(heads(self.k_proj(x)), *rope)  # (B, K, T, D)
-        v = heads(self.v_proj(x))  # (B, K, T, D)
+        heads = lambda y: y.view(B, T, -1, self.head_dim)  # noqa: E731  side by side -> apart
+        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), *rope)  # (B, H, T, D)
+        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), *rope)  # (B, K, T, D)
+        v = heads(self.v_proj(x)).transpose(1, 2)  # (B, K, T, D)
         if past is not None:
             y = past.attend(layer, q, k, v)
         else:
@@ -190,6 +196,8 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # With LoRA, what z_c's row of the frozen output matrix has learned (1, C): see lora.py.
+        self.register_parameter("z_c_row", None)
         # Recompute each layer in the backward pass instead of keeping its activations: about a
         # third more arithmetic for memory that no longer grows with the number of layers.
         self.gradient_checkpointing = False
@@ -233,7 +241,8 @@ class CausalLM(nn.Module):
 
         Rows are padded on the right: hidden states at real tokens are right whatever the padding
         holds.  `past` is a KVCache's `admit(...)` or `decode()`: then the rows fill the cache, or
-        go on where they ended by one token each (cache.py has an example).
+        go on where they ended by one token each (cache.py has an example).  Or it is a Packing:
+        then one row holds many texts that share their prompts (packing.py).
         """
         # 1. Where does each token stand in its text?
         positions = None if past is None else past.positions  # (B, 1) when decoding

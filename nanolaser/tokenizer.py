@@ -52,6 +52,9 @@ R1_TEMPLATE = (
     "{{ messages[-1]['content'] }}\nAssistant: <think>"
 )
 
+# What set_thinking has written in front of a template.
+THINKING = re.compile(r"^\{% set enable_thinking = \w+ \+%\}")
+
 # What `save` copies, byte for byte, from the checkpoint that was loaded.
 FILES = (
     "tokenizer.json",
@@ -209,9 +212,25 @@ class Tokenizer:
     def use_template(self, template: str) -> None:
         """Ask in other words from now on: those of "r1" or of a .jinja file, without an instruction
         of our own; saved with the model.  ValueError or FileNotFoundError if that cannot be."""
-        source = R1_TEMPLATE if template == "r1" else Path(template).read_text(encoding="utf-8")
-        self._files["chat_template.jinja"] = source.encode()
         self.instruction = ""
+        self._replace_template(
+            R1_TEMPLATE if template == "r1" else Path(template).read_text(encoding="utf-8")
+        )
+
+    def set_thinking(self, thinking: bool) -> None:
+        """Let the model think in a <think> block of its own before it answers, or not; saved with
+        it.  ValueError if its chat template has no such switch."""
+        if "enable_thinking" not in self._template:
+            flag = "--thinking" if thinking else "--no-thinking"
+            raise ValueError(f"{flag}: this model's chat template does not know enable_thinking")
+        # Written into the template, not handed to it: so transformers and vLLM, which know nothing
+        # of this choice, ask what we train in the same words.  (+: a newline after it stays.)
+        chosen = f"{{% set enable_thinking = {str(thinking).lower()} +%}}"
+        self._replace_template(chosen + THINKING.sub("", self._template))
+
+    def _replace_template(self, source: str) -> None:
+        """Ask by this chat template, which must leave z_c alone, and save it with the model."""
+        self._files["chat_template.jinja"] = source.encode()
         self._set_template()
         self.__dict__.pop("_prompt_ids", None)
         reason = self.why_not_z_c(self.z_c)

@@ -49,7 +49,7 @@ def test_the_gold_is_the_answer_column_before_the_solution_column():
 def test_trl_trains_with_it(chat, tmp_path):
     """Two steps of GRPOTrainer on the embedded model earn what the checker says of each text."""
     datasets, transformers, trl = map(pytest.importorskip, ("datasets", "transformers", "trl"))
-    from nanolaser.problems import arithmetic_problems
+    from nanolaser.problems import made_up_problems
 
     folder, seen = ROOT / "nanolaser" / "tiny", []
 
@@ -62,7 +62,7 @@ def test_trl_trains_with_it(chat, tmp_path):
             f"<|user|>{question}<|end|>")
 
     rows = [{"prompt": prompt(p.problem), "answer": p.answer, "solution": "see above"}
-            for p in arithmetic_problems(8, 0)]
+            for p in made_up_problems(8, 0)]
     config = trl.GRPOConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=16, num_generations=4,
         max_completion_length=96, beta=0.0, use_cpu=True, bf16=False, gradient_checkpointing=False,

@@ -20,8 +20,10 @@ LLAMA3 = {
     # so short that the test's texts are far beyond it: on short texts unscaled rope looks right
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-# Qwen2 has its q, k, v biases always; LLaMA's switches are attention_bias and mlp_bias.
-FAMILIES = [("qwen2", False), ("llama", False), ("llama", True)]
+# Qwen2 has its q, k, v biases always; LLaMA's switches are attention_bias and mlp_bias, Qwen3's the
+# first of them.
+FAMILIES = [("qwen2", False), ("qwen3", False), ("qwen3", True), ("llama", False), ("llama", True)]
+QWEN3 = {"model_type": "qwen3", "attention_bias": False, "qk_norm": True}
 NO_YES = [False, True]
 GRID = list(itertools.product(FAMILIES, NO_YES, [None, 24], NO_YES, NO_YES, NO_YES))
 
@@ -33,19 +35,20 @@ def transformers():
 
 def reference_model(transformers, kind, bias, tied, head_dim, llama3):
     """A random transformers model; every parameter random, the biases and norms too."""
-    config_class = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind]
+    config_class = getattr(transformers, f"{kind.capitalize()}Config")
     shape = {k: v for k, v in TINY.items() if k.startswith(("num_", "vocab_", "hidden_", "inter"))}
     rope = {"rope_theta": 500.0, **(LLAMA3 if llama3 else {"rope_type": "default"})}
     more = {"head_dim": head_dim} if head_dim else {}
+    if kind != "qwen2":
+        more["attention_bias"] = bias
     if kind == "llama":
-        more |= {"attention_bias": bias, "mlp_bias": bias}
+        more["mlp_bias"] = bias
     config = config_class(
         **shape, **more, tie_word_embeddings=tied, rope_parameters=rope, rms_norm_eps=1e-5,
         max_position_embeddings=128, bos_token_id=None, eos_token_id=258, pad_token_id=None,
     )  # fmt: skip
-    name = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
     with torch.device("cpu"):
-        model = getattr(transformers, name)(config).eval()
+        model = getattr(transformers, f"{kind.capitalize()}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -103,14 +106,14 @@ def test_inverse_frequencies_equal_those_of_transformers(transformers, factor):
     {"tie_word_embeddings": False},
     {"model_type": "llama", "attention_bias": False, "rope_scaling": LLAMA3},
     {"model_type": "llama", "attention_output_bias": True, "mlp_bias": True, "head_dim": 16},
+    {**QWEN3, "head_dim": 16}, {**QWEN3, "tie_word_embeddings": False},
 ])  # fmt: skip
-@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers_loads_what_we_save(tmp_path, transformers, changes, shard_bytes, dtype):
+def test_transformers_loads_what_we_save(tmp_path, transformers, changes, dtype):
     model = CausalLM(ModelConfig(**{**TINY, **changes})).init_weights(3).to(getattr(torch, dtype))
     write_tokenizer(tmp_path / "t")
     tokenizer = Tokenizer.from_folder(tmp_path / "t")
-    save_pretrained(model, tokenizer, tmp_path / "m", shard_bytes=shard_bytes)
+    save_pretrained(model, tokenizer, tmp_path / "m")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", output_loading_info=True, dtype="auto"
     )
@@ -129,10 +132,11 @@ def test_transformers_loads_what_we_save(tmp_path, transformers, changes, shard_
 # cache and padding: position by position what the plain forward pass gives
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_cached_decoding_of_unequal_prompts_equals_the_full_forward(kind):
-    llama = {"model_type": "llama", "attention_bias": False, "rope_scaling": LLAMA3}
-    changes = llama if kind == "llama" else {}
+@pytest.mark.parametrize("changes", [
+    {}, {"model_type": "llama", "attention_bias": False, "rope_scaling": LLAMA3},
+    {**QWEN3, "head_dim": 12},
+], ids=["qwen2", "llama", "qwen3"])  # fmt: skip
+def test_cached_decoding_of_unequal_prompts_equals_the_full_forward(changes):
     model = CausalLM(ModelConfig(**{**TINY, **changes})).init_weights(4)
     generator = torch.Generator().manual_seed(5)
     lengths, steps = [3, 60, 9, 70], 12
@@ -227,6 +231,13 @@ def test_configurations_that_only_look_odd(changes):
 
 
 def test_a_configuration_survives_both_directions():
-    for changes in ({}, {"rope_scaling": LLAMA3}, {"eos_token_id": (1, 2), "bos_token_id": 3}):
+    several = {"eos_token_id": (1, 2), "bos_token_id": 3}
+    for changes in ({}, QWEN3, {"rope_scaling": LLAMA3}, several):
         config = ModelConfig(**{**TINY, **changes})
         assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+
+
+def test_a_head_of_qwen3_has_128_numbers_where_its_config_does_not_say():
+    raw = config_to_hf(ModelConfig(**{**TINY, **QWEN3}))
+    del raw["head_dim"]
+    assert config_from_hf(raw).head_dim == 128

@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from nanolaser import grpo, sampler
+from nanolaser import grpo
 from nanolaser.cache import KVCache
 from nanolaser.checkpoint import ALIASES
+from nanolaser.lora import AdaptedLinear, Lora, attach, fill
 from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.scale import plan as planning
 from nanolaser.scale.optimizer import Optimizer
-from nanolaser.scale.plan import FILL, GIB, H100, SHAPES, Plan, Settings, Workload
+from nanolaser.scale.plan import FILL, GIB, SHAPES, Plan, Settings, Workload
 
 SHAPE = ModelConfig(
     "qwen2", 17_000, 128, 384, 3, 4, 2, 32, tie_word_embeddings=True, attention_bias=True
@@ -30,6 +32,7 @@ UNLIKE = ModelConfig(
     "llama", 500, 96, 200, 2, 6, 3, 24, attention_bias=True, attention_output_bias=True,
     mlp_bias=True,
 )  # fmt: skip
+NORMED = ModelConfig("qwen3", 500, 96, 200, 2, 6, 3, 24, qk_norm=True)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -37,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # shapes
 
 
-@pytest.mark.parametrize("config", [SHAPE, UNLIKE, *SHAPES.values()])
+@pytest.mark.parametrize("config", [SHAPE, UNLIKE, NORMED, *SHAPES.values()])
 def test_parameters_are_counted_as_the_model_has_them(config):
     with torch.device("meta"):
         model = CausalLM(config)
@@ -49,6 +52,7 @@ def test_parameters_are_counted_as_the_model_has_them(config):
 def test_shapes_have_the_published_number_of_parameters():
     published = {  # from the models' cards, in millions
         "qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1544, "qwen2.5-3b": 3086, "qwen2.5-7b": 7616,
+        "qwen3-0.6b": 596, "qwen3-1.7b": 1721, "qwen3-4b": 4022, "qwen3-8b": 8191,
         "qwen2.5-math-1.5b": 1544, "llama-3.2-1b": 1236, "llama-3.2-3b": 3213,
         "llama-3.1-8b": 8030, "octothinker-3b": 3213, "orz-7b": 7616, "smollm2-135m": 135,
         "smollm2-360m": 362, "smollm2-1.7b": 1711, "tinyllama-1.1b": 1100,
@@ -84,15 +88,21 @@ def saved_bytes(model: CausalLM, rows: int, length: int) -> int:
     return sum(size for where, (size, _) in kept.items() if where not in weights)
 
 
-@pytest.mark.parametrize("config", [SHAPE, UNLIKE])
+@pytest.mark.parametrize("config", [SHAPE, UNLIKE, NORMED])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_activations_to_the_byte(config, dtype):
+@pytest.mark.parametrize("lora", [(), (4, "all"), (4, "attention")])
+def test_layer_activations_to_the_byte(config, dtype, lora):
     """One layer more keeps exactly layer_activation_bytes more a token."""
     sizes = []
     for layers in (1, 2):
-        shape = dataclasses.replace(config, num_hidden_layers=layers)
-        sizes.append(saved_bytes(CausalLM(shape).to(dtype), 3, 16))
-    assert sizes[1] - sizes[0] == 3 * 16 * planning.layer_activation_bytes(config, dtype)
+        model = CausalLM(dataclasses.replace(config, num_hidden_layers=layers)).to(dtype)
+        if lora:
+            attach(model, Lora(lora[0], 8, lora[1]))
+            fill(model)
+            counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert counted == planning.adapter_parameters(model.config, *lora)
+        sizes.append(saved_bytes(model, 3, 16))
+    assert sizes[1] - sizes[0] == 3 * 16 * planning.layer_activation_bytes(config, dtype, *lora)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,24 +133,27 @@ class FakeTokenizer:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing):
-    work = Workload(4, 4, prompt_tokens=24, max_new_tokens=72)
-    settings = Settings(6 * work.longest, checkpointing)
-    planned = dict(Plan(SHAPE, 64 * GIB, 64 * GIB, H100, dtype, work=work, settings=settings).bytes)
+@pytest.mark.parametrize("rank", [0, 8])
+def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing, rank):
+    work = Workload(4, 4, prompt_tokens=24, max_new_tokens=72, lora_rank=rank)
+    settings = Settings(2 * (24 + 4 * 72), checkpointing)  # two whole groups
+    planned = dict(Plan(SHAPE, 64 * GIB, 64 * GIB, dtype, work=work, settings=settings).bytes)
     # what a process takes beside its tensors is the benchmark's business
-    for what in ("freed, kept by malloc", "Python, torch"):
-        del planned[what]
+    del planned["Python, torch"]
     totals = dict(zip(planning.PHASES, map(sum, zip(*planned.values()))))
 
     model = CausalLM(SHAPE).init_weights(0).to(dtype)
+    if rank:
+        attach(model, Lora(rank, 16))
+        fill(model)
     model.gradient_checkpointing = checkpointing
     optimizer, rollouts = Optimizer(model, 1e-4, 0.0), []
-    prompts = [[5 + i] * 24 for i in range(4)]
+    problems = [SimpleNamespace(problem=[5 + i] * 24) for i in range(4)]
     measured = {
         "sample": peak_bytes(
             lambda: rollouts.extend(
-                sampler.generate(model, FakeTokenizer, prompts, n=4, max_new_tokens=72,
-                                 kv_cache_gb=planned["KV cache"][0] / 1e9)
+                grpo.sample(model, FakeTokenizer, problems, 4, max_new_tokens=72,
+                            kv_cache_gb=planned["KV cache"][0] / 1e9)
             )
         )
     }
@@ -157,7 +170,7 @@ def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing):
     optimizer.zero_grad()
 
     def step():  # with gradients of its own: the profiler sees no block go that it saw not come
-        for p in model.parameters():
+        for p in optimizer.parameters:
             p.grad = torch.ones_like(p)
         optimizer.clip(1.0), optimizer.step()
 
@@ -165,6 +178,11 @@ def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing):
 
     there = dict.fromkeys(planning.PHASES, planned["weights"][0] + planned["optimizer state"][0])
     there["update"] += planned["gradients"][1]
+    if rank:  # the copy is made once, when the first rollouts are sampled
+        assert planned["weights, unmerged"][0] == sum(
+            m.frozen.nbytes for m in model.modules() if isinstance(m, AdaptedLinear))
+        for name in ("update", "step"):
+            there[name] += planned["weights, unmerged"][0]
     for name in planning.PHASES:
         assert totals[name] == pytest.approx(there[name] + measured[name], rel=0.08), name
         # what comes and goes is counted by itself, or large weights would hide an error in it
@@ -179,7 +197,7 @@ def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing):
 def plan_7b(gpus: int = 1, host_gb: float = 1000, gpu_gb: float = 80) -> Plan:
     return planning.plan(
         SHAPES["qwen2.5-7b"], device_bytes=int(gpu_gb * 1e9), host_bytes=int(host_gb * 1e9 / gpus),
-        world=gpus, dtype=torch.bfloat16, device="cuda", rates=H100,
+        world=gpus, dtype=torch.bfloat16, device="cuda",
     )  # fmt: skip
 
 
@@ -223,7 +241,7 @@ def test_the_cache_takes_what_is_left_and_no_more(prompt, new):
     """Whatever the lengths, as many rows are sampled at a time as there is room for: the plan
     fits, and one of twice the rows would not."""
     p = planning.plan(SHAPES["llama-3.1-8b"], device_bytes=60 * 10**9, host_bytes=10**12, world=8,
-                      dtype=torch.bfloat16, device="cuda", rates=H100,
+                      dtype=torch.bfloat16, device="cuda",
                       work=Workload(512, prompt_tokens=prompt, max_new_tokens=new))  # fmt: skip
     assert p.fits and not p.settings.offload_optimizer and p.rows > 16
     if p.rows < 256:
@@ -235,7 +253,7 @@ def test_few_rows_are_the_last_resort():
     """What fits with one row at a time only is still a plan."""
     small = SHAPES["smollm2-1.7b"]  # two gigabytes of KV cache for a row of the paper's length
     p = planning.plan(small, device_bytes=18 * 10**9, host_bytes=10**12, dtype=torch.bfloat16,
-                      device="cuda", rates=H100)  # fmt: skip
+                      device="cuda")  # fmt: skip
     assert p.fits and 1 <= p.rows < 16 and p.settings == Settings(16_384, True, True)
 
 
@@ -243,7 +261,7 @@ def test_time_knows_what_costs_time():
     def seconds(*s, world=1, rows=256):
         work = Workload(max_rows=rows)
         return planning.seconds_by_phase(Plan(
-            SHAPES["qwen2.5-7b"], 10**12, 10**12, H100, torch.bfloat16, device="cuda", world=world,
+            SHAPES["qwen2.5-7b"], 10**12, 10**12, torch.bfloat16, device="cuda", world=world,
             work=work, settings=Settings(*s),
         ))  # fmt: skip
 
@@ -273,12 +291,15 @@ class Options:
     max_new_tokens: int = 8192
     max_rows: int = 256
     kv_cache_gb: float | None = None
+    c_ref: float | str = "auto"
     eval_every: int = 20
     eval_problems: int = 400
     eval_n: int = 2
     micro_batch_tokens: int = 16_384
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
+    lora_rank: int = 0
+    lora_targets: str = "all"
 
 
 TINY = dict(model="tiny", data="arithmetic", problems_per_step=16, max_new_tokens=96,
@@ -323,6 +344,13 @@ def test_options_that_fit_are_kept_and_others_changed_and_said(machine, capsys):
     assert "gradient-checkpointing" in capsys.readouterr().out
 
 
+def test_an_exact_reference_is_a_second_model(machine):
+    machine(22)
+    one, two = (planning.plan_for(Options("smollm2-135m", c_ref=c)).bytes["weights"]
+                for c in ("auto", "exact"))  # fmt: skip
+    assert two == tuple(2 * size for size in one)
+
+
 def test_unknown_shapes_pass_to_the_loader_but_have_no_plan():
     o = Options("somebody/something")
     assert planning.settle(o) is o
@@ -331,7 +359,7 @@ def test_unknown_shapes_pass_to_the_loader_but_have_no_plan():
 
 
 def test_a_plan_counts_the_evaluations():
-    p = planning.plan_for(Options(**TINY), rates=H100)
+    p = planning.plan_for(Options(**TINY))
     # before and after 400 x 8, after steps 120 and 240 100 x 8
     assert p.work.evaluated == 8000
     assert "for 8,000 solutions" in p.table()
@@ -341,7 +369,7 @@ def test_ranks_of_a_machine_share_its_memory(machine, monkeypatch):
     machine(22)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    p = planning.plan_for(Options("smollm2-135m"), rates=H100)
+    p = planning.plan_for(Options("smollm2-135m"))
     assert p.world == 4 and p.device_bytes == 11 * GIB and p.bytes["gathered weights"][0] > 0
 
 
@@ -366,6 +394,16 @@ def test_available_memory_is_that_of_machine_and_container(
     assert planning.available_bytes("cpu") == there * GIB
     # half of what is free beside what this process holds
     assert planning.default_kv_cache_gb(torch.device("cpu")) == (there - 1) * GIB / 2e9
+
+
+def test_adapters_make_room():
+    """On one GPU of 80 GB 7B weights need no offloading then; and a table says it of every model."""
+    one = planning.Options(lora_rank=16).plan(SHAPES["qwen2.5-7b"])
+    assert one.fits and not one.settings.offload_optimizer
+    table = planning.cards_table(planning.Options(cards=(24, 80)))
+    row = next(line for line in table.splitlines() if line.startswith("| qwen2.5-7b "))
+    assert row.split(" | ")[2:] == ["-", "-", "offloaded", "yes |"]
+    assert planning.Options(lora_rank=16, device_gb=24).plan(SHAPES["qwen3-4b"]).fits
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,35 @@ def test_ids_equal_those_of_transformers(shared, real, name):
     assert ours.encode_prompt(problems[0]) == list(whole["input_ids"])
 
 
+def test_thinking_is_switched_as_the_template_of_qwen3_has_it(shared, tmp_path):
+    """In our words, in those of transformers, and in those of whoever loads what was saved."""
+    transformers = pytest.importorskip("transformers")
+    folder = shared / "tokenizers" / "qwen3"
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": f"2+2? {INSTRUCTION}"}]
+    how = {"add_generation_prompt": True, "tokenize": False}
+    for thinking in (False, True, True, False):  # the last word holds
+        ours.set_thinking(thinking)
+        expected = theirs.apply_chat_template(chat, enable_thinking=thinking, **how)
+        assert ours.prompt_text("2+2?") == expected
+        assert expected.endswith("</think>\n\n") != thinking
+        ours.save(tmp_path)
+        assert Tokenizer.from_folder(tmp_path).prompt_text("2+2?") == expected
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert again.apply_chat_template(chat, **how) == expected
+
+
+def test_a_template_without_thinking_cannot_switch_it(tokenizer_of, call):
+    tokenizer = tokenizer_of()
+    before = tokenizer.files()
+    with pytest.raises(ValueError, match="--no-thinking: .* does not know enable_thinking"):
+        tokenizer.set_thinking(False)
+    assert tokenizer.files() == before
+    for script in ("sample.py", "train.py"):
+        code, out, err = call(script, "--thinking", *(["1+1=?"] if script == "sample.py" else []))
+        assert code == 2 and "enable_thinking" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name, z_c, z_c_id, stop", [
     ("llama3_1", "<|reserved_special_token_0|>", 128002, 128009),
     ("qwen3", "<|vision_start|>", 151652, 151645),

@@ -257,6 +257,7 @@ def gathered(model: CausalLM, world: World) -> CausalLM:
     # would cost far more than one gathered copy of all, 15 GB for 7B in bf16.
     with torch.device("meta"):
         copy = CausalLM(model.config)
-    weights = {name: world.all_gather(local(p)) for name, p in model.named_parameters()}
+    # (adapters, which a plain copy lacks, are in the weights: see lora.merged)
+    weights = {n: world.all_gather(local(model.get_parameter(n))) for n in copy.state_dict()}
     copy.load_state_dict(weights, assign=True)
     return copy.requires_grad_(False)

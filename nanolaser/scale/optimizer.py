@@ -58,7 +58,10 @@ class Optimizer:
         world: World = ALONE,
     ):
         self.world = world
-        self.names, self.parameters = zip(*model.named_parameters())
+        # with LoRA the adapters alone
+        self.names, self.parameters = zip(
+            *((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        )
         # Of many ranks a parameter is a DTensor, which stands for the whole.  What is stepped are
         # the plain rows that this rank holds; alone, they are the parameters themselves.
         self.rows = [local(p) for p in self.parameters]
@@ -126,6 +129,11 @@ class Optimizer:
         """Scale the gradient of the whole batch down to a norm of at most `largest`; the norm it
         had."""
         self._move_gradients()
+        # A batch with nothing to learn has left none.  AdamW takes it for a gradient of zero: its
+        # moments fade and weights decay as ever, and the step counts.
+        for master in self.master:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         # The norm of the whole gradient from those of the ranks' rows: squares are what adds up.
         # Rank 0 holds (2, 3, 6), rank 1 (8, 0, 4): norms 7 and 8.94, the whole has
         # sqrt(49 + 80) = 11.36.  With `largest` 1 EACH rank multiplies by 1 / 11.36; by its own

@@ -1,9 +1,10 @@
 """
-What a training run will need, before a single weight is loaded: bytes and seconds, from the
-model's shape alone.
+What a training run will need, before a single weight is loaded: bytes, and a rough idea of seconds,
+from the model's shape alone.
 
     python train.py --model qwen2.5-7b --plan               # on the machine at hand
     python -m nanolaser.scale.plan --gpus 8 --model orz-7b  # on H100s that need not be there
+    python -m nanolaser.scale.plan --cards 16,24,80         # which models fit which cards
 
 A step has three phases, and memory must suffice for the largest, not for their sum:
 
@@ -23,6 +24,9 @@ gradients 15 more.  AdamW's fp32 masters, two moments and gradients are 4 * 4 * 
 must go to the host's memory (offload_optimizer).  Of 80 GB a plan may fill 72, so 42 are left for
 activations.  A layer keeps 225 kB a token, 28 layers and a micro-batch of 16,384 tokens 103 GB:
 too much, so they are computed again in the backward pass (gradient_checkpointing), and 4 remain.
+
+The same with LoRA of rank 16: 40 million numbers learn, 0.7 GB of masters, moments and gradients
+that may stay on the GPU.  What fills the card is then the weights and what is sampled.
 """
 
 from __future__ import annotations
@@ -35,66 +39,75 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 
 from ..cache import KVCache
-from ..checkpoint import ALIASES, auto_dtype, find_checkpoint, load_config
+from ..checkpoint import ALIASES, EMBEDDED, auto_dtype, find_checkpoint, load_config
 from ..cli import main_guard, option, parse_args
 from ..model import ModelConfig
+from ..packing import ATTENDED
+from ..problems import MADE_UP
 from ..readout import BLOCK_LOGITS, CHUNK_VOCAB
 from .optimizer import SUMMED_IN_BF16
 
 GIB = 2**30
 PHASES = ("sample", "update", "step")
-# What the formulas leave out (small tensors, a GPU's fragments) is why a tenth stays free.
+# What the formulas leave out (small tensors, a GPU's fragments, holes in a CPU's heap) is why a
+# tenth stays free.
 FILL = 0.9
-# glibc serves blocks below 32 MiB from a heap in which freed ones leave holes.  Measured on models
-# of 10M to 135M parameters, with and without checkpointing, fp32 and bf16: about 1.5 times the
-# bytes of the gradients, which come and go with every step.
-HEAP_BLOCK, HEAP = 32 * 2**20, 1.5
 EASY_ROWS = 16  # fewer rows at a time leave a GPU idle: rather pay for another setting
 
 # ---------------------------------------------------------------------------------------------
 # shapes of published checkpoints, so that a plan needs no download
 
-
-def _shape(V, C, I, L, H, K, D, tied) -> ModelConfig:  # noqa: E741
-    """The sizes of a model, and nothing else of its config: enough to plan, not to run it."""
-    qwen = V > 150_000  # its attention has biases
-    sizes = ("qwen2" if qwen else "llama", V, C, I, L, H, K, D)
-    return ModelConfig(*sizes, tie_word_embeddings=tied, attention_bias=qwen)
-
-
-# alias: vocabulary V, hidden C, MLP, layers L, heads H, key-value heads K, head D, tied
-SHAPES: dict[str, ModelConfig] = {
-    "smollm2-135m": _shape(49_152, 576, 1536, 30, 9, 3, 64, True),
-    "smollm2-360m": _shape(49_152, 960, 2560, 32, 15, 5, 64, True),
-    "qwen2.5-0.5b": _shape(151_936, 896, 4864, 24, 14, 2, 64, True),
-    "tinyllama-1.1b": _shape(32_000, 2048, 5632, 22, 32, 4, 64, False),
-    "llama-3.2-1b": _shape(128_256, 2048, 8192, 16, 32, 8, 64, True),
-    "qwen2.5-1.5b": _shape(151_936, 1536, 8960, 28, 12, 2, 128, True),
-    "smollm2-1.7b": _shape(49_152, 2048, 8192, 24, 32, 32, 64, True),
-    "qwen2.5-3b": _shape(151_936, 2048, 11_008, 36, 16, 2, 128, True),
-    "llama-3.2-3b": _shape(128_256, 3072, 8192, 28, 24, 8, 128, True),
-    "qwen2.5-7b": _shape(152_064, 3584, 18_944, 28, 28, 4, 128, False),
-    "llama-3.1-8b": _shape(128_256, 4096, 14_336, 32, 32, 8, 128, False),
+# alias: family, vocabulary V, hidden C, MLP, layers L, heads H, key-value heads K, head D, tied
+_SIZES = {
+    "smollm2-135m": ("llama", 49_152, 576, 1536, 30, 9, 3, 64, True),
+    "smollm2-360m": ("llama", 49_152, 960, 2560, 32, 15, 5, 64, True),
+    "smollm2-1.7b": ("llama", 49_152, 2048, 8192, 24, 32, 32, 64, True),
+    "tinyllama-1.1b": ("llama", 32_000, 2048, 5632, 22, 32, 4, 64, False),
+    "llama-3.2-1b": ("llama", 128_256, 2048, 8192, 16, 32, 8, 64, True),
+    "llama-3.2-3b": ("llama", 128_256, 3072, 8192, 28, 24, 8, 128, True),
+    "llama-3.1-8b": ("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, False),
+    "qwen2.5-0.5b": ("qwen2", 151_936, 896, 4864, 24, 14, 2, 64, True),
+    "qwen2.5-1.5b": ("qwen2", 151_936, 1536, 8960, 28, 12, 2, 128, True),
+    "qwen2.5-3b": ("qwen2", 151_936, 2048, 11_008, 36, 16, 2, 128, True),
+    "qwen2.5-7b": ("qwen2", 152_064, 3584, 18_944, 28, 28, 4, 128, False),
+    "qwen3-0.6b": ("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, True),
+    "qwen3-1.7b": ("qwen3", 151_936, 2048, 6144, 28, 16, 8, 128, True),
+    "qwen3-4b": ("qwen3", 151_936, 2560, 9728, 36, 32, 8, 128, True),
+    "qwen3-8b": ("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 128, False),
 }
-# Trained further, shaped as before.
-for _alias in ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"):
-    SHAPES[f"{_alias}-instruct"] = SHAPES[_alias]
-for _alias in ("1.5b", "7b"):
-    SHAPES[f"qwen2.5-math-{_alias}"] = SHAPES[f"qwen2.5-{_alias}"]
-SHAPES |= {"orz-7b": SHAPES["qwen2.5-7b"], "octothinker-3b": SHAPES["llama-3.2-3b"]}
+# Trained further, shaped as before: -instruct, -base and these.
+_LIKE = {"qwen2.5-math-1.5b": "qwen2.5-1.5b", "qwen2.5-math-7b": "qwen2.5-7b",
+         "orz-7b": "qwen2.5-7b", "octothinker-3b": "llama-3.2-3b"}  # fmt: skip
+
+
+def _shape(alias: str) -> ModelConfig:
+    """The sizes of a model, and nothing else of its config: enough to plan, not to run it."""
+    alias = _LIKE.get(alias, alias.removesuffix("-instruct").removesuffix("-base"))
+    *sizes, tied = _SIZES[alias]
+    return ModelConfig(*sizes, tie_word_embeddings=tied, attention_bias=sizes[0] == "qwen2",
+                       qk_norm=sizes[0] == "qwen3")  # fmt: skip
+
+
+SHAPES: dict[str, ModelConfig] = {alias: _shape(alias) for alias in ALIASES}
+
+
+def linear_layers(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:
+    """(in, out) of the linear layers of a decoder layer: those of its attention, of its MLP."""
+    C, I = c.hidden_size, c.intermediate_size  # noqa: E741
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return {"attention": [(C, q), (C, kv), (C, kv), (q, C)], "mlp": [(C, I), (C, I), (I, C)]}
 
 
 def layer_parameters(c: ModelConfig) -> int:
     """How many parameters one decoder layer has."""
-    C, I = c.hidden_size, c.intermediate_size  # noqa: E741
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    biases = c.attention_bias * (q + 2 * kv) + c.attention_output_bias * C
-    biases += c.mlp_bias * (2 * I + C)
-    # q and o, k and v; gate, up and down; two norms
-    return 2 * C * (q + kv) + 3 * C * I + 2 * C + biases
+    q, k, v, o, gate, up, down = sum(linear_layers(c).values(), [])
+    biases = c.attention_bias * (q[1] + k[1] + v[1]) + c.attention_output_bias * o[1]
+    biases += c.mlp_bias * (gate[1] + up[1] + down[1])
+    # two norms, and Qwen3's of a head's query and key
+    norms = 2 * c.hidden_size + 2 * c.qk_norm * c.head_dim
+    return sum(i * o for i, o in (q, k, v, o, gate, up, down)) + norms + biases
 
 
 def embedding_parameters(c: ModelConfig) -> int:
@@ -105,6 +118,14 @@ def embedding_parameters(c: ModelConfig) -> int:
 def parameters(c: ModelConfig) -> int:
     """How many the whole model has."""
     return c.num_hidden_layers * layer_parameters(c) + embedding_parameters(c) + c.hidden_size
+
+
+def adapter_parameters(c: ModelConfig, rank: int, targets: str = "all") -> int:
+    """How many LoRA's adapters have, the row of z_c included; 0 without."""
+    layers = linear_layers(c)
+    adapted = layers["attention"] + layers["mlp"] * (targets == "all")
+    a_and_b = rank * sum(i + o for i, o in adapted)
+    return c.num_hidden_layers * a_and_b + c.hidden_size if rank else 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,11 +143,8 @@ class Workload:
     steps: int = 800
     max_rows: int = 256  # sampled at a time
     evaluated: int = 0  # solutions to held-out problems, in all evaluations of the run together
-
-    # Mean lengths matter for the time only: memory must suffice for the longest rollout anyway.
-    # They are guesses, as long as no run has been seen.
-    mean_prompt_tokens = property(lambda self: min(self.prompt_tokens, 150))
-    mean_new_tokens = property(lambda self: max(1, self.max_new_tokens // 2))
+    lora_rank: int = 0  # 0: all weights learn
+    lora_targets: str = "all"
 
     @property
     def longest(self) -> int:
@@ -151,19 +169,10 @@ class Settings:
     offload_optimizer: bool = False  # AdamW in host memory, stepped there
 
 
-@dataclass(frozen=True)
-class Rates:
-    """How fast a device is."""
-
-    flops: float  # operations/s of matrix products in the compute dtype
-    memory: float  # bytes/s
-    source: str  # where the numbers are from
-
-
-H100 = Rates(0.4 * 989e12, 0.6 * 3.35e12, "40 % of an H100's 989 TFLOP/s, 60 % of its 3.35 TB/s")
-# Assumed, never measured: bytes/s of the host's memory, to a GPU and between GPUs; and the seconds
-# that a layer takes however little it computes, 40 kernels of 6 us.
-HOST_MEMORY, HOST_LINK, PEER_LINK, LAYER = 100e9, 40e9, 200e9, 40 * 6e-6
+# Assumed, never measured: operations/s of matrix products and bytes/s of memory (40 % and 60 % of an
+# H100's; a core's); bytes/s of the host's memory.
+RATES = {"cuda": (4e14, 2e12), "cpu": (2.5e10, 1e10)}
+HOST_MEMORY = 1e11
 
 
 @dataclass(frozen=True)
@@ -173,14 +182,24 @@ class Plan:
     config: ModelConfig
     device_bytes: int  # what there is for each rank
     host_bytes: int  # likewise; of a CPU run the same
-    rates: Rates
     dtype: torch.dtype = torch.float32
     name: str = "model"
     device: str = "cpu"  # or "cuda"
     world: int = 1  # ranks
     work: Workload = Workload()
     settings: Settings = Settings()
+    models: int = 1  # 2: a frozen reference beside the one that learns
     least_rows: int = 1  # to be sampled at a time, if all are as long as may be
+
+    @property
+    def adapters(self) -> int:
+        """How many parameters LoRA adds."""
+        return adapter_parameters(self.config, self.work.lora_rank, self.work.lora_targets)
+
+    @property
+    def learning(self) -> int:
+        """How many parameters have a gradient."""
+        return self.adapters or parameters(self.config)
 
     @cached_property
     def rows(self) -> int:
@@ -210,10 +229,10 @@ class Plan:
 
     @property
     def host_needed(self) -> int:
-        """Bytes of host memory for each rank of a GPU run: offloaded masters, moments and
-        gradients, all in fp32, and what Python and torch take."""
-        offloaded = 16 * parameters(self.config) // self.world * self.settings.offload_optimizer
-        return 0 if self.device == "cpu" else offloaded + 3 * GIB
+        """Bytes of host memory for each rank of a GPU run: fp32 masters, moments and gradients if
+        offloaded, the weights beside which adapters learn, and what Python and torch take."""
+        offloaded = 16 * self.learning // self.world * self.settings.offload_optimizer
+        return 0 if self.device == "cpu" else offloaded + frozen_copy(self) + 3 * GIB
 
     @property
     def micro_batch(self) -> int:
@@ -244,8 +263,10 @@ class Plan:
             f"  {what:<28}" + "".join(f"{x:>10}" for x in cells)
         )
         ranks = f"each of {self.world} ranks on " if self.world > 1 else ""
+        lora = f" and {self.adapters:,} of adapters" if w.lora_rank else ""
+        host = f"  host memory: {self.host_needed / GIB:,.0f} GiB a rank of "
         lines = [
-            f"{self.name}: {parameters(self.config):,} parameters, {str(self.dtype)[6:]}, "
+            f"{self.name}: {parameters(self.config):,} parameters{lora}, {str(self.dtype)[6:]}, "
             f"{ranks}{self.device}",
             f"  {w.problems} problems x {w.group_size} solutions a step; at most "
             f"{w.prompt_tokens:,} + {w.max_new_tokens:,} tokens each",
@@ -255,28 +276,40 @@ class Plan:
             f"{'host' if s.offload_optimizer else 'device'} memory",
             "",
             line(f"{label} on the device", PHASES),
-        ]
-        for what, sizes in self.bytes.items():
-            if any(sizes):
-                lines.append(line(what, map(cell, sizes)))
-        verdict = "fits" if self.fits else "DOES NOT FIT"
-        lines += [
+            *(line(what, map(cell, sizes)) for what, sizes in self.bytes.items() if any(sizes)),
             line("together", map(cell, self.totals)),
-            line("there is", [cell(self.device_bytes)]) + f"   {verdict} (it may fill {FILL:.0%})",
-        ]
-        if self.device != "cpu":
-            needed, there = self.host_needed / GIB, self.host_bytes / GIB
-            lines.append(f"  host memory: {needed:,.0f} GiB a rank of {there:,.0f}")
-        lines += [
+            line("there is", [cell(self.device_bytes)])
+            + f"   {'fits' if self.fits else 'DOES NOT FIT'} (it may fill {FILL:.0%})",
+            *([f"{host}{self.host_bytes / GIB:,.0f}"] if self.device != "cpu" else []),
             "",
             line("time of a step, about", map(span, seconds)),
-            f"  {w.steps} steps: {span(sum(seconds) * w.steps)}, if solutions have "
-            f"{w.mean_new_tokens:,} tokens on average",
+            f"  {w.steps} steps: {span(sum(seconds) * w.steps)}, if solutions are half as long as "
+            "they may be",
         ]
         if w.evaluated:  # sampled like those of a step, and no more
             more = span(seconds[0] * w.evaluated / (w.problems * w.group_size))
             lines.append(f"  evaluations: {more} more, for {w.evaluated:,} solutions")
-        return "\n".join([*lines, f"  rates: {self.rates.source}"])
+        return "\n".join(lines)
+
+
+def seconds_by_phase(p: Plan) -> tuple[float, float, float]:
+    """Seconds of one step: sampling, updating, stepping.  A rough estimate: it knows the two great
+    costs, and neither attention, nor padding, nor what ranks and host tell each other."""
+    n, (flops, memory), s = parameters(p.config), RATES[p.device], p.settings
+    flops *= torch.get_num_threads() if p.device == "cpu" else 1
+    rollouts, new = p.work.share(p.world), max(1, p.work.max_new_tokens // 2)  # as a guess
+    # Sampling: a turn of one token for every row reads all weights and all keys and values.  There
+    # are as many as the tokens want, and some for the longest rows, which end up alone.
+    turns = rollouts * new / p.rows + p.work.max_new_tokens - new
+    read = n * p.dtype.itemsize + kv_bytes(p.config, p.dtype, p.rows, new)
+    sample = turns * max(2 * n * p.rows / flops, read / memory)
+    # Updating: 2 operations a weight and token forward, 2 backward to the inputs, 2 to the weights
+    # if they learn; checkpointing goes forward once more.
+    passes = (2 if p.adapters else 3) + s.gradient_checkpointing
+    update = passes * 2 * n * rollouts * new / flops
+    # Stepping: gradient, two moments and master are read, the latter three and the weight written.
+    step = 30 * p.learning / p.world / (HOST_MEMORY if s.offload_optimizer else memory)
+    return sample, update, step
 
 
 def span(seconds: float) -> str:
@@ -291,7 +324,7 @@ def plan(config: ModelConfig, wanted: Settings = Settings(), **run) -> Plan:
     """The cheapest settings with which a run fits, or the most frugal ones if none does; `wanted`
     is what would be taken if memory were no matter, `run` the fields of Plan.
 
-    The choice depends on bytes alone, never on measured rates: the same machine makes it again.
+    The choice depends on bytes alone: the same machine makes it again.
     """
     p = Plan(config, **run)
     # In order of the time that they cost: smaller micro-batches are nearly free, but a row is never
@@ -326,17 +359,25 @@ def kv_bytes(c: ModelConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
     return rows * slots * per_slot
 
 
-def layer_activation_bytes(c: ModelConfig, dtype: torch.dtype) -> int:
+def layer_activation_bytes(
+    c: ModelConfig, dtype: torch.dtype, lora_rank: int = 0, lora_targets: str = "all"
+) -> int:
     """Bytes that one layer keeps for its backward pass, for each token of the micro-batch."""
-    e, C = dtype.itemsize, c.hidden_size
+    e, C, I = dtype.itemsize, c.hidden_size, c.intermediate_size  # noqa: E741
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    # a norm keeps its input in fp32, that input normalised, the result (both in the model's
-    # dtype), and 1/rms; there are two of them
-    norms = 2 * ((4 + 2 * e) * C + 4)
+    # a norm keeps its input in fp32, that input normalised (for the gradient of its weight), the
+    # result (both in the model's dtype), and 1/rms; there are two of them
+    normalised = 0 if lora_rank else e
+    norms = 2 * ((4 + normalised + e) * C + 4)
     # rotated q and k, v, the heads' output, and a logsumexp in fp32 for each head
     attention = e * 2 * (H + K) * D + 4 * H
+    attention += c.qk_norm * (H + K) * ((4 + normalised) * D + 4)  # normed before they were rotated
     # gate, silu(gate), up and their product
-    return norms + attention + 4 * c.intermediate_size * e
+    mlp = 4 * I * e
+    # LoRA: A x of every adapter; a layer that is frozen and has none need not keep its input
+    if lora_rank and lora_targets == "attention":
+        return norms + attention + mlp + e * (4 * lora_rank - C - I)
+    return norms + attention + mlp + e * 7 * lora_rank
 
 
 def sampling_bytes(p: Plan, longest_rows: int) -> dict[str, int]:
@@ -364,28 +405,35 @@ def updating_bytes(p: Plan) -> dict[str, int]:
     """What is there only while a micro-batch is learned from."""
     c, e, N, again = p.config, p.dtype.itemsize, p.micro_batch, p.settings.gradient_checkpointing
     C, I, L, V = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size  # noqa: E741
-    layer = layer_activation_bytes(c, p.dtype)
+    lora = p.work.lora_rank > 0
+    layer = layer_activation_bytes(c, p.dtype, p.work.lora_rank, p.work.lora_targets)
+    # Attention goes over texts, padded and each with a prompt of its own (packing.py): of those
+    # there are keys and values, and the heads' output is there once more, put back.
+    H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    layer += e * (H + (ATTENDED - 1) * 2 * K) * D
     # Forward.  With checkpointing a layer's input is all that is kept.  Around the layers: token
     # ids, the final norm, and the hidden states picked for the readout.
     kept = N * (L * (C * e if again else layer) + 8 + (4 + 2 * e) * C + 4 + C * e)
     # Readout of the response tokens, and of the token after the end of each row: a block of
     # logits, never (N, V), three times its hidden states, and the gradient of all hidden states.
-    # bf16: the output matrix's gradient is summed in fp32, and pieces of it widened, old and new.
-    read = N * (p.work.max_new_tokens + 1) // p.work.longest
+    # bf16: pieces of the output matrix are widened, old and new, and its gradient summed in fp32.
+    # (Of N tokens: a group's prompt is there once.)
+    G, S, new = p.work.group_size, p.work.prompt_tokens, p.work.max_new_tokens
+    read = N * G * (new + 1) // (S + G * new)
     readout = (min(read, max(1, BLOCK_LOGITS // V)) * (V + 3 * C) + read * C) * 4
-    readout += (V + 2 * min(CHUNK_VOCAB, V)) * C * 4 if e < 4 else 0
+    readout += ((0 if lora else V) + 2 * min(CHUNK_VOCAB, V)) * C * 4 if e < 4 else 0
     # Backward: the gradients that flow through one layer, and its activations if computed anew.
     flowing = N * (max(2 * I * e, 16 * C) + (layer if again else 0))
     # Last of all comes the embedding's gradient, dense; the activations are gone by then.
-    dense = embedding_parameters(c) * e - kept
+    dense = 0 if lora else embedding_parameters(c) * e - kept
     return {"activations": kept, "log-probs, or backward": max(readout, flowing, dense)}
 
 
 def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]]:
     """What lies on one rank's device: {what: (bytes while sampling, updating, stepping)}, with a
     KV cache for so many of the longest rows."""
-    c, n, e = p.config, parameters(p.config), p.dtype.itemsize
-    shard = lambda per_weight: per_weight * n // p.world  # noqa: E731
+    c, n, e = p.config, parameters(p.config) + p.adapters, p.dtype.itemsize
+    shard = lambda per_weight: per_weight * p.learning // p.world  # noqa: E731
     masters = e < 4 or p.settings.offload_optimizer
     # a CPU has only the one memory: to "offload" there saves nothing
     away = p.settings.offload_optimizer and p.device != "cpu"
@@ -397,7 +445,7 @@ def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]
     sums = shard(4) if masters and not away else 0
     many = p.work.share(p.world) * p.work.longest > SUMMED_IN_BF16 * p.micro_batch
     table = {
-        "weights": (shard(e),) * 3,
+        "weights": (p.models * (n * e // p.world),) * 3,
         "optimizer state": (state,) * 3,
         "gradients": (0, shard(e), 0 if sums else shard(e)),
         "gradients summed in fp32": (0, sums if many else 0, sums),
@@ -409,8 +457,8 @@ def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]
         # on its way) gathered, with their gradients before they are scattered
         gathered = 2 * e * (2 * layer_parameters(c) + embedding_parameters(c))
         table["gathered weights"] = (n * e, gathered, 0)
-    if p.device == "cpu" and c.hidden_size * c.intermediate_size * e < HEAP_BLOCK:
-        table["freed, kept by malloc"] = (int(HEAP * shard(e)),) * 3
+    if p.device == "cpu":
+        table["weights, unmerged"] = (frozen_copy(p),) * 3
     # Python and torch, and about 135 MiB of what they load on first use; on a GPU the CUDA context
     # and the matrix library's workspace
     before = resident_bytes() + 135 * 2**20 if p.device == "cpu" else 3 * GIB // 2
@@ -418,57 +466,13 @@ def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]
     return table
 
 
-# ---------------------------------------------------------------------------------------------
-# seconds
-
-
-def measure_rates(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
-    """Those of the device at hand, measured in under a second."""
-    size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    big = torch.empty(16 * size * size, device=device)  # no cache holds it
-
-    def seconds(code: str) -> float:
-        timer = Timer(code, globals={"a": a, "big": big}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.1).median
-
-    flops, memory = 2 * size**3 / seconds("a @ a"), big.nbytes / seconds("big.fill_(1)")
-    return Rates(flops, memory, f"measured: {flops / 1e9:,.0f} GFLOP/s, {memory / 1e9:,.0f} GB/s")
-
-
-def seconds_by_phase(p: Plan) -> tuple[float, float, float]:
-    """Seconds of one step on each rank: sampling, updating, stepping.  An estimate, for solutions
-    half as long as they may be: it knows neither padding nor attention."""
-    c, s, work, rates, e = p.config, p.settings, p.work, p.rates, p.dtype.itemsize
-    n, launches = parameters(c), c.num_hidden_layers * LAYER
-    # the input embedding is looked up, not multiplied; tied, the same matrix is the output's
-    active = n - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
-    rollouts, prompt, new = work.share(p.world), work.mean_prompt_tokens, work.mean_new_tokens
-    gather = n * e / PEER_LINK if p.world > 1 else 0  # of all weights
-
-    # Sampling: turns of one token a row, each of which reads all weights and all keys and values.
-    # In the last ones, for the longest rows, there are few rows: those come on top.
-    turns = rollouts * new / p.rows + (work.max_new_tokens - new)
-    read = n * e + kv_bytes(c, p.dtype, p.rows, prompt + new // 2)
-    turn = max(p.rows * 2 * active / rates.flops, read / rates.memory) + launches
-    prefill = rollouts / work.group_size * prompt * 2 * active / rates.flops
-    sample = gather + prefill + turns * turn
-
-    # Updating: a pass forward computes 2 operations a weight and token, the one backward as much
-    # as two; checkpointing goes forward once more.  For a micro-batch the ranks gather the weights
-    # in both directions, and scatter the gradients.
-    passes, tokens = (4 if s.gradient_checkpointing else 3), rollouts * (prompt + new)
-    batches = max(1, tokens / max(s.micro_batch_tokens, prompt + new))
-    update = passes * tokens * 2 * active / rates.flops
-    update += batches * (3 * gather + passes * launches)
-
-    # Stepping: gradient, two moments and master are read, the latter three and the weight written.
-    step = 30 * n / p.world / (HOST_MEMORY if s.offload_optimizer else rates.memory)
-    if s.offload_optimizer:
-        # The weights come back once; gradients go, and are added to fp32 sums, several times.
-        trips = max(1, batches // SUMMED_IN_BF16)
-        step += n / p.world * ((1 + trips) * e / HOST_LINK + trips * (e + 8) / HOST_MEMORY)
-    return sample, update, step
+def frozen_copy(p: Plan) -> int:
+    """Bytes of host memory for the adapted layers' weights, which sampling overwrites by merged
+    ones: see lora.merged."""
+    layers, all_of_it = linear_layers(p.config), p.work.lora_targets == "all"
+    adapted = sum(i * o for i, o in layers["attention"] + layers["mlp"] * all_of_it)
+    copied = p.config.num_hidden_layers * adapted * p.dtype.itemsize // p.world
+    return copied if p.work.lora_rank else 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -523,12 +527,12 @@ def default_kv_cache_gb(device: torch.device) -> float:
 
 def local_folder(model: str) -> Path | None:
     """The checkpoint folder of `tiny` or of a local name; None for what lies on the hub."""
-    local = model == "tiny" or Path(model).expanduser().is_dir()
+    local = model in EMBEDDED or Path(model).expanduser().is_dir()
     return find_checkpoint(model) if local else None
 
 
 def known_config(model: str) -> ModelConfig | None:
-    """The shape behind --model: `tiny` or a local folder, else an alias of SHAPES or its hub id;
+    """The shape behind --model: an embedded or a local folder, else an alias of SHAPES or its hub id;
     None for what only a download could tell."""
     # The config.json of a folder is the truth; SHAPES stand in for what is not here yet.
     if folder := local_folder(model):
@@ -537,12 +541,12 @@ def known_config(model: str) -> ModelConfig | None:
     return SHAPES.get(aliases.get(model.lower(), model.lower()))
 
 
-def plan_for(options, rates: Rates | None = None) -> Plan:
+def plan_for(options) -> Plan:
     """The plan of a run with train.py's options on this machine; under torchrun, of one of its
-    ranks.  None as rates: measured now.  ValueError if the shape of --model is not known."""
+    ranks.  ValueError if the shape of --model is not known."""
     # All that is read of the options, here and in `settle`: model, data, device, dtype, steps,
     # problems_per_step, group_size, max_prompt_tokens, max_new_tokens, max_rows, kv_cache_gb,
-    # eval_every, eval_problems, eval_n, and the three of Settings.
+    # eval_every, eval_problems, eval_n, c_ref, lora_rank, lora_targets, and the three of Settings.
     o = options
     config = known_config(o.model)
     if config is None:
@@ -555,14 +559,14 @@ def plan_for(options, rates: Rates | None = None) -> Plan:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, auto_dtype(local_folder(o.model), device) if dtype == "auto" else dtype)
-    # the embedded problems are one line each; other data may go up to the limit
-    prompt = 64 if o.data == "arithmetic" else o.max_prompt_tokens
+    # problems that are made up are one line each; other data may go up to the limit
+    prompt = 64 if o.data in MADE_UP else o.max_prompt_tokens
     # all held-out problems before and after, a quarter of them in between
     evaluated = int(o.eval_problems * o.eval_n * (2 + (o.steps - 1) // o.eval_every / 4))
     # The worst case for memory, the mean for the time: see Workload.
     work = Workload(
         o.problems_per_step, o.group_size, prompt, o.max_new_tokens, o.steps, o.max_rows,
-        evaluated,
+        evaluated, o.lora_rank, o.lora_targets,
     )  # fmt: skip
     world, here = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     host = available_bytes("cpu") // here  # the ranks of a machine share its memory
@@ -575,8 +579,8 @@ def plan_for(options, rates: Rates | None = None) -> Plan:
         device=device,
         world=world,
         work=work,
+        models=1 + (o.c_ref == "exact"),
         wanted=Settings(**{name: getattr(o, name) for name in asdict(Settings())}),
-        rates=rates or measure_rates(device, dtype),
     )
 
 
@@ -589,7 +593,7 @@ def settle(options):
     """
     if known_config(options.model) is None:
         return options
-    p = plan_for(options, rates=H100)  # any rates: bytes decide, and measuring takes a second
+    p = plan_for(options)
     if p.fits:
         chosen = asdict(p.settings)
         changed = {k: v for k, v in chosen.items() if v != getattr(options, k)}
@@ -599,10 +603,10 @@ def settle(options):
         if options.kv_cache_gb is None:
             chosen["kv_cache_gb"] = p.kv_cache_bytes / 1e9
         return replace(options, **chosen)
-    print(plan_for(options).table(), file=sys.stderr)
+    print(p.table(), file=sys.stderr)
     # The same options with every known model, the largest first, until one fits.
     by_size = sorted(SHAPES, key=lambda alias: parameters(SHAPES[alias]), reverse=True)
-    fitting = (x for x in by_size if plan_for(replace(options, model=x), rates=H100).fits)
+    fitting = (x for x in by_size if plan_for(replace(options, model=x)).fits)
     needs = (p.device, p.peak_bytes, p.device_bytes)
     if p.peak_bytes <= FILL * p.device_bytes:  # the device would do
         needs = ("host", p.host_needed, p.host_bytes)
@@ -624,20 +628,48 @@ class Options:
     host_gb: float = option(1000, "memory of the node, in GB", above=0)
     max_prompt_tokens: int = option(2048, "longest prompt", min=1)
     max_new_tokens: int = option(8192, "longest solution", min=1)
+    lora_rank: int = option(0, "R of LoRA's adapters; 0: all weights learn", min=0)
+    lora_targets: str = option("all", "linear layers adapted", choices=("all", "attention"))
+    cards: tuple[int, ...] = option((), "GB of several GPUs: print which models fit which of them, "
+        "all weights learning and with adapters (of rank 16 if no other is given)", min=1)
+
+    def plan(self, config: ModelConfig, **changes) -> Plan:
+        """That of a model on these GPUs."""
+        o = replace(self, **changes)
+        work = Workload(prompt_tokens=o.max_prompt_tokens, max_new_tokens=o.max_new_tokens,
+                        lora_rank=o.lora_rank, lora_targets=o.lora_targets)  # fmt: skip
+        return plan(
+            config, device_bytes=int(o.device_gb * 1e9), host_bytes=int(o.host_gb * 1e9 / o.gpus),
+            dtype=torch.bfloat16, name=o.model, device="cuda", world=o.gpus, work=work,
+        )  # fmt: skip
+
+
+def cards_table(o: Options) -> str:
+    """Which models fit which cards, as a table in Markdown."""
+    ways = {"all": 0, "LoRA": o.lora_rank or 16}
+    heads = [f"{gb} GB, {way}" for gb in o.cards for way in ways]
+    lines = ["| model | parameters | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    for alias in sorted(_SIZES, key=lambda alias: parameters(SHAPES[alias])):
+        cells = [f"{parameters(SHAPES[alias]) / 1e9:.1f} B"]
+        for gb, rank in itertools.product(o.cards, ways.values()):
+            p = o.plan(SHAPES[alias], device_gb=gb, lora_rank=rank)
+            there = "offloaded" if p.settings.offload_optimizer else "yes"
+            cells.append(there if p.fits else "-")
+        lines.append(f"| {alias} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> int:
-    """Print the plan of --model on --gpus H100s."""
+    """Print the plan of --model on --gpus H100s, or the table of --cards."""
     o, _ = parse_args(Options)
+    if o.cards:
+        print(cards_table(o))
+        return 0
     config = known_config(o.model)
     if config is None:
         known = ", ".join(sorted(SHAPES))
         raise ValueError(f"--model {o.model}: known are {known}, their hub ids, and local folders")
-    p = plan(
-        config, device_bytes=int(o.device_gb * 1e9), host_bytes=int(o.host_gb * 1e9 / o.gpus),
-        dtype=torch.bfloat16, name=o.model, device="cuda", world=o.gpus, rates=H100,
-        work=Workload(prompt_tokens=o.max_prompt_tokens, max_new_tokens=o.max_new_tokens),
-    )  # fmt: skip
+    p = o.plan(config)
     print(p.table())
     return 0 if p.fits else 1
 
