@@ -6,7 +6,9 @@ Benchmarks: how often is a model right, does it know when, and what do votes mak
     python evaluate.py --model qwen2.5-7b --data math500,amc23,my/problems.jsonl --n 32
     python evaluate.py ... --generative                         # the baseline: asked in words
     python evaluate.py ... --log-ratio qwen2.5-7b               # and DPO's implicit reward
-    python evaluate.py --output results/a --scores rm.jsonl     # another verifier, same solutions
+    python evaluate.py ... --fit-threshold results/solved/samples.jsonl
+    python evaluate.py --samples theirs.jsonl [--model M]       # solutions sampled elsewhere
+    python evaluate.py --output results/a --scores p-yes,rm.jsonl    # other scores, same solutions
     python evaluate.py --compare results/a results/b            # two runs, paired intervals
 
 What is written into --output:
@@ -14,7 +16,7 @@ What is written into --output:
     config.json     what was evaluated; a folder that holds something else is refused
     samples.jsonl   every solution, a problem's as soon as all of them are there
     results.json    {data set: accuracy, votes, verification, ...}
-    NAME.png        votes, reliability, r_s, length of each data set (where matplotlib is)
+    NAME.svg        votes, reliability, r_s, length of each data set: a picture
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
 solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
@@ -25,10 +27,14 @@ A model that is a training run's folder knows what it was trained on: those prob
 F1 comes under the two names of the authors' script: f1_all, over all solutions, those without an
 answer being judged wrong, which is also `f1`; and f1_filtered, over those with an answer.
 
-External scores (--scores) are JSON lines with `score` (or `r_s`, as verify.py writes it) and either
-`dataset`, `prompt_id` and `sample`, or one line for each line of samples.jsonl in its order.
-Judged right: score above --threshold.  Votes and calibration take scores clipped to [0, 1]; what
-lies outside needs a --score-scale: sigmoid for logits, rank for all else, or none to clip it.
+--samples reads what verify.py reads (problem and response, or OpenAI's messages), each with `gold`
+or with its `r_v`.  Without --model r_s is what stands in the file; with it, the model reads it.
+
+--scores are JSON lines with `score` (or `r_s`, as verify.py writes it) and either `dataset`,
+`prompt_id` and `sample`, or one line for each line of samples.jsonl in its order; or names: p-yes,
+mean-logprob, self-certainty, lowest-group (nanolaser/judge.py), vote-share.  Votes and calibration
+take scores clipped to [0, 1]; what lies outside needs a --score-scale: sigmoid for logits, rank for
+all else, or none to clip it.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ import platform
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,19 +55,21 @@ import torch
 from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
-from nanolaser.cli import ModelOptions, Progress, main_guard, option, parse_args, warn
-from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
+from nanolaser.cli import Progress, main_guard, option, parse_args, warn
+from nanolaser.files import NUMBER, RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
 from nanolaser.judge import (
-    check_prompts, default_new_tokens, judge, log_probability, open_model, tokens_of)
-from nanolaser.problems import (
-    ARITHMETIC, Problem, has_test_split, load_problems, train_and_test,
+    OWN_SCORES, SamplingOptions, ask_checker, check_prompts, confidences, fitted_threshold, judge,
+    open_model, own_scores, score_rows, tokens_of,
 )  # fmt: skip
+from nanolaser.problems import (
+    MADE_UP, Problem, has_test_split, load_problems, read_solutions, train_and_test,
+)  # fmt: skip
+from nanolaser.reward import load_reward
 from nanolaser.rollout import Rollout, judged_rows, self_reward
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
-from nanolaser.scale.plan import default_kv_cache_gb
 
-MADE_UP = 200  # arithmetic problems, where --max-problems does not say: there is no end of them
+ENOUGH = 200  # of problems that are made up, where --max-problems does not say
 
 
 # One helper a heading of --help.
@@ -72,37 +80,34 @@ what, sampling, verifiers = (
 
 # fmt: off
 @dataclass
-class Options(ModelOptions):
+class Options(SamplingOptions):
     """What to evaluate, and how."""
 
     data: tuple[str, ...] = what(("arithmetic",),
-        "data sets: arithmetic, arithmetic-hard, aliases, .jsonl files")
+        "data sets: arithmetic, arithmetic-hard, subset-sum, aliases, .jsonl files")
     n: int = what(8, "solutions per problem", min=1)
     max_problems: int | None = what(None, "problems per data set", min=1,
-        shown="all; of arithmetic 200")
+        shown="all; of what is made up 200")
     # what a model has learned by heart says nothing about what it can do
     include_trained: bool = what(False, "of a training run, also what it was trained on")
+    samples: str | None = what(None, metavar="FILE", help="solutions sampled elsewhere, in the "
+        "place of --data; r_s by --model if that is given, else as the file has it")
     output: str | None = what(None, "results' folder", metavar="DIR", shown="results/MODEL")
 
-    temperature: float = sampling(1.0, "0 always takes the likeliest token", min=0)
-    top_p: float = sampling(1.0, "draw from the likeliest tokens of this total probability",
-        above=0, max=1)
-    max_new_tokens: int | None = sampling(None, "longest solution", min=1,
-        shown="half of the model's positions, at most 4096")
-    max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
-    kv_cache_gb: float | None = sampling(None, "GB the KV cache may take",
-        shown="half of what is free")
+    reward: str | None = sampling(None, "r_v by a function of your own, as in train.py",
+        metavar="FILE.py:FUNCTION", shown="the checker")
     token_ids: bool = sampling(False, "keep the solutions' tokens in samples.jsonl")
 
+    fit_threshold: str | None = verifiers(None, metavar="FILE", help="also verdicts at the "
+        "threshold of r_s that has the best F1 on these: samples.jsonl of other, solved problems")
     generative: bool = verifiers(False,
         "also ask the model in words whether each solution is right: the baseline of r_s")
     log_ratio: str | None = verifiers(None, metavar="MODEL", help="also score each solution by "
         "log pi - log pi_ref, this being the reference: what the model was before RL")
-    scores: str | None = verifiers(None, metavar="FILE",
-        help="an external verifier's scores of the solutions in --output")
+    scores: tuple[str, ...] = verifiers((), metavar="FILE|NAME,...", help="other scores of the "
+        f"solutions in --output: files, or {', '.join(OWN_SCORES)}, vote-share")
     score_scale: str | None = verifiers(None, choices=("sigmoid", "rank", "none"),
-        help="how external scores outside [0, 1] are brought there", shown="refused")
-    threshold: float = verifiers(0.5, "external scores above it, once scaled, say right")
+        help="how scores outside [0, 1] are brought there", shown="refused")
     compare: tuple[str, ...] = verifiers((), count=2, metavar="A B",
         help="two results' folders: differences, with 95 % intervals over problems")
     # fmt: on
@@ -110,53 +115,69 @@ class Options(ModelOptions):
     def __post_init__(self):
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
-        if self.scores is not None and self.output is None:
+        if self.scores and self.output is None:
             raise ValueError("--scores needs --output, the folder of the solutions they belong to")
-
-    def memory(self, model) -> dict:
-        """What bounds the memory of whatever is sampled."""
-        return {"max_rows": self.max_rows,
-                "kv_cache_gb": self.kv_cache_gb or default_kv_cache_gb(model.device)}
+        if self.samples and (self.generative or self.log_ratio):
+            raise ValueError("--samples takes neither --generative nor --log-ratio; "
+                             "--scores p-yes on its results asks the model, too")
 
 
 def main() -> int:
     """Load, sample what is missing, measure, write, show."""
-    o, _ = parse_args(Options, description=__doc__.split("\n\n")[0])
+    o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
     if o.compare:
         return compare(*o.compare)
-    if o.scores is not None:
-        return external_scores(o)
+    if o.scores:
+        return other_scores(o, "model" in given)
+    fitted_threshold(o.fit_threshold)  # a bad file is said now, and not after hours of sampling
+    if o.samples:
+        return finish(take_in(o, "model" in given), o)
 
     # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
+    load_reward(o.reward)
+    trained = (run_of(o.model) or {}).get("reward")
+    if trained and not o.reward:
+        warn(f"{o.model} was trained with --reward {trained}; here the checker decides")
     model, tokenizer = open_model(o)
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
     for problems in sets.values():
         check_prompts(model, tokenizer, [p.problem for p in problems])
-    limit = o.max_new_tokens or default_new_tokens(model)
-    run = open_results(o, identity(o, sets, model, tokenizer, limit))
+    how = o.how(model)
+    mine = identity(o, sets, model, tokenizer, how)
+    run = open_results(o, mine, Path(o.model.rstrip("/")).name)
     count = f"{sum(map(len, sets.values()))} problems x {o.n}"
-    print(f"{o.model}: {count}, up to {limit} tokens each, results in {run.path}")
+    print(f"{o.model}: {count}, up to {how['max_new_tokens']} tokens each, results in {run.path}")
 
     # 2. Solutions, each with its verdict and its r_s, and 3. what other verifiers say of them: all
     # of it is on disk as soon as it is known.
+    more = {}
     try:
-        sample(model, tokenizer, run, sets, limit, o)
+        sample(model, tokenizer, run, sets, how, o)
         if tokenizer.c_ref is not None:
             end_what_was_cut_off(model, tokenizer, run)
         if o.generative:
-            judge_all(model, tokenizer, run, limit, o)
+            judge_all(model, tokenizer, run, how)
+            more["generative_verification"] = generative_entries(run)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         raise
-    # 4. Numbers, from the files alone: the same ones however often the run was interrupted.
-    results, votes = summarise(run)
-    if o.generative:
-        for name, entry in generative_entries(run).items():
-            results[name]["generative_verification"] = entry
     if reference:
-        for name, entry in log_ratio_entries(model, tokenizer, run, reference, o).items():
-            results[name]["log_ratio"] = entry
+        more["log_ratio"] = log_ratio_entries(model, tokenizer, run, reference, o)
+    return finish(run, o, more)
+
+
+def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # noqa: B006
+    """Numbers, from the files alone: the same ones however often the run was interrupted."""
+    # `more` holds what other verifiers said: {"log_ratio": {data set: entry}}.
+    results, votes = {}, {}
+    for name, rows in samples_of(run).items():
+        results[name], votes[name] = entry_of(name, rows)
+        if o.fit_threshold:
+            threshold = fitted_threshold(o.fit_threshold, rows)
+            results[name]["verification_fitted"] = {
+                "threshold": threshold, **metrics.verification(rows, threshold)}
+        results[name] |= {kind: entries[name] for kind, entries in more.items()}
     run.write_json("results.json", results)
     show(run, results, votes)
     return 0
@@ -177,7 +198,7 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
         if name in sets:
             raise ValueError(f"--data names {source} twice")
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
-        most = o.max_problems or (MADE_UP if source in ARITHMETIC else None)
+        most = o.max_problems or (ENOUGH if source in MADE_UP else None)
         trained = trained_on(run, source) if run else set()
         sets[name] = load_problems(source, "test", None if trained else most, parses=parses)
         if trained:
@@ -221,42 +242,31 @@ def set_name(source: str) -> str:
     return path.parent.name if plain else path.stem
 
 
-def identity(o: Options, sets: dict, model, tokenizer, limit: int) -> dict:
+def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
     """What decides about the results: two evaluations with equal identities are the same one.
-
-    --device and --max-rows are not among it: they change no more than the last bits.
-    """
+    --device and --max-rows are not among it: they change no more than the last bits."""
     # A run's folder gets better checkpoints under the same name, and a file may be edited: both
     # are recognised by what they hold.  A few numbers of every tensor tell checkpoints apart.
     weights = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
     digest = lambda x: f"{zlib.crc32(x):08x}"  # noqa: E731
+    data = {name: digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
+            for name, problems in sets.items()}
     return {
-        "model": o.model,
-        "weights": digest(weights.numpy().tobytes()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "thinking": o.thinking,
-        "z_c": tokenizer.z_c,
-        "c_ref": tokenizer.c_ref,
-        "beta_v": tokenizer.beta_v,
-        "data": {
-            name: f"{len(problems)} problems, "
-            + digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
-            for name, problems in sets.items()
-        },
-        "n": o.n,
-        "seed": o.seed,
-        "temperature": o.temperature,
-        "top_p": o.top_p,
-        "max_new_tokens": limit,
-        "token_ids": o.token_ids,
-    }
+        "model": o.model, "weights": digest(weights.numpy().tobytes()),
+        "dtype": str(model.dtype).removeprefix("torch."), "thinking": o.thinking,
+        **{name: getattr(tokenizer, name) for name in ("z_c", "c_ref", "beta_v")},
+        "data": {name: f"{len(sets[name])} problems, {x}" for name, x in data.items()},
+        "n": o.n, "token_ids": o.token_ids,
+        **{name: how[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")},
+        "reward": o.reward
+        and f"{o.reward} {digest(Path(o.reward.rpartition(':')[0]).expanduser().read_bytes())}",
+    }  # fmt: skip
 
 
-def open_results(o: Options, mine: dict) -> RunFolder:
+def open_results(o: Options, mine: dict, name: str) -> RunFolder:
     """The results' folder, new or to go on with; ValueError shows how an existing one differs."""
-    name = Path(o.model.rstrip("/")).name
+    # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
     for tried in itertools.count(1):
-        # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
         path = Path(o.output or f"results/{name}" + f"-{tried}" * (tried > 1))
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output {path} is a file, not a folder")
@@ -266,6 +276,7 @@ def open_results(o: Options, mine: dict) -> RunFolder:
             versions = {"python": platform.python_version(), "torch": torch.__version__}
             run.write_json("config.json", {"evaluation": mine, "versions": versions})
             return run
+        # The same evaluation goes on; another one must not be mixed with it.
         differ = [f"{k} {there.get(k)} there, {mine[k]} here"
                   for k in mine if there.get(k) != mine[k]]
         if not differ:
@@ -295,67 +306,70 @@ def read_identity(path: Path) -> dict | None:
 # sampling
 
 # What every line of the files must hold; anything else is a damaged line, and is named.
-NUMBER, SOME_NUMBER = (int, float), (int, float, type(None))
+#     {"dataset": "arithmetic", "prompt_id": 0, "sample": 3, "problem": "2+3=?", "gold": "5",
+#      "response": "\\boxed{5}", "answer": "5", "r_v": 1.0, "r_s": 0.93, "finished": true, ...}
+SOME_NUMBER = (*NUMBER, type(None))
 KEYS = {"dataset": str, "prompt_id": int, "sample": int}  # which solution of which problem
 SAMPLE = KEYS | {"problem": str, "response": str, "answer": (str, type(None)), "r_v": NUMBER,
-                 "r_s": SOME_NUMBER, "finished": bool, "response_tokens": int}
+                 "r_s": SOME_NUMBER, "finished": bool, "response_tokens": (int, type(None))}
 JUDGEMENT = KEYS | {"score": SOME_NUMBER, "tokens": int}
 
 
-def sample(model, tokenizer, run: RunFolder, sets: dict, limit: int, o: Options) -> None:
+def samples_of(run: RunFolder) -> dict[str, list[dict]]:
+    """The solutions on disk, {data set: rows} in the order of the file, which is that of --data."""
+    # A last line that a kill cut short is no row.
+    return by_set(run.read("samples.jsonl", SAMPLE))
+
+
+def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """Rows by data set, in the order of the rows."""
+    sets: dict[str, list[dict]] = {}
+    for row in rows:
+        sets.setdefault(row["dataset"], []).append(row)
+    return sets
+
+
+def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) -> None:
     """Fill samples.jsonl, problem by problem, skipping those that are there."""
-    rows = run.read("samples.jsonl", SAMPLE)  # a last line that a kill cut short is no row
+    # 1. What is there?  A problem that a kill left half-written is sampled again.
+    rows = run.read("samples.jsonl", SAMPLE)
     have = Counter((row["dataset"], row["prompt_id"]) for row in rows)
-    # A problem that a kill left half-written is forgotten first, and sampled again.
     rows = [row for row in rows if have[row["dataset"], row["prompt_id"]] == o.n]
     write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
-    total = sum(map(len, sets.values())) * o.n
-    if rows:
-        print(f"{len(rows)} of {total} solutions are there already")
-    with Progress("sampling", total, "solution", done=len(rows)) as progress:
-        for name, problems in sets.items():
-            missing = [i for i in range(len(problems)) if have[name, i] != o.n]
-            if missing:
-                sample_set(model, tokenizer, run, name, problems, missing, limit, o, progress)
-    # Problems end in the order of their lengths; a finished file is in the order of the data.  With
-    # it every sum over its rows is taken in one order, however the run was interrupted.
-    order = {name: place for place, name in enumerate(sets)}
-    write_atomic(run.path / "samples.jsonl", to_jsonl(sorted(
-        run.read("samples.jsonl", SAMPLE),
-        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
+    missing = [(name, place, problem) for name, problems in sets.items()
+               for place, problem in enumerate(problems) if have[name, place] != o.n]
+    problems, groups = [problem for *_, problem in missing], {}
 
-
-def sample_set(model, tokenizer, run, name, problems, missing, limit, o: Options, progress) -> None:
-    """Sample some problems (indices) of a data set, writing each when all its solutions ended."""
-    chosen = [problems[i] for i in missing]
-    groups: dict[int, list[Rollout]] = {}
-
+    # 2. A problem is written when all its solutions have ended, which they do in any order.
     def finish(rollout: Rollout) -> None:
         progress.update()
         group = groups.setdefault(rollout.prompt_id, [])
         group.append(rollout)
-        if len(group) < o.n:
-            return
-        group.sort(key=lambda r: r.sample_id)  # they end in any order
-        place = missing[rollout.prompt_id]
-        extra = {"dataset": name, "problem_id": problems[place].id, "prompt_id": place}
-        rows = judged_rows(group, chosen, tokenizer, o.token_ids)
-        for j, (row, rollout) in enumerate(zip(rows, group)):
-            row |= extra | {"sample": j}
-            if rollout.checker_error is not None:
-                row["checker_error"] = rollout.checker_error
-        run.append("samples.jsonl", rows)
-        del groups[rollout.prompt_id]
+        if len(group) == o.n:
+            name, place, problem = missing[rollout.prompt_id]
+            group.sort(key=lambda r: r.sample_id)
+            rows = judged_rows(groups.pop(rollout.prompt_id), problems, tokenizer, o.token_ids,
+                               load_reward(o.reward))
+            which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
+            run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
 
-    generate(
-        model, tokenizer, [p.problem for p in chosen], n=o.n, max_new_tokens=limit,
-        temperature=o.temperature, top_p=o.top_p, seed=o.seed,
-        # The random numbers of a problem's first solution: of its text, not of its place, so the
-        # same problem gets the same solutions in any data set, order or selection.  2^20 solutions
-        # fit between two checksums; should two problems share one, nothing breaks.
-        streams=[zlib.crc32(p.problem.encode()) << 20 for p in chosen],
-        on_finish=finish, **o.memory(model),
-    )  # fmt: skip
+    total = sum(map(len, sets.values())) * o.n
+    if rows:
+        print(f"{len(rows)} of {total} solutions are there already")
+    with Progress("sampling", total, "solution", done=len(rows)) as progress:
+        generate(
+            model, tokenizer, [p.problem for p in problems], n=o.n,
+            # The random numbers of a problem's first solution: of its text, not of its place, so
+            # the same problem gets the same solutions in any data set, order or selection.  2^20
+            # solutions fit between two checksums; should two problems share one, nothing breaks.
+            streams=[zlib.crc32(p.problem.encode()) << 20 for p in problems],
+            on_finish=finish, **how,
+        )  # fmt: skip
+    # 3. A finished file is in the order of the data: other runs and other scores pair with it.
+    order = {name: place for place, name in enumerate(sets)}
+    write_atomic(run.path / "samples.jsonl", to_jsonl(sorted(
+        run.read("samples.jsonl", SAMPLE),
+        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
 
 
 def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
@@ -372,33 +386,61 @@ def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
     write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
 
 
+def take_in(o: Options, model_given: bool) -> RunFolder:
+    """The results' folder of solutions sampled elsewhere, with a samples.jsonl as if sampled here.
+
+    ValueError names the line of a solution of which nobody says whether it is right.
+    """
+    # 1. Read, strictly: accuracy over the rows that happen to be whole is that of another data set.
+    model, tokenizer = open_model(o) if model_given else (None, None)
+    rows = []
+    for line, row in read_solutions(o.samples):
+        where = f"{o.samples}:{line}"
+        if None in (row["problem"], row["response"]):
+            raise ValueError(f"{where}: problem and response are needed as text")
+        if type(row.get("r_v") if row["gold"] is None else 0) not in NUMBER:
+            raise ValueError(f"{where}: neither gold, the reference answer, nor r_v, the verdict")
+        if type(row.get("r_s")) not in SOME_NUMBER:
+            raise ValueError(f"{where}: r_s is no number")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{o.samples}: no solutions in it")
+    # 2. Check, and read r_s where there is somebody to ask.
+    if model_given:
+        with Progress("reading r_s", len(rows), "solution") as progress:
+            rows = score_rows(model, tokenizer, rows, on_scored=progress.update)
+    else:
+        # How long they are in tokens only a tokenizer knows.
+        known = {"r_s": None, "finished": True, "response_tokens": None}
+        rows = [known | row | ask_checker(row) for row in rows]
+    # 3. Solutions of one problem are found by its text, and numbered as they come:
+    #    problems a b a  ->  prompt_id 0 1 0, sample 0 0 1
+    places, counts, name = {}, Counter(), set_name(o.samples)
+    for row in rows:
+        place = places.setdefault(row["problem"], len(places))
+        row |= {"dataset": name, "prompt_id": place, "sample": counts[place]}
+        counts[place] += 1
+    rows.sort(key=lambda row: row["prompt_id"])
+    digest = f"{zlib.crc32(Path(o.samples).read_bytes()):08x}"
+    mine = {"samples": f"{o.samples}, {digest}", "model": o.model if model_given else None}
+    run = open_results(o, mine, name)
+    write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
+    print(f"{o.samples}: {len(places)} problems, {len(rows)} solutions, results in {run.path}")
+    if all(row["r_s"] is None for row in rows):
+        print("no r_s: weighted@n is the majority, best@n a random pick; --model reads it")
+    return run
+
+
 # ---------------------------------------------------------------------------------------------
 # measuring
 
 
-def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """Rows by data set, in the order of the file."""
-    # A dict keeps the order in which its keys came: it is that of the file, and so of --data.
-    sets: dict[str, list[dict]] = {}
-    for row in rows:
-        sets.setdefault(row["dataset"], []).append(row)
-    return sets
-
-
-def summarise(run: RunFolder) -> tuple[dict, dict]:
-    """(entries of results.json, vote tables), by data set, from the samples on disk."""
-    results, votes = {}, {}
-    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
-        results[name], votes[name] = entry_of(name, rows)
-    return results, votes
-
-
-def entry_of(name: str, rows: list[dict], threshold: float = 0.5) -> tuple[dict, dict]:
+def entry_of(name: str, rows: list[dict]) -> tuple[dict, dict]:
     """(entry of results.json, vote tables) of one data set."""
     # Merging equal answers is the slow part: once, for the numbers and for the pictures.
     equivalent = metrics.safely(is_equivalent)
     votes = metrics.vote_tables(rows, equivalent)
-    entry = metrics.summarise(rows, equivalent, votes=votes, threshold=threshold)
+    entry = metrics.summarise(rows, equivalent, votes=votes)
     if entry["checker_errors"]:
         warn(f"{name}: the checker failed {entry['checker_errors']} times: counted as wrong, or as "
              "answers that differ")
@@ -411,6 +453,9 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
     verifiers = {}
     for name, entry in results.items():
         verifiers[name] = entry["verification"]
+        if "verification_fitted" in entry:
+            fitted = entry["verification_fitted"]
+            verifiers[f"{name}: r_s > {fitted['threshold']:.3f}"] = fitted
         for key, label in (("generative_verification", "in words"), ("log_ratio", "log ratio")):
             if key in entry:
                 verifiers[f"{name}: {label}"] = entry[key]
@@ -421,9 +466,9 @@ def show(run: RunFolder, results: dict, votes: dict) -> None:
             print(f"{name}: a judgement in words takes {report.decimal(words['tokens'], 1)} tokens "
                   f"(r_s: 1); {report.percent(words['undecided'])} % undecided")
     print()
-    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
-        picture = run.path / f"{name.replace('/', '-')}.png"
-        print(report.evaluation(picture, name, rows, votes[name]))
+    for name, rows in samples_of(run).items():
+        picture = run.path / f"{name.replace('/', '-')}.svg"
+        print(report.save(picture, report.evaluation(name, rows, votes[name])))
     print(f"results {run.path}/results.json")
 
 
@@ -442,7 +487,7 @@ def rescored(rows: list[dict], scores: Iterable[float | None]) -> list[dict]:
     return [row | {"r_s": s, "r_s_if_ended": None} for row, s in zip(rows, scores)]
 
 
-def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
+def judge_all(model, tokenizer, run: RunFolder, how: dict) -> None:
     """Ask for a judgement of every solution that has none yet, into judgements.jsonl."""
     done = {key_of(row) for row in run.read("judgements.jsonl", JUDGEMENT)}
     # One that was cut off counts as judged wrong by both verifiers: there is nothing to ask.
@@ -456,14 +501,16 @@ def judge_all(model, tokenizer, run: RunFolder, limit: int, o: Options) -> None:
             progress.update()
 
         if left:
-            judge(model, tokenizer, left, finish, max_new_tokens=limit, **o.memory(model))
+            judge(model, tokenizer, left, finish, **how)
 
 
 def generative_entries(run: RunFolder) -> dict[str, dict]:
     """`generative_verification` of each data set: how good the judgements are, and their cost."""
+    # A judgement is a score like any other: 1.0 yes, 0.0 no, None where it does not commit itself.
+    # Put in the place of r_s, it goes through the same metrics and the same votes.
     judgements = {key_of(row): row for row in run.read("judgements.jsonl", JUDGEMENT)}
     entries = {}
-    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+    for name, rows in samples_of(run).items():
         mine = [judgements[key_of(row)] for row in rows if key_of(row) in judgements]
         scored = rescored(rows, (judgements.get(key_of(row), {}).get("score") for row in rows))
         entry, _ = entry_of(name, scored)
@@ -481,16 +528,18 @@ def generative_entries(run: RunFolder) -> dict[str, dict]:
 def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Options) -> dict:
     """`log_ratio` of each data set: how well log pi(y|x) - log pi_ref(y|x), summed over the tokens
     of a solution, knows right from wrong, and how much it follows the length."""
+    # The implicit reward of DPO (Rafailov et al. 2023) without its factor, which orders nothing.
     before, cutter = load_pretrained(reference, device=o.device, dtype=o.dtype)
     entries = {}
-    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+    for name, rows in samples_of(run).items():
         ended = [row for row in rows if row["finished"]]  # those that have an r_s: a fair contest
         if any(cutter.encode(row["response"]) != tokenizer.encode(row["response"])
                for row in ended[:100]):
             raise ValueError(f"--log-ratio {o.log_ratio}: it cuts text into other tokens than "
                              f"{o.model}")
         prompts, responses = zip(*(tokens_of(tokenizer, row) for row in ended)) or ((), ())
-        sums = [log_probability(m, prompts, responses) for m in (model, before)]
+        sums = [confidences(m, prompts, responses, tokenizer.size)["logprob"]
+                for m in (model, before)]
         quality = metrics.verification(rescored(ended, (a - b for a, b in zip(*sums))))
         # A sum of log ratios is no probability: it orders solutions, and that is all.
         entries[name] = {"reference": o.log_ratio} | {
@@ -516,29 +565,54 @@ def read_samples(folder: str) -> list[dict]:
     return rows
 
 
-def external_scores(o: Options) -> int:
-    """The same metrics for somebody else's scores of the same solutions, beside those of r_s."""
+def other_scores(o: Options, model_given: bool) -> int:
+    """The same metrics for other scores of the same solutions, beside those of r_s."""
+    # 1. r_s first: it is what the others are compared with.
     rows = read_samples(o.output)
-    scores, own = read_scores(o.scores, rows)
-    outside = [s for s in scores if s is not None and not 0 <= s <= 1]
-    # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows whether
-    # 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look like a result.
-    if outside and not own and o.score_scale is None:
-        raise ValueError(f"{o.scores}: {len(outside)} scores lie outside [0, 1] ({outside[0]:g}); "
-                         "say --score-scale sigmoid (for logits), rank, or none (they are cut off)")
-    label, results, votes, shown = Path(o.scores).stem, {}, {}, {}
-    theirs = by_set(rescored(rows, scores))
-    for name, mine in by_set(rows).items():
-        values = scaled([row["r_s"] for row in theirs[name]], o.score_scale)
-        results[name], votes[name] = entry_of(name, rescored(mine, values), o.threshold)
-        results[name]["score_scale"] = o.score_scale
-        shown[f"{name}: r_s"] = metrics.verification(mine)
-        shown[f"{name}: {label}"] = results[name]["verification"]
-    out = Path(o.output) / f"scores-{label}.json"
-    write_atomic(out, json.dumps(results, indent=2) + "\n")
+    shown = {f"{name}: r_s": metrics.verification(mine) for name, mine in by_set(rows).items()}
+    found, names = {}, [name for name in o.scores if name in OWN_SCORES]
+    # 2. Scores that a model has to be asked for, all of them in one go.
+    if names:
+        # The model that wrote the solutions, unless another one is asked for.
+        wrote = o.model if model_given else read_identity(Path(o.output)).get("model")
+        if wrote is None:
+            raise ValueError(f"--scores {names[0]} needs the --model to ask")
+        model, tokenizer = open_model(replace(o, model=wrote))
+        ended = [i for i, row in enumerate(rows) if row["finished"]]
+        for name, x in own_scores(model, tokenizer, [rows[i] for i in ended], names).items():
+            mine = dict(zip(ended, x))
+            found[name] = [mine.get(i) for i in range(len(rows))]
+    # 3. Each verifier's scores in the place of r_s, its votes, its line in the table.
+    for source in o.scores:
+        scale, label = o.score_scale, Path(source).stem
+        if source == "vote-share":
+            scores = [s for mine in by_set(rows).values()
+                      for s in metrics.vote_share(mine, metrics.safely(is_equivalent))]
+        elif source in found:
+            scores = found[source]
+            # Of these it is known what they are: nats have an order, and that is all.
+            scale = scale or (None if source == "p-yes" else "rank")
+        else:
+            scores, own = read_scores(source, rows)
+            outside = [s for s in scores if s is not None and not 0 <= s <= 1]
+            # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows
+            # whether 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look
+            # like a result.
+            if outside and not own and scale is None:
+                raise ValueError(f"{source}: {len(outside)} scores lie outside [0, 1] "
+                                 f"({outside[0]:g}); say --score-scale sigmoid (for logits), rank, "
+                                 "or none (they are cut off)")
+        results, votes, theirs = {}, {}, by_set(rescored(rows, scores))
+        for name, mine in by_set(rows).items():
+            values = scaled([row["r_s"] for row in theirs[name]], scale)
+            results[name], votes[name] = entry_of(name, rescored(mine, values))
+            results[name]["score_scale"] = scale
+            shown[f"{name}: {label}"] = results[name]["verification"]
+        out = Path(o.output) / f"scores-{label}.json"
+        write_atomic(out, json.dumps(results, indent=2) + "\n")
+        print(f"votes weighted by {label} (wrote {out}):")
+        print(report.accuracy_table(results, votes) + "\n")
     print(report.verification_table(shown))
-    print(f"\nvotes weighted by {label}:\n" + report.accuracy_table(results, votes))
-    print(f"\nwrote {out}")
     return 0
 
 
@@ -557,6 +631,7 @@ def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
 def read_scores(name: str, rows: list[dict]) -> tuple[list[float | None], bool]:
     """One score (None: has none) for each row, and whether they are r_s; ValueError names the line
     that does not fit."""
+    # {"dataset": "math500", "prompt_id": 7, "sample": 0, "score": 0.83}, or {"score": 0.83}
     keys = {tuple(map(str, key_of(row))): i for i, row in enumerate(rows)}
     scores, own = {}, True
     for place, (number, line) in enumerate(read_jsonl(name)):

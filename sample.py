@@ -4,6 +4,7 @@ Ask a model to solve a problem, and how sure it is of each solution.
     python sample.py "(14+25)*2-9=?"                  # one solution, as it is written
     python sample.py --vote "(14+25)*2-9=?"           # several, and what they decide together
     python sample.py --adaptive --n 64 "..."          # stop as soon as the decision is settled
+    python sample.py --until 0.5 --n 64 "..."         # stop at the first solution it believes
     python sample.py --n 8 --json - < problem.txt     # rollout rows, one JSON object a line
 
 r_s, printed with every solution, is the model's own estimate of being right: about 0 for wrong
@@ -18,7 +19,8 @@ has no end and so no r_s; it weighs nothing.
 --adaptive draws a few solutions at a time and looks after each draw how likely the solutions that
 are left are to change the weighted vote (metrics.vote_change_probability); it stops where that is
 impossible, or at most --risk.  The solutions drawn are those that a run without --adaptive would
-have drawn first.
+have drawn first.  --until X draws one after another, and stops at the first whose r_s is above X:
+where r_s can be trusted, a single good solution settles it, whatever the others say.
 """
 
 from __future__ import annotations
@@ -31,19 +33,18 @@ from tqdm import tqdm
 from nanolaser import metrics
 from nanolaser.checker import is_equivalent
 from nanolaser.cli import (
-    ModelOptions, Progress, main_guard, option, parse_args, standard_input,
+    Progress, apply_preset, main_guard, option, parse_args, standard_input,
 )  # fmt: skip
 from nanolaser.files import to_jsonl
-from nanolaser.judge import check_prompts, default_new_tokens, open_model
+from nanolaser.judge import SamplingOptions, check_prompts, open_model
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
 from nanolaser.rollout import Rollout, judged_rows
 from nanolaser.sampler import generate
-from nanolaser.scale.plan import default_kv_cache_gb
 
 
 @dataclass
-class Options(ModelOptions):
+class Options(SamplingOptions):
     """One problem, several solutions."""
 
     problem: str | None = option(None, "the problem; - reads it from standard input",
@@ -53,30 +54,25 @@ class Options(ModelOptions):
     n: int | None = option(None, "solutions; the most there may be, with --adaptive",
                            group="solutions", min=1,
                            shown="1, 8 with --vote, 32 with --adaptive")
-    temperature: float = option(1.0, "of sampling; 0 always takes the likeliest token",
-                                group="solutions", min=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens of this total probability",
-                          group="solutions", above=0, max=1)
-    max_new_tokens: int | None = option(None, "longest solution", group="solutions", min=1,
-                                        shown="half of the model's positions, at most 4096")
-    max_rows: int = option(256, "solutions sampled at the same time", group="solutions", min=1)
-    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="solutions",
-                                       shown="half of what is free")
     vote: bool = option(False, "let the solutions decide together", group="vote")
     adaptive: bool = option(False, "vote, and stop when the decision is settled", group="vote")
     batch: int = option(4, "solutions between two looks of --adaptive", group="vote", min=1)
     risk: float = option(0.05, "probability of another decision at which --adaptive stops",
                          group="vote", min=0, max=1)
+    until: float | None = option(None, "--adaptive, one at a time, up to the first solution with a "
+                                       "higher r_s, which is the answer", group="vote")
     json: bool = option(False, "print rollout rows, one JSON object a line (the vote, if asked "
                                "for, is the last line)", group="output")
 
 
 def main() -> int:
     """Read the problem, sample, print, vote."""
-    o, _ = parse_args(Options, description=__doc__.split("\n\n")[0], positional="problem")
+    o, given = parse_args(Options, description=__doc__.split("\n\n")[0], positional="problem")
+    if o.until is not None:
+        o = apply_preset(o, given, dict(adaptive=True, batch=1))
     problem = Problem(id="0", problem=read_problem(o.problem), answer=o.gold)
     vote = o.vote or o.adaptive
-    n = o.n or (32 if o.adaptive else 8 if vote else 1)
+    n = o.n or (32 if o.adaptive else 8 if vote else 1)  # a vote needs voters
     model, tokenizer = open_model(o)
     check_prompts(model, tokenizer, [problem.problem])
 
@@ -108,6 +104,7 @@ def read_problem(text: str | None) -> str:
 def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
     """Rollout rows of n solutions; fewer with --adaptive, where no more are needed.  People see
     each of them when it is there."""
+    # One solution is shown token by token, several as they end, which they do in any order.
     alone = n == 1 and not (o.vote or o.adaptive or o.json)
     streamer, shown, rows = tokenizer.streamer(), 0, []
 
@@ -135,22 +132,29 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
         while len(rows) < n:
             new = generate(
                 model, tokenizer, [problem.problem],
-                n=min(n - len(rows), o.batch if o.adaptive else n),
-                max_new_tokens=o.max_new_tokens or default_new_tokens(model), seed=o.seed,
-                temperature=o.temperature, top_p=o.top_p, max_rows=o.max_rows,
-                kv_cache_gb=o.kv_cache_gb or default_kv_cache_gb(model.device),
+                n=min(n - len(rows), o.batch if o.adaptive else n), **o.how(model),
                 # Solution i draws from random stream i, in whichever call it is sampled: so the
                 # budget that --adaptive leaves unused is all that tells it from a plain vote.
                 streams=[len(rows)], on_finish=finish, on_step=stream if alone else progress.step,
             )  # fmt: skip
             # Tokens go along for programs: verify.py then scores exactly what was sampled.
             rows += judged_rows(new, [problem], tokenizer, token_ids=o.json)
-            if o.adaptive:
+            # Settled?  The question is not how sure the winner is, but whether those left can still
+            # make another answer win.
+            if o.until is not None:
+                if believed(rows, o.until):
+                    break
+            elif o.adaptive:
                 classes = metrics.answer_classes([row["answer"] for row in rows], is_equivalent)
                 left = n - len(rows)
                 if metrics.vote_change_probability(classes, weights(rows), left) <= o.risk:
                     break
     return rows
+
+
+def believed(rows: list[dict], until: float) -> dict | None:
+    """The first solution whose r_s is above `until`."""
+    return next((row for row in rows if row["answer"] and (row["r_s"] or 0) > until), None)
 
 
 def describe(row: dict) -> str:
@@ -185,6 +189,7 @@ def weights(rows: list[dict]) -> list[float | None]:
 
 def decide(rows: list[dict], budget: int, o: Options) -> dict:
     """The vote, ready for JSON: the candidates, both winners and how sure they are."""
+    # Answers 5, 5, none, 4 of r_s .9 .7 .8 .2 are classes 0 0 -1 1: 5 has two votes that weigh 1.6.
     answers = [row["answer"] for row in rows]
     classes = metrics.answer_classes(answers, is_equivalent)
     scores = weights(rows)
@@ -207,6 +212,10 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
         # How sure?  What would as many solutions again do to the decision?
         "change_probability": chance_of_change(len(rows)),
     }
+    if o.until is not None:
+        row = believed(rows, o.until)
+        decision |= {"believed": row and row["answer"]}
+    # And what would those that --adaptive has not drawn have done?
     if o.adaptive:
         left = budget - len(rows)
         decision |= {"budget": budget, "saved": left}
@@ -216,6 +225,8 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
 
 def print_vote(rows: list[dict], d: dict) -> None:
     """The table answer / votes / summed r_s, both winners, and how sure they are."""
+    #     answer    votes  sum of r_s
+    #     69            5        4.31    <- majority, weighted
     lines = []
     for c in d["candidates"]:
         wins = [kind for kind in ("majority", "weighted") if c["answer"] == d[kind] is not None]
@@ -239,7 +250,10 @@ def print_vote(rows: list[dict], d: dict) -> None:
         print("(this model has no r_s: every solution weighs the same)")
     print(f"how sure: {len(rows)} more would change the weighted answer with probability "
           f"{chance(d['change_probability'])}")
-    if "saved" in d:
+    if "believed" in d:
+        said = d["believed"] or "none of them"
+        print(f"believed  {said}   {len(rows)} of {count(d['budget'])} drawn, {d['saved']} saved")
+    elif "saved" in d:
         risk, why = d["saved_change_probability"], "the budget is used up"
         if d["saved"]:
             change = f"would change it with probability {chance(risk)}"

@@ -2,14 +2,16 @@
 
     python benchmarks/checker.py --data BENCHMARKS [--max-pairs 2000]
 
-One run, the same pairs, both checkers. Four sets of pairs:
+One run, the same pairs, both checkers. The sets of pairs:
     solutions   every MATH-500 solution against its gold: find the box, compare (truth: equal)
     respelled   MATH-500 and OlympiadBench golds against themselves, written another way (equal)
     neighbours  pairs of different golds of both (truth: unequal, but for the reviewed pairs)
-    table       the pairs of tests/data/checker_table.txt, each with its truth
-For each set: how often each checker agrees with the truth, the median processor time a pair of
-each, and the ratio. In the first set most answers are their gold's very text, which nanolaser sees
-at once; the others make it parse.
+    table       the pairs of tests/data/checker_table.txt, each with its truth: our own table
+    cases       somebody else's table, if checker_cases.jsonl lies in BENCHMARKS: a line each with
+                answer, gold, equal (and category: "hostile..." is left out)
+For each set: how often each checker agrees with the truth, how many wrong answers it takes for
+right ones, the processor seconds that a thousand pairs take, and the ratio. In the first set most
+answers are their gold's very text, which nanolaser sees at once; the others make it parse.
 Every disagreement is printed with who is right. The last line is JSON.
 Math-Verify is called as its documentation shows, parse then verify; hostile input, on which it
 runs into its timeout of 5 s, is left out here (tests/test_checker.py has it).
@@ -70,10 +72,16 @@ def pairs_of(folder: Path, limit: int, seed: int) -> dict[str, list[tuple]]:
             answer, gold = line.split(sign)
             if "!)!" not in line and "^{10^{" not in line and "7^{7^" not in line:
                 table.append((answer, gold, sign in (" == ", " => ")))
-    return {"solutions": [(row["solution"], row["answer"], True) for row in math500],
+    sets = {"solutions": [(row["solution"], row["answer"], True) for row in math500],
             "respelled": [(respelled(gold), gold, True) for gold in golds],
             "neighbours": [(a, g, (a, g) in reviewed) for a, g in neighbours],
             "table": table}
+    if (folder / "checker_cases.jsonl").exists():
+        lines = (folder / "checker_cases.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines)
+                if not row.get("category", "").startswith("hostile")]
+        sets["cases"] = [(row["answer"], row["gold"], row["equal"]) for row in rows]
+    return sets
 
 
 def ours(answer: str, gold: str, from_text: bool) -> bool:
@@ -99,19 +107,24 @@ def run(check, pairs: list[tuple], from_text: bool) -> tuple[list, list]:
     return verdicts, seconds
 
 
+def figures(verdicts: list, seconds: list, pairs: list[tuple]) -> dict:
+    """What one checker's verdicts on one set are worth, and what they took."""
+    truths = [truth for _, _, truth in pairs]
+    return {"right": sum(v == t for v, t in zip(verdicts, truths)),
+            "false_right": sum(v and not t for v, t in zip(verdicts, truths)),
+            "seconds_per_1000": 1000 * sum(seconds) / len(pairs), "max_ms": 1e3 * max(seconds),
+            "median_us": 1e6 * statistics.median(seconds)}
+
+
 def compare(name: str, pairs: list[tuple], peer: bool) -> dict:
     """Run both checkers on one set, print the disagreements, return the figures."""
     from_text = name == "solutions"
     mine, seconds = run(ours, pairs, from_text)
-    result = {"pairs": len(pairs), "right": sum(v == p[2] for v, p in zip(mine, pairs)),
-              "median_us": statistics.median(seconds) * 1e6, "max_ms": max(seconds) * 1e3}
+    result = {"pairs": len(pairs), "nanolaser": figures(mine, seconds, pairs)}
     if not peer:
         return result
-    theirs, their_seconds = run(math_verify, pairs, from_text)
-    result.update(peer_right=sum(v == p[2] for v, p in zip(theirs, pairs)),
-                  agreement=sum(a == b for a, b in zip(mine, theirs)) / len(pairs),
-                  peer_median_us=statistics.median(their_seconds) * 1e6)
-    result["speed_ratio"] = result["peer_median_us"] / result["median_us"]
+    theirs, seconds = run(math_verify, pairs, from_text)
+    result["math_verify"] = figures(theirs, seconds, pairs)
     for verdict, other, (answer, gold, truth) in zip(mine, theirs, pairs):
         if verdict != other:
             right = "nanolaser" if verdict == truth else "Math-Verify"
@@ -139,16 +152,14 @@ def main() -> None:
         peer = False
         print("Math-Verify is not installed (pip install 'math-verify[antlr4_13_2]'): ours only")
     results = {name: compare(name, pairs, peer) for name, pairs in sets.items()}
-    print(f"\n{'set':12}{'pairs':>7}{'right':>8}{'M-V right':>11}{'agree':>8}"
-          f"{'median':>11}{'M-V median':>13}{'ratio':>8}")
-    for name, r in results.items():
-        line = f"{name:12}{r['pairs']:7}{r['right'] / r['pairs']:8.1%}"
-        if peer:
-            line += f"{r['peer_right'] / r['pairs']:11.1%}{r['agreement']:8.1%}"
-        line += f"{r['median_us']:8.1f} us"
-        if peer:
-            line += f"{r['peer_median_us']:10.1f} us{r['speed_ratio']:8.0f}"
-        print(line)
+    print(f"\n{'set':<12}{'pairs':>6}  {'checker':<12}{'right':>7}{'wrong taken for right':>23}"
+          f"{'s / 1000':>10}{'ratio':>7}")
+    for name, result in results.items():
+        for checker in [key for key in result if key != "pairs"]:
+            r = result[checker]
+            ratio = r["seconds_per_1000"] / result["nanolaser"]["seconds_per_1000"]
+            print(f"{name:<12}{result['pairs']:6}  {checker:<12}{r['right'] / result['pairs']:7.1%}"
+                  f"{r['false_right']:23}{r['seconds_per_1000']:10.3f}{ratio:7.0f}")
     print(json.dumps({"benchmark": "checker", "math_verify": peer, **results}))
 
 

@@ -273,7 +273,8 @@ def main() -> None:
     record = show(found, o)
     before, after = (rows_of(runs / f"{kind}-{o.seeds[0]}" / "results", "arithmetic", "r_s")
                      for kind in ("base", "laser"))
-    print("\n" + report.histograms(runs / "r_s.png", {"before": before, "after": after}))
+    print("\n" + report.save(
+        runs / "r_s.svg", report.histograms({"before": before, "after": after})))
     costs = [read_json(runs / name / "summary.json") for name in trained]
     record["cost"] = [[c["seconds"], c["peak_memory_bytes"]] for c in costs]
     for name, cost in zip(trained, costs):

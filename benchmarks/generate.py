@@ -45,7 +45,7 @@ from nanolaser import load_pretrained, sampler  # noqa: E402
 from nanolaser.checkpoint import config_to_hf  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
-from nanolaser.problems import arithmetic_problems  # noqa: E402
+from nanolaser.problems import made_up_problems  # noqa: E402
 
 # times transformers' useful tokens a second; share of the matrix products' rate
 GOALS = {"embedded": (4.0, 0.45), "skewed": (5.0, 0.70), "equal": (1.8, 0.70)}
@@ -141,7 +141,7 @@ class Work:
 def embedded(o: Options) -> Work:
     """The shipped model; as many tokens as in its training at most."""
     model, tokenizer = load_pretrained("tiny", device="cpu", dtype="float32")
-    prompts = [tokenizer.encode_prompt(p.problem) for p in arithmetic_problems(o.problems, 0)]
+    prompts = [tokenizer.encode_prompt(p.problem) for p in made_up_problems(o.problems, 0)]
     return Work(model, tokenizer, prompts, 96, None)
 
 

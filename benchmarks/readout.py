@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being instal
 from nanolaser import judge, load_pretrained, sampler, scoring  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
-from nanolaser.problems import arithmetic_problems  # noqa: E402
+from nanolaser.problems import made_up_problems  # noqa: E402
 from nanolaser.readout import loss_backward, token_logprobs  # noqa: E402
 
 GOALS = {"memory": 1 / 10, "time": 1.05}  # of plain torch
@@ -157,7 +157,7 @@ def step_seconds(model: CausalLM, size: int, prompts: list, n: int, length: int)
 def embedded(o: Options) -> tuple:
     """The embedded model, its own solutions and its own question to itself."""
     model, tokenizer = load_pretrained("tiny", device="cpu", dtype="float32")
-    problems = arithmetic_problems(o.problems, 0, "test")
+    problems = made_up_problems(o.problems, 0, "test")
     rollouts = sampler.generate(
         model, tokenizer, [p.problem for p in problems], n=o.group_size, max_new_tokens=96
     )

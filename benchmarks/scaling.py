@@ -36,7 +36,7 @@ from benchmarks.generate import forced, skewed_lengths  # noqa: E402
 from nanolaser import grpo, load_pretrained  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM  # noqa: E402
-from nanolaser.problems import arithmetic_problems  # noqa: E402
+from nanolaser.problems import made_up_problems  # noqa: E402
 from nanolaser.scale.distributed import ALONE  # noqa: E402
 
 GOAL = 0.20  # by how much the cost of a token may differ between 32 and 512 rows
@@ -69,7 +69,7 @@ class Setting:
         )  # fmt: skip
         self.model = CausalLM(config).init_weights(0)
         self.optimizer = grpo.Optimizer(self.model, 1e-6, 0.01)
-        self.problems = arithmetic_problems(PROBLEMS, 0)
+        self.problems = made_up_problems(PROBLEMS, 0)
         self.lengths = skewed_lengths(self.rows, length, 4 * length)
         self.options = dataclasses.replace(
             train.Options(), steps=10**6, group_size=group_size,

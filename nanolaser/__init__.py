@@ -28,6 +28,8 @@ _HOME = {
     "is_equivalent": "checker",
     "is_correct": "checker",
     "explain": "checker",
+    "reward_function": "checker",
+    "compute_score": "checker",
     "token_logprobs": "readout",
     "self_reward": "laser",
 }

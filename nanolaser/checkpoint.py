@@ -37,7 +37,7 @@ from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
 
-# Short names of models: --model qwen2.5-7b.  `tiny` is the folder beside this file.
+# Short names of models: --model qwen2.5-7b.
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -62,7 +62,9 @@ ALIASES = {
 # Qwen3's bare name is the instruct model's, and so is ours.
 ALIASES |= {f"qwen3-{size}{kind}".lower(): f"Qwen/Qwen3-{size}{kind}"
             for size in ("0.6B", "1.7B", "4B", "8B") for kind in ("", "-Base")}  # fmt: skip
+# The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -133,10 +135,10 @@ def auto_dtype(folder: Path | None, device: str) -> str:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: `tiny`, a local folder (of a checkpoint, or of a run: its newest
+    """The folder of a checkpoint: an embedded one, a local folder (of a checkpoint, or of a run: its newest
     checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
-    path = TINY if text == "tiny" else Path(text).expanduser()
+    path = EMBEDDED.get(text) or Path(text).expanduser()
     if path.is_dir():
         return _local(path)
     if path.exists():
@@ -145,7 +147,8 @@ def find_checkpoint(name: str | Path) -> Path:
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
     if not HUB_ID.fullmatch(hub_id):
-        hint = near(text.lower(), ["tiny", *ALIASES], "; ".join(["tiny", *ALIASES]))
+        known = [*EMBEDDED, *ALIASES]
+        hint = near(text.lower(), known, "; ".join(known))
         raise FileNotFoundError(f"{text!r} is no folder, hub id (owner/name) or alias: {hint}")
     try:
         return _local(fetch(hub_id, NEEDED))

@@ -32,7 +32,6 @@ import math
 import os
 import sys
 import textwrap
-import threading
 import time
 import types
 import typing
@@ -152,8 +151,11 @@ class ModelOptions:
 def _specs(cls: type) -> dict[str, types.SimpleNamespace]:
     """{name: all about that option}, in the order of --help: the class's own before inherited."""
     # get_type_hints also resolves the strings that `from __future__ import annotations` leaves.
-    hints, own, specs = typing.get_type_hints(cls), inspect.get_annotations(cls), {}
-    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):
+    hints, specs = typing.get_type_hints(cls), {}
+    # A class's own options come before those that it inherits, in --help too.
+    depth = lambda f: next(i for i, c in enumerate(cls.__mro__)  # noqa: E731
+                           if f.name in inspect.get_annotations(c))
+    for field in sorted(dataclasses.fields(cls), key=depth):
         # `float | str | None` -> {float, str, None}.  None is "not given", and str beside a number
         # is there for the `words`: neither decides what is parsed.
         name, hint = field.name, hints[field.name]
@@ -175,6 +177,7 @@ def _specs(cls: type) -> dict[str, types.SimpleNamespace]:
 
 def _help(specs: Mapping[str, Any], description: str, positional: str | None) -> str:
     """What --help prints: the flags under their headings, each with its meaning and default."""
+    #     --steps N                       updates to make (default: 360; 800 with other models)
     usage = f"usage: {Path(sys.argv[0]).name} [options]" + f" [{positional}]" * bool(positional)
     lines = [usage, "", *textwrap.wrap(description.strip(), 100)]
     groups: dict[str, list[tuple[str, str]]] = {}  # in the order in which they appear
@@ -220,6 +223,8 @@ def _text(value: Any) -> str:
 
 def _read(argv: list[str], specs: Mapping[str, Any], positional: str | None) -> dict | None:
     """{name: value} of a command line, None where it asks for help; ValueError with the reason."""
+    # --vote --n 8 "2+3=?"  ->  {"vote": True, "n": 8, "problem": "2+3=?"}, word by word.  The value
+    # of an option with choices or bounds is checked when it is read: the first mistake is said.
     flags = {s.flag: s for s in specs.values() if s.name != positional}
     flags |= {f"--no-{s.flag[2:]}": s for s in specs.values() if s.kind is bool}
     values, loose, rest = {}, [], list(argv)
@@ -299,6 +304,7 @@ def _check_one(value: Any, spec: Any) -> Any:
     fits = type(value) is spec.kind and (spec.kind is not float or math.isfinite(value))
     if value in spec.words and (fits or isinstance(value, str)):
         return value
+    # The first of these that is broken is the message: "must be auto or at least 1, got 0".
     kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     for broken, wanted in (
         (lambda: not fits, kind[spec.kind]),
@@ -339,8 +345,7 @@ class Progress:
     with Progress("c_ref", 300, "solution") as progress:
         generate(..., **progress.hooks())
 
-    A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own, and
-    a thread shows them: whoever does the work has nothing to do but count.
+    A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own.
     """
 
     SECONDS = 10.0
@@ -349,19 +354,13 @@ class Progress:
         self.label, self.total, self.unit, self.done, self.drawn = label, total, unit, done, 0
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, smoothing=0,
                         disable=not (shown and is_terminal()))  # fmt: skip
-        self.began, self.over = time.monotonic(), threading.Event()
-        self.thread = threading.Thread(target=self._show, daemon=True)
-        self.shown = shown and speaks()
+        self.lines = shown and speaks() and self.bar.disable
+        self.began = self.said = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if self.shown:
-            self.thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.over.set()
-        if self.shown:
-            self.thread.join()
         self.bar.close()
 
     def hooks(self) -> dict[str, Callable]:
@@ -372,19 +371,22 @@ class Progress:
         """So many more are done."""
         self.done += count
         self.bar.update(count)
+        self._say()
 
     def step(self, rollouts: Sequence) -> None:
         """Each of these drew one more token (or was read at its end)."""
         self.drawn += len(rollouts)
+        self._say()
 
-    def _show(self) -> None:
-        while not self.over.wait(self.SECONDS if self.bar.disable else 1.0):
-            tokens = f"{self.drawn} tokens" if self.drawn else ""
-            if not self.bar.disable:
-                self.bar.set_postfix_str(tokens)
-                continue
+    def _say(self) -> None:
+        now = time.monotonic()
+        if now - self.said < (self.SECONDS if self.lines else 1.0):
+            return
+        self.said, tokens = now, f"{self.drawn} tokens" * bool(self.drawn)
+        self.bar.set_postfix_str(tokens)
+        if self.lines:
             said = [f"{self.label}: {self.done} of {self.total} {self.unit}s", tokens,
-                    f"{time.monotonic() - self.began:.0f} s"]  # fmt: skip
+                    f"{now - self.began:.0f} s"]  # fmt: skip
             print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
 
 

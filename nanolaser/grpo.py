@@ -1,25 +1,27 @@
 """
 One update of the policy: rollouts and their advantages in, one optimizer step out.
 
-    sample            problems -> rollouts, each rank its share
-    update            rollouts, advantages, class weights -> a step of AdamW
-      micro_batches     cut the batch so that a forward pass fits into memory
-      Targets           which hidden states are read, and what for: the one trap in here
-      loss              the loss, written out
-  
+    sample                  problems -> rollouts, each rank its share
+    update                  rollouts, advantages, class weights -> a step of AdamW
+      accumulate_gradients    micro-batch by micro-batch (packing.py: how they are cut and laid out)
+        Targets                 which log-probs are read, and what for: the one trap in here
+        loss                    the loss, written out
+
 The loss of a batch of N rollouts with M response tokens, N_e of them finished:
 
     1/M * sum over tokens of the clipped surrogate  +  alpha/N_e * sum of w (r_s - r_v)^2
 
 M and N_e are counted over the whole batch before it is cut, so the gradient does not depend on the
-cut.  alpha = tau = 0 is plain GRPO, exactly.  The same in textbook operations, a row at a time:
+cut; and what has neither advantage nor weight adds exactly 0, so it need not be computed.
+alpha = tau = 0 is plain GRPO, exactly.  The same in textbook operations, a row at a time:
 tests/plain.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +29,10 @@ from torch import Tensor
 from . import laser
 from .lora import merged
 from .model import CausalLM
-from .readout import loss_backward, token_logprobs
+from .packing import Packing, micro_batches
+from .readout import loss_backward
 from .rollout import Rollout
-from .sampler import cut_by_tokens, generate, pad
+from .sampler import generate
 from .scale.distributed import ALONE, World, gathered
 from .scale.optimizer import Optimizer
 
@@ -38,11 +41,12 @@ from .scale.optimizer import Optimizer
 
 
 def sample(
-    model: CausalLM, tokenizer, problems: list, n: int, world: World = ALONE, **sampling
-) -> list[Rollout]:
-    """n solutions of each problem, or of this rank's share of the problems; `prompt_id` counts
-    among all of them.  `sampling` goes to sampler.generate."""
-    mine = world.shard(range(len(problems)))
+    model: CausalLM, tokenizer, problems: list, n: int, world: World = ALONE, first: int = 0,
+    **sampling,
+) -> list[Rollout]:  # fmt: skip
+    """n solutions of each problem from the `first` on, or of this rank's share of them; `prompt_id`
+    counts among all problems.  `sampling` goes to sampler.generate."""
+    mine = world.shard(range(first, len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
     with merged(model, world):  # LoRA: one product in place of three
         rollouts = generate(
@@ -72,66 +76,54 @@ def stack(rollouts: list[Rollout], name: str, group_size: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# rollouts -> micro-batches
+# rollouts -> what is read of them
 
 
-def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[int]]:
-    """Row indices of each micro-batch: neighbours in length, at most `budget` padded tokens."""
-    lengths = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
-    return list(cut_by_tokens(lengths, budget))
+class Targets(NamedTuple):
+    """The n log-probs that a micro-batch is about, a column for each thing to know of them.
 
+    Two kinds share the table: the response tokens of rollouts with an advantage, and z_c after the
+    end of rollouts with a weight.  Hidden state t predicts token t + 1, so a response token is read
+    one BEFORE where it stands, and z_c AT the stop token, where it would come next.  A rollout with
+    prompt "ab", response "cd EOS", advantage 0.7 and weight 1.2:
 
-@dataclass
-class Targets:
-    """Which hidden states of a padded micro-batch are read, and what for.
-
-    One flat list for both readouts: first the m response tokens of all rows, then z_c of the e rows
-    that have an end.  Hidden state t predicts token t + 1.  So a response of n tokens that begins
-    at p is read at p - 1 .. p + n - 2, and z_c at p + n - 1: at the stop token, where it would
-    come next.  Two rows, prompts "ab" and "a", the second one cut off before its end:
-
-        position   0    1    2    3    4           row       0  0  0    1  1    0
-        row 0      a    b    c    d   EOS          position  1  2  3    0  1    4
-        row 1      a    f    g   pad  pad          token     c  d  EOS  f  g    z_c
-                                                             \\__ m = 5 ____/   e = 1
+        token           a    b    c    d   EOS
+        read there           c    d   EOS  z_c
+        advantage           0.7  0.7  0.7   0        z_c is no action: nobody has ever drawn it
+        weight               0    0    0   1.2
     """
 
-    row: Tensor  # (m + e,) row of the micro-batch
-    position: Tensor  # (m + e,) hidden state to read
-    token: Tensor  # (m + e,) whose log-prob is wanted
-    temperature: Tensor  # (m + e,) that of sampling for tokens, always 1 for z_c
-    responses: int  # m
+    place: Tensor  # (n,) hidden state to read, of those of the micro-batch
+    token: Tensor  # (n,) whose log-prob is wanted
+    temperature: Tensor  # (n,) that of sampling; always 1 for z_c
+    advantage: Tensor  # (n,) the rollout's own for each of its tokens
+    weight: Tensor  # (n,) in the loss on r_s
+    r_v: Tensor  # (n,) and c_ref, for z_c; 0 for response tokens, which have no use for it
+    c_ref: Tensor  # (n,) nats
+    sampled: Tensor  # (n,) what the sampler had read; nan for another token than it had
+    old: Tensor  # (n,) what was read before the batch's first update; nan: that is now
 
-    @classmethod
-    def of(cls, rollouts: list[Rollout], z_ids: list[int], temperature: float) -> Targets:
-        """Lay out the targets of these rollouts, the readout token of each being z_ids[.]."""
-        row, position, token = [], [], []
-        for b, r in enumerate(rollouts):
-            p, n = len(r.prompt_tokens), len(r.response_tokens)
-            row += [b] * n
-            position += range(p - 1, p + n - 1)
-            token += r.response_tokens
-        m = len(row)
-        for b, r in enumerate(rollouts):
-            if r.finished:
-                row.append(b)
-                position.append(len(r.prompt_tokens) + len(r.response_tokens) - 1)
-                token.append(z_ids[b])
-        # z_c is no action that the policy takes: it is read at 1 whatever the sampling
-        temperatures = torch.ones(len(row))
-        temperatures[:m] = temperature
-        return cls(*map(torch.tensor, (row, position, token)), temperatures, m)
+    def part(self, rows: slice) -> Targets:
+        """Some of them."""
+        return Targets(*(column[rows] for column in self))
 
 
-def read_hidden(
-    model: CausalLM, rollouts: list[Rollout], z_ids: list[int], temperature: float
-) -> tuple[Tensor, Targets]:
-    """The hidden states (m + e, C) from which all targets of these rows are read, by one forward
-    pass over right-padded rows; and the targets, on the same device."""
-    tokens, _ = pad([r.prompt_tokens + r.response_tokens for r in rollouts], model.device)
-    hidden = model(tokens)  # (B, T, C)
-    t = _to(Targets.of(rollouts, z_ids, temperature), hidden.device)
-    return hidden[t.row, t.position], t
+def targets(rows: list[tuple], texts: list[list[int]], c: Loss, device: torch.device) -> Targets:
+    """What is read of rollouts: rows of (rollout, advantage, weight, c_ref, old log-probs of its
+    response or None), one after the other; texts[.] says where the tokens of each of them lie."""
+    table = []
+    for (r, advantage, weight, c_ref, old), text in zip(rows, texts):
+        if advantage:
+            # text a b c d EOS, prompt a b: read at b c d, where c d EOS are expected
+            n, places = len(r.response_tokens), text[len(r.prompt_tokens) - 1 : -1]
+            columns = r.logprobs, [math.nan] * n if old is None else old.tolist()
+            for place, token, *known in zip(places, r.response_tokens, *columns, strict=True):
+                table.append((place, token, c.temperature, advantage, 0.0, 0.0, 0.0, *known))
+        if weight:
+            token = c.readout_token(r)  # "sft" reads another token after wrong solutions
+            sampled = r.logp_zc if token == c.z_c_id else math.nan
+            table.append((text[-1], token, 1.0, 0.0, weight, r.r_v, c_ref, sampled, math.nan))
+    return Targets(*(torch.tensor(column).to(device, non_blocking=True) for column in zip(*table)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,7 +136,7 @@ class Loss:
 
     alpha: float = 0.1
     beta_v: float = 0.1
-    c_ref: float = 0.0
+    c_ref: float | Tensor = 0.0  # (N,): one of each rollout
     z_c_id: int = 0
     z_wrong_id: int = 0  # "sft" alone: the token to imitate after wrong solutions
     temperature: float = 1.0
@@ -158,141 +150,126 @@ class Loss:
         return self.z_wrong_id if self.kind == "sft" and r.r_v <= 0.5 else self.z_c_id
 
 
-@dataclass
-class Learned:
-    """What the m response tokens and e ends of a micro-batch are to learn."""
-
-    advantages: Tensor  # (m,) each token has its rollout's
-    old_logprobs: Tensor | None  # (m,) under the policy that sampled; None: it is this one
-    r_v: Tensor  # (e,)
-    weights: Tensor  # (e,) of the classes
-
-    def old(self, tokens: Tensor) -> Tensor:
-        """log-probs (m,) under the policy that sampled.  On-policy they are these very numbers,
-        without a gradient: the ratio is exactly 1."""
-        return tokens.detach() if self.old_logprobs is None else self.old_logprobs
-
-    def part(self, targets: slice) -> Learned:
-        """That of some of the flat list of targets, response tokens first."""
-        m = len(self.advantages)
-        ends = slice(max(0, targets.start - m), max(0, targets.stop - m))
-        old = None if self.old_logprobs is None else self.old_logprobs[targets]
-        return Learned(self.advantages[targets], old, self.r_v[ends], self.weights[ends])
-
-
-def loss(logprobs: Tensor, x: Learned, c: Loss, M: int, N: int) -> Tensor:
-    """What `logprobs` (targets,) contribute to the loss of a batch of M tokens and N ends."""
-    policy, self_reward = loss_sums(logprobs, x, c)
+def loss(logprobs: Tensor, t: Targets, c: Loss, M: int, N: int) -> Tensor:
+    """What targets with these log-probs (n,) contribute to the loss of a batch of M response tokens
+    and N finished rollouts."""
+    policy, self_reward = loss_sums(logprobs, t, c)
     return policy / M + c.alpha * (self_reward / N)
 
 
-def loss_sums(logprobs: Tensor, x: Learned, c: Loss) -> tuple[Tensor, Tensor]:
+def loss_sums(logprobs: Tensor, t: Targets, c: Loss) -> tuple[Tensor, Tensor]:
     """(policy loss, loss on r_s) of some targets, as sums."""
-    m = len(x.advantages)
-    tokens, logp_zc = logprobs[:m], logprobs[m:]  # z_c lies outside the response: no advantage
-    policy = laser.policy_loss(
-        tokens, x.old(tokens), x.advantages, c.clip_low, c.clip_high, c.dual_clip
-    )
-    if not c.alpha:  # plain GRPO: z_c is read, so that r_s can be logged, and nothing else
+    # One formula for tokens and z_c: either has a 0 where the other has its factor.
+    clips = c.clip_low, c.clip_high, c.dual_clip
+    policy = laser.policy_loss(logprobs, old_of(logprobs, t), t.advantage, *clips)
+    if not c.alpha:  # plain GRPO, which has no c_ref
         return policy, torch.zeros_like(policy)
-    return policy, laser.self_reward_loss(
-        logp_zc, x.r_v, x.weights, c.c_ref, c.beta_v, c.kind
-    )
+    return policy, laser.self_reward_loss(logprobs, t.r_v, t.weight, t.c_ref, c.beta_v, c.kind)
+
+
+def old_of(logprobs: Tensor, t: Targets) -> Tensor:
+    """Log-probs (n,) under the policy that sampled.  On-policy they are these very numbers, without
+    a gradient: the ratio is exactly 1."""
+    return torch.where(t.old.isnan(), logprobs.detach(), t.old)
 
 
 def accumulate_gradients(
-    model: CausalLM,
-    rollouts: list[Rollout],
-    advantages: Tensor,
-    weights: Tensor,
-    c: Loss,
-    micro_batch_tokens: int,
-    old_logprobs: dict[int, Tensor] | None = None,
-    world: World = ALONE,
+    model: CausalLM, rollouts: list[Rollout], advantages: Tensor, weights: Tensor, c: Loss,
+    micro_batch_tokens: int, old_logprobs: dict[int, Tensor] | None = None, world: World = ALONE,
     optimizer: Optimizer | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Add the gradient of the whole batch's loss to the parameters' .grad, micro-batch by
     micro-batch; returns the statistics of the batch, under the names of metrics.jsonl.
 
-    advantages and weights: (N,).  old_logprobs maps a row to its log-probs under the policy that
-    sampled it; None means that the model still IS that policy (the first update of a batch).
+    advantages and weights: (N,).  old_logprobs maps rows to log-probs of their responses under the
+    policy that sampled.  A row that is not there is learned from for the first time: the model
+    still IS that policy, and what is read is put in.  None: there will be no second time.
     """
     M = sum(len(r.response_tokens) for r in rollouts)
     N = max(sum(r.finished for r in rollouts), 1)
-    parts = []
-    for rows, counts in world.rounds(micro_batches(rollouts, micro_batch_tokens)):
-        # 1. Forward pass over the rows, up to the hidden states that are read.
-        these = [rollouts[i] for i in rows]
-        hidden, t = read_hidden(model, these, [c.readout_token(r) for r in these], c.temperature)
+    # 1. Which rows have a gradient?  Late in a run many groups are all right, and their advantages
+    #    exactly 0.  Such rows are left out, unless r_s is learned from them:
+    #        advantage  weight     what is read
+    #           0.7      1.2       response and z_c
+    #           0.7      0         response: the row is truncated, or alpha = 0
+    #           0        0.8       z_c
+    #           0        0         nothing: the row does not pass the model
+    A, w = advantages.tolist(), (weights * (c.alpha != 0)).tolist()
+    c_ref = torch.as_tensor(c.c_ref).expand(len(rollouts)).tolist()
+    learned = [i for i in range(len(rollouts)) if A[i] or w[i]]
+    sums, sizes = [torch.zeros(9, device=model.device)], [(0, 0)]  # where nothing is to be learned
+    cuts = micro_batches([rollouts[i] for i in learned], micro_batch_tokens)
+    for rows, counts in world.rounds([[learned[j] for j in cut] for cut in cuts]):
+        # 2. Forward pass, up to the hidden states.  The textbook is a pass for each row,
+        #        hidden = model(prompt + response)
+        #    Packed, they share one, and each prompt is in it once.
+        packing = Packing([rollouts[i] for i in rows], model.device, model.dtype)
+        hidden = model(packing.tokens, packing)[0]  # (tokens, C)
 
-        # 2. What each of them is to learn: the advantage of a rollout is that of all its tokens.
-        #    (A rank without rows of its own computes along with others' rows, and learns nothing.)
-        lengths = torch.tensor([len(r.response_tokens) for r in these])
-        ended = [i for i in rows if rollouts[i].finished]
-        x = _to(Learned(
-            advantages=counts * advantages[rows].repeat_interleave(lengths),
-            old_logprobs=old_logprobs and torch.cat([old_logprobs[i] for i in rows]),
-            r_v=torch.tensor([rollouts[i].r_v for i in ended]),
-            weights=counts * weights[ended],
-        ), hidden.device)  # fmt: skip
+        # 3. What is read of them, and what it is to learn: nothing, where a rank without rows of
+        #    its own computes along with another's.
+        these = [(rollouts[i], A[i], w[i], c_ref[i], (old_logprobs or {}).get(i)) for i in rows]
+        t = targets(these, packing.texts, c, model.device)
+        t = t._replace(advantage=counts * t.advantage, weight=counts * t.weight)
 
-        # 3. Loss and backward pass.  In the textbook's words, with logits (m + e, V):
-        #        loss(token_logprobs(hidden, W, t.token, t.temperature), x, c, M, N).backward()
-        #    loss_backward does that for one block of them after the other, and never holds all.
+        # 4. Loss and backward pass.  In the textbook's words, with logits (n, V):
+        #        logprobs = token_logprobs(hidden[t.place], W, t.token, t.temperature)
+        #        loss(logprobs, t, c, M, N).backward()
+        #    loss_backward does so for one block after the other, and never holds all logits.
         logprobs, entropy = loss_backward(
-            hidden, model.lm_head_weight, t.token,
-            lambda logprobs, part, x=x: loss(logprobs, x.part(part), c, M, N), t.temperature,
+            hidden[t.place], model.lm_head_weight, t.token,
+            lambda logprobs, part, t=t: loss(logprobs, t.part(part), c, M, N), t.temperature,
             (c.z_c_id, model.z_c_row),
         )  # fmt: skip
-
         if optimizer is not None:
             optimizer.accumulate()  # gradients of a bf16 model are summed in fp32
 
-        # 4. Statistics, from the log-probs that came by.
+        # 5. Statistics, from the log-probs that came by; they stay where they are until the end.
         if counts:
-            parts.append(_statistics(these, logprobs, entropy, x, c, M, N))
-    return _total(world.gather(parts), c.alpha)
+            sums.append(statistics(logprobs, entropy, t, c))
+            sizes.append(packing.sizes)
+        if old_logprobs is not None:
+            read = [len(r.response_tokens) * bool(a) + bool(b) for r, a, b, *_ in these]
+            for i, part in zip(rows, logprobs.cpu().split(read)):
+                old_logprobs.setdefault(i, part[: len(rollouts[i].response_tokens)])
+    # Here the host waits for the device, once for all micro-batches.
+    parts = [row + list(size) for row, size in zip(torch.stack(sums).tolist(), sizes)]
+    return total(world.gather(parts), c, M, N)
 
 
 @torch.no_grad()
-def _statistics(rollouts, logprobs, entropy, x: Learned, c: Loss, M: int, N: int) -> dict:
-    """What one micro-batch adds to the batch's statistics, in one trip from device to host."""
-    m = len(x.advantages)
-    tokens, logp_zc = logprobs[:m], logprobs[m:]
-    policy, self_reward = loss_sums(logprobs, x, c)
-    clipped, kl = laser.off_policy(tokens, x.old(tokens), x.advantages, c.clip_low, c.clip_high)
+def statistics(logprobs: Tensor, entropy: Tensor, t: Targets, c: Loss) -> Tensor:
+    """What the targets of a micro-batch add to the statistics of the batch, (9,): see `total`."""
+    old, token = old_of(logprobs, t), t.advantage != 0
+    moved = laser.off_policy(logprobs, old, t.advantage, c.clip_low, c.clip_high)
     # How far the sampler's numbers are off: against the policy that sampled, since how far this
-    # one has moved is approx_kl's business.  (After wrong solutions "sft" reads another token.)
-    # zc_gap has no such reference: with --updates-per-batch above 1 it holds the move as well.
-    sampled = tokens.new_tensor([p for r in rollouts for p in r.logprobs])
-    gap = (sampled - x.old(tokens)).abs().max()
-    ended = [r for r in rollouts if r.finished]
-    read = [r.logp_zc if c.readout_token(r) == c.z_c_id else math.nan for r in ended]
-    zc_gap = (logp_zc.new_tensor([0.0, *read]) - torch.cat((logp_zc.new_zeros(1), logp_zc))).abs()
-    values = (policy, self_reward / N, clipped, kl, entropy[:m].sum(), gap)
-    values = torch.stack((*values, zc_gap.nan_to_num(0.0).max())).tolist()
-    policy, self_reward, clipped, kl, entropy, gap, zc_gap = values
-    widths = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
+    # one has moved is approx_kl's business.  For z_c there is no such reference: with
+    # --updates-per-batch above 1 its gap holds the move as well.
+    gap = (t.sampled - old).abs().nan_to_num(0.0)
+    gaps = (gap * token).max(), (gap * ~token).max()
+    read = token.sum(), (~token).sum()
+    return torch.stack((*loss_sums(logprobs, t, c), *moved, (entropy * token).sum(), *read, *gaps))
+
+
+def total(parts: list[list[float]], c: Loss, M: int, N: int) -> dict:
+    """The statistics of all micro-batches of all ranks, under the names of metrics.jsonl.
+
+    Entropy, KL and the gaps are of what was computed, the tokens of rollouts with an advantage and
+    z_c of those with a weight; None if there were none.  A gap is the largest.
+    """
+    columns = list(zip(*parts))
+    policy, self_reward, clipped, kl, entropy, tokens, ends = map(sum, columns[:7])
+    gap, zc_gap = map(max, columns[7:9])
+    padded, real = map(sum, columns[9:])
+    policy, self_reward = policy / M, self_reward / N
     return {
-        "policy_loss": policy / M, "self_reward_loss": self_reward, "clip_fraction": clipped / M,
-        "approx_kl": kl / M, "entropy": entropy / M, "sampler_gap": gap, "zc_gap": zc_gap,
-        "padded_tokens": max(widths) * len(widths), "real_tokens": sum(widths),
+        "loss": policy + c.alpha * self_reward, "policy_loss": policy,
+        "self_reward_loss": self_reward, "clip_fraction": clipped / M,
+        "approx_kl": kl / tokens if tokens else None,
+        "entropy": entropy / tokens if tokens else None,
+        "sampler_gap": gap if tokens else None, "zc_gap": zc_gap if ends else None,
+        "padding_share": 1 - real / padded if padded else 0.0,
     }  # fmt: skip
-
-
-def _total(parts: list[dict], alpha: float) -> dict:
-    """The statistics of all micro-batches of all ranks, under the names of metrics.jsonl.  Each was
-    divided by the counts of the whole batch, so sums are the batch's own; a gap is the largest."""
-    total = {k: (max if k.endswith("_gap") else sum)(p[k] for p in parts) for k in parts[0]}
-    padding = 1 - total.pop("real_tokens") / total.pop("padded_tokens")
-    whole = total["policy_loss"] + alpha * total["self_reward_loss"]
-    return {"loss": whole, **total, "padding_share": padding}
-
-
-def _to(x, device: torch.device):
-    """A dataclass with its tensors on a device."""
-    moved = {f.name: getattr(x, f.name) for f in fields(x)}
-    return type(x)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,23 +291,14 @@ def update(
     returns the statistics and the gradient norm of the last one, and how many were skipped because
     a gradient was not finite."""
     advantages, weights = advantages.flatten(), weights.flatten()
-    old_logprobs, skipped, world = None, 0, optimizer.world
-    if updates > 1:
-        # From the second step on the model is no longer the one that sampled: keep its log-probs.
-        # (The sampler's own would do but for rounding: scored by one code, the first ratio is 1.)
-        old_logprobs = {}
-        with torch.no_grad():
-            for rows, _ in world.rounds(micro_batches(rollouts, micro_batch_tokens)):
-                these = [rollouts[i] for i in rows]
-                hidden, t = read_hidden(model, these, [c.z_c_id] * len(rows), c.temperature)
-                logprobs = token_logprobs(hidden, model.lm_head_weight, t.token, t.temperature)
-                counts = [len(r.response_tokens) for r in these]
-                old_logprobs |= zip(rows, logprobs[: t.responses].cpu().split(counts))
+    # From the second step on the model is no longer the one that sampled: the first one keeps its
+    # log-probs.  (The sampler's own would do but for rounding: by one code, the first ratio is 1.)
+    old_logprobs, skipped = {} if updates > 1 else None, 0
     for _ in range(updates):
         stats = accumulate_gradients(
-            model, rollouts, advantages, weights, c, micro_batch_tokens, old_logprobs, world,
-            optimizer,
-        )
+            model, rollouts, advantages, weights, c, micro_batch_tokens, old_logprobs,
+            optimizer.world, optimizer,
+        )  # fmt: skip
         # A single batch may have a gradient many times the usual: it is scaled down to grad_clip.
         grad_norm = optimizer.clip(grad_clip)
         if math.isfinite(grad_norm):

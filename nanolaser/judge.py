@@ -13,18 +13,24 @@ be read and says when r_s has no scale yet.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from .checker import extract_answer
+from . import metrics
+from .checker import explain, extract_answer, is_equivalent
 from .checkpoint import load_pretrained
-from .cli import ModelOptions, warn
+from .cli import ModelOptions, option, warn
+from .files import read_jsonl
 from .model import CausalLM
-from .readout import token_logprobs
-from .rollout import Rollout
+from .readout import BLOCK_LOGITS
+from .rollout import Rollout, self_reward
 from .sampler import cut_by_tokens, generate, pad
+from .scale.plan import default_kv_cache_gb
+from .scoring import read_last, score
 
 # The longest default answer, in tokens: long enough for a chain of thought on a hard problem.
 LONGEST = 4096
@@ -54,6 +60,28 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
     return model, tokenizer
 
 
+@dataclass
+class SamplingOptions(ModelOptions):
+    """The options of every script that samples from a model it does not train."""
+
+    temperature: float = option(1.0, "0 always takes the likeliest token", group="sampling", min=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens of this total probability",
+                          group="sampling", above=0, max=1)
+    max_new_tokens: int | None = option(None, "longest solution", group="sampling", min=1,
+                                        shown="half of the model's positions, at most 4096")
+    max_rows: int = option(256, "solutions sampled at the same time", group="sampling", min=1)
+    kv_cache_gb: float | None = option(None, "GB the KV cache may take", group="sampling",
+                                       shown="half of what is free")
+
+    def how(self, model: CausalLM) -> dict:
+        """`generate`'s arguments, with what the model decides where nothing was said."""
+        # Half of the positions that the model has seen in training are left to the problem.
+        longest = max(1, min(LONGEST, model.config.max_position_embeddings // 2))
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed,
+                "max_new_tokens": self.max_new_tokens or longest, "max_rows": self.max_rows,
+                "kv_cache_gb": self.kv_cache_gb or default_kv_cache_gb(model.device)}
+
+
 def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     """Warns of problems whose prompt alone is longer than the model was made for; ValueError for
     one over STRETCH times as long: now, and not as an error of memory hours later."""
@@ -71,20 +99,110 @@ def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     warn(f"{len(longer)} of {len(problems)} problems are too long: {said}: {begins}")
 
 
-def default_new_tokens(model: CausalLM) -> int:
-    """How long an answer may get if nobody says: half of the positions that the model has seen in
-    training, the other half being left to the problem, at most LONGEST tokens."""
-    return max(1, min(LONGEST, model.config.max_position_embeddings // 2))
+# ---------------------------------------------------------------------------------------------
+# rows of solutions that are there already
 
 
-def tokens_of(tokenizer, row: dict) -> tuple[list[int], list[int]]:
-    """(prompt, response) of a rollout row as token ids, the response with an end, which one that
-    was cut off did not come to: there r_s can be read as if it had ended."""
-    # The ids that were sampled, where the row has them: its text may be cut otherwise.
-    prompt = row.get("prompt_token_ids") or tokenizer.encode_prompt(row["problem"])
-    response = row.get("response_token_ids") or tokenizer.encode(row["response"])
-    ended = response[-1:] and response[-1] in tokenizer.stop_ids
-    return prompt, response if ended else [*response, tokenizer.stop_ids[0]]
+def tokens_of(tokenizer, row: dict, ended: bool = True) -> tuple[list[int], list[int]]:
+    """(prompt, response) of a rollout row as token ids: those that were sampled, if they spell the
+    text beside them, else the text's.
+
+    ended: with a stop token even where the solution was cut off; there r_s is read as if it had
+    ended.  ValueError for the ids of another tokenizer without a text.
+    """
+    # A model's own tokens are not always those that its tokenizer would make of its text.
+    prompt, response = row.get("prompt_token_ids"), row.get("response_token_ids")
+    if not (response and own_tokens(tokenizer, row)):
+        if row["response"] is None or row["problem"] is None:
+            raise ValueError("a row's token ids are another model's, and it has no problem and "
+                             "response as text")
+        # With the ids of its response those of its prompt fall: they are the same model's.
+        prompt, response = None, tokenizer.encode(row["response"])
+        ended = ended or row.get("finished", True)  # a text without the word for it is whole
+    if ended and response[-1:] not in [[stop] for stop in tokenizer.stop_ids]:
+        response = [*response, tokenizer.stop_ids[0]]
+    return prompt or tokenizer.encode_prompt(row["problem"]), response
+
+
+def own_tokens(tokenizer, row: dict) -> bool:
+    """Whether a row's response_token_ids are this tokenizer's, and spell its text."""
+    ids = row.get("response_token_ids") or []
+    known = ids and max([*ids, *(row.get("prompt_token_ids") or [])]) < tokenizer.size
+    return bool(known) and row["response"] in (None, tokenizer.decode(ids))
+
+
+# Problem and solution may be this many times as long as the texts that the model was trained on:
+# a model can be sampled beyond its positions, and then r_s is read as it was sampled.
+TOO_LONG = 4
+
+
+def score_rows(
+    model: CausalLM, tokenizer, rows: list[dict], threshold: float = 0.5,
+    batch_tokens: int = 16_384, on_scored: Callable[[int], None] | None = None,
+) -> list[dict]:  # fmt: skip
+    """Rows of `problems.read_solutions` with logp_zc, r_s, verdict (right where r_s > threshold)
+    and all that the checker says; None where a solution was cut off, for there is no end to read
+    at."""
+    tokens = [tokens_of(tokenizer, row, ended=False) for row in rows]
+    done = []
+    for row, (_, response) in zip(rows, tokens):
+        own = own_tokens(tokenizer, row)
+        done.append(row | {
+            "logp_zc": None, "r_s": None, "verdict": None, "tokens_from": "ids" if own else "text",
+            "response": tokenizer.decode(response) if own else row["response"],
+            "finished": response[-1:] in [[stop] for stop in tokenizer.stop_ids],
+            "response_tokens": len(response),
+        })  # fmt: skip
+    # A row of a megabyte is a mistake, and the cost grows with the square of the length.
+    ended = [i for i, row in enumerate(done) if row["finished"]]
+    most = TOO_LONG * model.config.max_position_embeddings
+    fit = [i for i in ended if len(tokens[i][0]) + len(tokens[i][1]) <= most]
+    if len(fit) < len(ended):
+        warn(f"{len(ended) - len(fit)} solutions have over {most} tokens, {TOO_LONG} times what "
+             "the model was made for: no r_s")
+    prompts, responses = [tokens[i][0] for i in fit], [tokens[i][1] for i in fit]
+    values = score(model, tokenizer.z_c_id, prompts, responses, batch_tokens, on_scored)
+    for i, value in zip(fit, values):
+        r_s = self_reward(value, tokenizer)
+        verdict = None if r_s is None else "right" if r_s > threshold else "wrong"
+        done[i] |= {"logp_zc": value, "r_s": r_s, "verdict": verdict}
+    return [row | ask_checker(row) for row in done]
+
+
+def ask_checker(row: dict) -> dict:
+    """The boxed answer and, where there is a gold, r_v and the checker's reason."""
+    gold = row.get("gold")
+    # Not strict: exactly one box is a rule for training, where a model would exploit more.
+    try:
+        answer = extract_answer(row["response"]) or None
+        if gold is None:
+            return {"answer": answer, "r_v": row.get("r_v")}
+        r_v = float(answer is not None and is_equivalent(answer, gold))
+        reason = "no boxed answer" if answer is None else explain(answer, gold).rule
+    except Exception as error:  # a text that is too much for the checker is one bad row, not all
+        answer, r_v = None, row.get("r_v") if gold is None else 0.0
+        reason = f"the checker failed: {type(error).__name__}"
+    return {"answer": answer, "r_v": r_v, "checker": reason}
+
+
+def fitted_threshold(name: str | None, evaluated: Sequence[dict] = ()) -> float:
+    """The threshold of r_s whose verdicts have the best F1 on the solved problems of a file (rows
+    with r_s and r_v, as the scripts write them); 0.5 without a file.  Warns where a problem of it
+    is also in the rows `evaluated`; ValueError names the file, and the line if it is one."""
+    if name is None:
+        return 0.5
+    number = (int, float, type(None))
+    rows = [row for _, row in read_jsonl(name, {"r_s": number, "r_v": number})]
+    rows = [row for row in rows if row["r_v"] is not None]
+    try:
+        threshold = metrics.fit_threshold(*([row[k] for row in rows] for k in ("r_v", "r_s")))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    both = {row.get("problem") for row in rows} & {row["problem"] for row in evaluated}
+    if both:
+        warn(f"{len(both)} of the problems evaluated are also in {name}: F1 is no longer that of "
+             "problems which the threshold has not seen")
+    return threshold
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,34 +261,86 @@ def judge(
     def finish(rollout: Rollout) -> None:
         text = tokenizer.decode(rollout.response_tokens)
         # One that was cut off has not said its last word.
-        score = verdict(text, follow_up) if rollout.finished else None
-        facts = {"judgement": text, "score": score, "tokens": len(rollout.response_tokens)}
+        said = verdict(text, follow_up) if rollout.finished else None
+        facts = {"judgement": text, "score": said, "tokens": len(rollout.response_tokens)}
         on_judged(rollout.prompt_id, facts | {"finished": rollout.finished})
 
     prompts = [judgement_prompt(tokenizer, row) for row in rows]
-    generate(model, tokenizer, prompts, temperature=0.0, on_finish=finish, **sampling)
+    generate(model, tokenizer, prompts, on_finish=finish, **sampling | {"temperature": 0.0})
+
+
+def p_yes(model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384) -> list[float]:
+    """P(yes) / (P(yes) + P(no)) of each row as the first word of a judgement, in [0, 1]: the same
+    question, but instead of writing an answer the model is asked what it would write (P(True),
+    Kadavath et al. 2022)."""
+    follow_up = bool(getattr(tokenizer, "verify_prompt", None))
+    lead, words = ("", ("y", "n")) if follow_up else ("\\boxed{", ("yes", "no"))
+    ids = [tokenizer.encode(word)[0] for word in words]
+    prompts = [judgement_prompt(tokenizer, row) + tokenizer.encode(lead) for row in rows]
+    logprobs = read_last(model, prompts, [[] for _ in rows], ids, budget)  # (N, 2)
+    return (logprobs[:, 0] - logprobs[:, 1]).sigmoid().tolist()
 
 
 # ---------------------------------------------------------------------------------------------
-# a log ratio
+# the probabilities with which a solution was written
+
+TOP = 20  # tokens that DeepConf's confidence is the mean over
+WINDOW = 8  # tokens in a group of it; the authors take 1024 or 2048 of solutions of 10,000 and more
 
 
 @torch.no_grad()
-def log_probability(
-    model: CausalLM, prompts: list[list[int]], responses: list[list[int]], budget: int = 16_384
-) -> list[float]:
-    """log pi(y | x) in nats of each of N responses, all its tokens summed; `budget` tokens, padding
-    included, to a forward pass."""
-    sums = [0.0] * len(prompts)
+def confidences(
+    model: CausalLM, prompts: list[list[int]], responses: list[list[int]], size: int,
+    budget: int = 16_384,
+) -> dict[str, list[float]]:  # fmt: skip
+    """What the distributions at the tokens of N responses say, N numbers each, larger is surer:
+
+    logprob         log pi(y | x) in nats, summed over the response
+    mean-logprob    the same, a token
+    self-certainty  the mean over tokens of KL(uniform || pi), nats (Kang et al. 2025)
+    lowest-group    the least mean over WINDOW tokens in a row of minus the mean log-prob of the TOP
+                    likeliest tokens, nats (DeepConf, Fu et al. 2025)
+
+    `size` is the tokenizer's; `budget` tokens, padding included, go to a forward pass.
+    """
+    found = {name: [0.0] * len(prompts) for name in
+             ("logprob", "mean-logprob", "self-certainty", "lowest-group")}
+    head = model.lm_head_weight  # (V, C); rows beyond `size` are padding of the matrix
+    block = max(1, BLOCK_LOGITS // len(head))
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     for batch in cut_by_tokens(lengths, budget):
         tokens, ends = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
         starts = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
         # Position t predicts token t + 1: a response at 3 .. 6 is predicted at 2 .. 5.
-        hidden = model(tokens[:, :-1])  # (B, T-1, C)
-        logprobs = token_logprobs(hidden, model.lm_head_weight, tokens[:, 1:])  # (B, T-1)
         t = torch.arange(tokens.shape[1] - 1, device=model.device)
-        inside = (t >= starts[:, None] - 1) & (t < ends[:, None] - 1)
-        for i, total in zip(batch, (logprobs * inside).sum(1).tolist()):
-            sums[i] = total
-    return sums
+        inside = (t >= starts[:, None] - 1) & (t < ends[:, None] - 1)  # (B, T-1)
+        hidden, said = model(tokens[:, :-1])[inside], tokens[:, 1:][inside]  # (M, C), (M,)
+        facts = []  # (3, n) of each block of M
+        for states, chosen in zip(hidden.split(block), said.split(block)):
+            logprobs = (states.float() @ head.float().T).log_softmax(-1)  # (n, V)
+            known = logprobs[:, :size]
+            facts.append(torch.stack([
+                logprobs.gather(1, chosen[:, None])[:, 0],
+                -known.mean(-1) - math.log(size),
+                -known.topk(min(TOP, size)).values.mean(-1),
+            ]))  # fmt: skip
+        rows = torch.cat(facts, 1).cpu().split([len(responses[i]) for i in batch], 1)
+        for i, (logprob, certainty, confidence) in zip(batch, rows):
+            groups = confidence.unfold(0, min(WINDOW, len(confidence)), 1).mean(-1)
+            values = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
+            for name, value in zip(found, values):
+                found[name][i] = value.item()
+    return found
+
+
+# Scores that a model gives its own finished solutions without having been trained to.
+OWN_SCORES = ("p-yes", "mean-logprob", "self-certainty", "lowest-group")
+
+
+def own_scores(model: CausalLM, tokenizer, rows: list[dict], names: Sequence[str]) -> dict:
+    """{name: N scores} of N rollout rows that have an end, for names of OWN_SCORES."""
+    found = {"p-yes": p_yes(model, tokenizer, rows)} if "p-yes" in names else {}
+    if set(names) - set(found) and rows:
+        prompts, responses = zip(*(tokens_of(tokenizer, row) for row in rows))
+        found |= confidences(model, prompts, responses, tokenizer.size)
+    return {name: found.get(name, []) for name in names}

@@ -76,12 +76,13 @@ def phase(step: int, reasoning_warmup: int, self_reward_warmup: int) -> str:
 
 
 def self_reward(
-    logp_zc: Tensor | float, c_ref: float, beta_v: float, loss: str = "mse"
+    logp_zc: Tensor | float, c_ref: Tensor | float, beta_v: float, loss: str = "mse"
 ) -> Tensor | float:
     """r_s = beta_v * (log pi(z_c | x, y) - c_ref); nats in, about 0 (wrong) to 1 (right) out.
 
     `loss` is what r_s was trained with: after "bce" and "sft" the score is pi(z_c) itself, for
-    that is what they teach.  Either way r_s > 0.5 means "I think this is right".
+    that is what they teach.  Either way r_s > 0.5 means "I think this is right".  `c_ref` is the
+    constant, or log pi_ref(z_c | x, y) of each solution, shaped as logp_zc.
     """
     # c_ref = -23, beta_v = 0.1:   log pi(z_c) = -23 -> r_s = 0     -13 -> 1     -18 -> 0.5
     if loss == "mse":
@@ -89,10 +90,12 @@ def self_reward(
     return torch.as_tensor(logp_zc).exp() if isinstance(logp_zc, Tensor) else math.exp(logp_zc)
 
 
-def class_weights(r_v: Tensor, finished: Tensor) -> Tensor:
+def class_weights(r_v: Tensor, finished: Tensor, balanced: bool = True) -> Tensor:
     """Weights, shaped as r_v, that give right and wrong solutions the same say, whatever their
     numbers: (N_c + N_i) / (2 N_c) on right ones, (N_c + N_i) / (2 N_i) on wrong ones, 0 on
-    truncated ones (PAPER, class-level re-weighting)."""
+    truncated ones (PAPER, class-level re-weighting).  Not `balanced`, the ablation: 1 and 0."""
+    if not balanced:
+        return finished.to(r_v.dtype)
     # Of ten finished solutions eight are right.  Unweighted, r_s = 0.8 for all of them would be a
     # comfortable answer.  With 10 / (2 * 8) = 0.625 on right and 10 / (2 * 2) = 2.5 on wrong ones,
     # both classes weigh 5, and the best constant is 0.5: only telling them apart helps.
@@ -107,7 +110,7 @@ def self_reward_loss(
     logp_zc: Tensor,
     r_v: Tensor,
     weights: Tensor,
-    c_ref: float,
+    c_ref: Tensor | float,
     beta_v: float,
     kind: str = "mse",
 ) -> Tensor:
@@ -141,9 +144,15 @@ def self_reward_loss(
 # advantages
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+def informative(rewards: Tensor) -> Tensor:
+    """(P, G) rewards -> (P,): whether a group's rewards differ, so that there is a better one."""
+    return (rewards != rewards[:, :1]).any(1)
+
+
+def group_advantages(rewards: Tensor, by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """(P, G) rewards -> (P, G) advantages (r - mean) / (std + eps) within each group: GRPO
-    (arXiv 2402.03300, section 4.1.2), with the unbiased std (n - 1) of the released code.
+    (arXiv 2402.03300, section 4.1.2), with the unbiased std (n - 1) of the released code.  Not
+    `by_std`: r - mean, as in Dr. GRPO (arXiv 2503.20783).
 
     A group whose rewards are all equal teaches nothing and gets exactly zero.
     """
@@ -153,12 +162,13 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     # and a std of exactly zero (eight times 0.7 have not, and A would be 0.06).
     rewards = rewards - rewards[:, :1]
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
-    return (rewards - mean) / (std + eps)
+    return (rewards - mean) / (std + eps) if by_std else rewards - mean
 
 
 def mixed_advantages(
-    r_v: Tensor, r_s: Tensor, finished: Tensor, tau: float, min_std: float = 0.1
-) -> Tensor:
+    r_v: Tensor, r_s: Tensor, finished: Tensor, tau: float, min_std: float = 0.1,
+    by_std: bool = True,
+) -> Tensor:  # fmt: skip
     """A = (1 - tau) A_v + tau A_s, all (P, G); A_s normalises r_s clipped to [0, 1] (PAPER,
     advantage integration).
 
@@ -166,16 +176,34 @@ def mixed_advantages(
     to the size of a signal.  tau = 1 is the paper's ablation, r_s as the only reward: then there
     is no A_v to fall back on, and every group has A_s.
     """
-    a_v = group_advantages(r_v)
+    a_v = group_advantages(r_v, by_std)
     if tau == 0.0:
         return a_v
     # A truncated solution counts as r_s = 0, the least there is: it can never be rewarded for an
     # ending that it does not have.
     r_s = torch.where(finished, r_s.clamp(0, 1), 0.0)
     if tau == 1.0:
-        return group_advantages(r_s)
+        return group_advantages(r_s, by_std)
     tau_group = torch.where(r_s.std(1, keepdim=True) > min_std, tau, 0.0)  # (P, 1)
-    return (1 - tau_group) * a_v + tau_group * group_advantages(r_s)
+    return (1 - tau_group) * a_v + tau_group * group_advantages(r_s, by_std)
+
+
+def token_weights(lengths: Tensor, counted: Tensor, aggregate: str, longest: int) -> Tensor:
+    """What the advantages (P, G) are multiplied by, so that the policy loss below, a sum over all
+    M tokens divided by M, becomes a mean over the solutions `counted` (P, G) alone, of one kind:
+
+        token     over all their tokens alike (arXiv 2503.14476; the paper's)
+        sequence  over solutions of the mean over each one's tokens (GRPO, arXiv 2402.03300)
+        constant  the sum over tokens / (their number * `longest`) (Dr. GRPO, arXiv 2503.20783)
+    """
+    # The surrogate is proportional to the size of A, so a weight on a solution's tokens is one on
+    # its advantage.  Lengths 10 and 30, M = 40:  "token" has 1/40 on each token, so the long one
+    # has three times the say.  "sequence" has 1/2 * 1/10 and 1/2 * 1/30: weights of 2 and 2/3.
+    # "constant" at 100 has 1/200 on each, a weight of 0.2 however long the others happen to be.
+    n = counted.sum().clamp(min=1)
+    divisor = {"token": (counted * lengths).sum().clamp(min=1), "sequence": n * lengths,
+               "constant": n * longest}[aggregate]  # fmt: skip
+    return counted * lengths.sum() / divisor
 
 
 # ---------------------------------------------------------------------------------------------

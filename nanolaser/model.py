@@ -241,7 +241,8 @@ class CausalLM(nn.Module):
 
         Rows are padded on the right: hidden states at real tokens are right whatever the padding
         holds.  `past` is a KVCache's `admit(...)` or `decode()`: then the rows fill the cache, or
-        go on where they ended by one token each (cache.py has an example).
+        go on where they ended by one token each (cache.py has an example).  Or it is a Packing:
+        then one row holds many texts that share their prompts (packing.py).
         """
         # 1. Where does each token stand in its text?
         positions = None if past is None else past.positions  # (B, 1) when decoding

@@ -1,5 +1,5 @@
 """
-Problems and their gold answers: benchmarks, files, and the arithmetic that is made up on the spot.
+Problems and their gold answers: benchmarks, files, and what is made up on the spot.
 
     load_problems("gsm8k", split="train")        # by alias, from the Hugging Face hub
     load_problems("my-problems.jsonl")           # a file: JSONL, or Parquet, or CSV
@@ -18,8 +18,8 @@ Nothing here imports the model or even torch: reading problems is instant.
 from __future__ import annotations
 
 import csv
-import difflib
 import fnmatch
+import functools
 import io
 import itertools
 import math
@@ -31,8 +31,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .cli import near
 from .files import fetch, read_jsonl
-from .tiny.arithmetic import made_up
+from .tiny import arithmetic, subset_sum
 
 # alias -> (dataset on the hub, {split: its files}).  A benchmark with one split gives that split
 # whatever was asked for: people disagree on whether the AIME is called train or test.
@@ -57,8 +58,13 @@ DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     "gpqa": ("Idavidrein/gpqa", {"train": "gpqa_diamond.csv"}),  # gated: accept its terms first
 }
 
-# Generated: how many operations a problem has.  The hard ones are the longest of these.
-ARITHMETIC = {"arithmetic": (2, 3, 4, 5), "arithmetic-hard": (5,)}
+# Made up on the spot: name -> endless (text, answer, level) of a (seed, split).  `operations` is how
+# many a problem has; the hard ones are the longest of these.
+MADE_UP: dict[str, Callable[[int, str], Iterator[tuple[str, str, int]]]] = {
+    "arithmetic": functools.partial(arithmetic.made_up, operations=(2, 3, 4, 5)),
+    "arithmetic-hard": functools.partial(arithmetic.made_up, operations=(5,)),
+    "subset-sum": subset_sum.made_up,
+}
 
 # What a field of Problem may be called in a row, the best name first.
 FIELDS = {
@@ -93,17 +99,17 @@ def load_problems(
     seed: int = 0,
     parses: Callable[[str], bool] | None = None,
 ) -> list[Problem]:
-    """The problems of an alias, of a file, or `arithmetic`; the first `max_problems` of them.
+    """The problems of an alias, of a file, or made up; the first `max_problems` of them.
 
-    `seed` orders GPQA's choices, and makes up the arithmetic.  `parses` (checker.parses) is asked
+    `seed` orders GPQA's choices, and makes up what is made up.  `parses` (checker.parses) is asked
     about every gold answer; how many it cannot read is said on stderr, for a solution to such a
     problem can never be found right.  ValueError, FileNotFoundError or OSError, one line, for a
     name or a row that makes no sense.
     """
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems is {max_problems}, but has to be at least 1")
-    if name in ARITHMETIC:
-        return arithmetic_problems(max_problems or 1000, seed, split, ARITHMETIC[name])
+    if name in MADE_UP:
+        return made_up_problems(max_problems or 1000, seed, split, name)
     files = _files(name, split)
     problems: list[Problem] = []
     ids: set[str] = set()
@@ -147,10 +153,10 @@ def train_and_test(
 
     Where both names are the same: a benchmark with two splits gives its test split; of a file, or
     of a benchmark with one split, every n-th problem is held out, at most a fifth (rounded up).
-    Arithmetic is made up while training, so its first list is empty.  Errors: those of
+    Some are made up while training: then the first list is empty.  Errors: those of
     load_problems, and ValueError if nothing is left to train on.
     """
-    if data in ARITHMETIC:
+    if data in MADE_UP:
         # The splits share no problem: which one it is in, its text decides (tiny/arithmetic.py).
         return [], load_problems(eval_data, "test", count, parses=parses)
     train = load_problems(data, "train", parses=parses)
@@ -171,20 +177,17 @@ def train_and_test(
 
 def has_test_split(name: str) -> bool:
     """Whether training on this data set leaves a split of it alone: arithmetic, GSM8K."""
-    return name in ARITHMETIC or len(DATASETS.get(name.lower(), ("", ()))[1]) > 1
+    return name in MADE_UP or len(DATASETS.get(name.lower(), ("", ()))[1]) > 1
 
 
-def arithmetic_problems(
-    count: int,
-    seed: int,
-    split: str = "train",
-    operations: tuple[int, ...] = ARITHMETIC["arithmetic"],
+def made_up_problems(
+    count: int, seed: int, split: str = "train", name: str = "arithmetic"
 ) -> list[Problem]:
     """`count` random problems of the split (train, test); the same seed gives the same ones."""
-    drawn = itertools.islice(made_up(seed, split, operations), count)
+    drawn = itertools.islice(MADE_UP[name](seed, split), count)
     return [
-        Problem(id=f"{split}-{seed}-{i}", problem=f"{text}=?", answer=str(value), level=str(n))
-        for i, (text, value, n) in enumerate(drawn)
+        Problem(id=f"{split}-{seed}-{i}", problem=text, answer=answer, level=str(level))
+        for i, (text, answer, level) in enumerate(drawn)
     ]
 
 
@@ -197,33 +200,34 @@ class ProblemStream:
         problems: list[Problem],
         problems_per_step: int,
         seed: int,
-        operations: tuple[int, ...] | None = None,
+        made_up: str | None = None,
     ):
         """Problems are gone through once an epoch, each epoch in an order of its own; without any,
-        arithmetic of so many `operations` is made up on the spot.  ValueError without either."""
-        if not problems and not operations:
+        those of this name are made up on the spot.  ValueError without either."""
+        if not problems and made_up not in MADE_UP:
             raise ValueError("there is no problem to learn from")
-        self.problems, self.operations = problems, None if problems else operations
+        self.problems, self.made_up = problems, None if problems else made_up
         self.problems_per_step, self.seed = problems_per_step, seed
         self._epoch, self._order = -1, []  # the order that was asked for last
 
-    def at(self, step: int) -> list[Problem]:
-        """The problems of one step, counted from 1."""
-        P = self.problems_per_step
-        if self.operations:
+    def at(self, step: int, more: int = 0) -> list[Problem]:
+        """The problems of one step, counted from 1, and `more` fresh ones after them."""
+        P, seed = self.problems_per_step, self.seed * 1_000_003 + step
+        if self.made_up:
             # No two steps of a run share a seed, and neither do two runs of up to a million steps.
-            return arithmetic_problems(P, self.seed * 1_000_003 + step, operations=self.operations)
+            return made_up_problems(P + more, seed, name=self.made_up)
         # 10 problems, 4 a step: step 3 takes the last 2 of epoch 0 and the first 2 of epoch 1.
         places = range((step - 1) * P, step * P)
-        return [self._problem(place) for place in places]
+        # Fresh ones are any others: taken from the epoch, they would move every later step.
+        fresh = random.Random(seed).choices(self.problems, k=more)
+        return [self._problem(place) for place in places] + fresh
 
     def for_c_ref(self, count: int) -> list[Problem]:
         """`count` problems that differ, or as many as there are: those that c_ref is measured on,
         before the first step."""
-        if self.operations:
+        if self.made_up:
             # Twice as many as asked for, since short ones repeat now and then.
-            seed = self.seed * 1_000_003
-            drawn = arithmetic_problems(2 * count, seed, operations=self.operations)
+            drawn = made_up_problems(2 * count, self.seed * 1_000_003, name=self.made_up)
         else:
             drawn = [self._problem(place) for place in range(len(self.problems))]
         distinct: dict[str, Problem] = {}
@@ -313,6 +317,76 @@ def _text(value: Any, where: str, notes: Counter) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# solutions that somebody has sampled
+
+
+def read_solutions(name: str, **how: Any) -> Iterator[tuple[int, dict]]:
+    """(line, row) of the solutions in a JSONL file, whoever sampled them: `problem` or `question`
+    and `response` or `solution`, or `messages` as OpenAI's API has them, or token ids; `gold` is
+    the reference answer, where there is one.  All else that a row holds stays in it.
+
+    `how` goes to files.read_jsonl.  ValueError "FILE:LINE ..." for a row that makes no sense; with
+    `on_damage`, that is told (line, why) instead.
+    """
+    on_damage = how.get("on_damage")
+    for number, row in read_jsonl(name, **how):
+        try:
+            yield number, _solution(row)
+        except ValueError as error:
+            if on_damage is None:
+                raise ValueError(f"{name}:{number}: {error}") from None
+            on_damage(number, str(error))
+
+
+# Which key holds the tokens of which text.
+TOKENS = {"problem": "prompt_token_ids", "response": "response_token_ids"}
+
+
+def _solution(row: dict) -> dict:
+    """A row under the names of rollout rows; ValueError if something is missing or of a wrong
+    kind."""
+    row = dict(row) | (_conversation(row["messages"]) if "messages" in row else {})
+    for name, other in (("problem", "question"), ("response", "solution")):
+        # Benchmarks say question; people say solution where rollout rows say response.
+        if row.get(name) is None:
+            row[name] = row.get(other)
+        text, ids = row[name], row.get(TOKENS[name])
+        if ids is not None and not (isinstance(ids, list) and ids and
+                                    all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+            raise ValueError(f"{TOKENS[name]} must be a list of token ids")
+        if text is None and ids is None:  # with token ids, the text is not needed
+            raise ValueError(f"no {name}")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name} must be text")
+    # In a rollout row `answer` is what the model said.  A row of a benchmark, with a solution
+    # added, has no `gold` and no verdict: there it is the reference.
+    if not {"gold", "r_v"} & set(row):
+        row["gold"] = next((row[k] for k in FIELDS["answer"] if row.get(k) is not None), None)
+    gold = row.get("gold")
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float, type(None))):
+        raise ValueError("gold must be text or a number")
+    row["gold"] = None if gold is None else str(gold).rpartition("####")[2].strip()  # as GSM8K's
+    return row
+
+
+def _conversation(messages: Any) -> dict:
+    """{problem, response} of [{"role": "user", "content": ...}, {"role": "assistant", ...}]."""
+    try:
+        # The instruction of a system message belongs to the prompt, not to the problem.
+        turns = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
+        (asked, problem), (said, response) = turns
+        # A content may come in parts: [{"type": "text", "text": ...}]
+        problem, response = (c if isinstance(c, str) else "".join(part["text"] for part in c)
+                             for c in (problem, response))  # fmt: skip
+        if (asked, said) == ("user", "assistant"):
+            return {"problem": problem, "response": response}
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise ValueError("messages must be one question of the user and one answer of the assistant, "
+                     "in text") from None
+
+
+# ---------------------------------------------------------------------------------------------
 # from a name to rows
 
 
@@ -329,9 +403,8 @@ def _files(name: str, split: str) -> list[Path]:
         raise ValueError(f"{name} is a folder; name a file in it ({inside or 'none fits'})")
     if path.suffix or "/" in name:
         raise FileNotFoundError(f"no such data file: {name}")
-    known = [*ARITHMETIC, *DATASETS]
-    alike = difflib.get_close_matches(name.lower(), known, n=3)
-    hint = f"did you mean {' or '.join(alike)}?" if alike else f"known: {', '.join(known)}"
+    known = [*MADE_UP, *DATASETS]
+    hint = near(name.lower(), known, f"known: {', '.join(known)}")
     raise ValueError(f"{name!r} is neither a data file nor an alias; {hint}")
 
 

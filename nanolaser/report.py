@@ -1,31 +1,32 @@
 """
-Numbers for the eye: text tables in the terminal, and pictures.
+Numbers for the eye: text tables in the terminal, pictures, and the page that a run leaves behind.
 
-    python -m nanolaser.report runs/a runs/b -o compare.png     # the curves of two runs, overlaid
+    python -m nanolaser.report runs/a runs/b -o compare.svg     # the curves of two runs, overlaid
+    python -m nanolaser.report runs/a -o now.html               # its page, also while it still runs
 
 What is undefined (None) is shown as "-" and left out of curves, shares are in per cent, and the
-error behind a +- is one standard error.
-
-matplotlib is optional, and imported only when something is drawn: neither training nor evaluation
-may fail, or start slower, for want of a picture.  So every function that draws returns the one
-line to tell the user: where the picture is, or why there is none.
+error behind a +- is one standard error.  Pictures are SVG (svg.py): they need nothing installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import html
+import json
 import math
+import string
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .cli import main_guard
-from .files import read_jsonl, write_atomic
+from .files import NUMBER, finite, read_json, read_jsonl, write_atomic
 from .metrics import ece, mean_and_stderr, reliability, vote_sizes
+from .svg import DASH, GREY, dots, error_bars, mark, panel, picture
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -110,42 +111,74 @@ def comparison_table(differences: Mapping[str, Any]) -> str:
     return table(("metric", "A", "B", "B - A", "95 % interval", ""), rows)
 
 
+def before_after(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[list[str]]:
+    """[name, before, after, change] of two evaluations of the same problems, in the order in which
+    one asks: does it solve more, does it know when, what do votes make of that?"""
+    n = str(after.get("n"))
+    wanted = (
+        ("accuracy, %", ("accuracy",)), (f"majority vote of {n}, %", ("majority_vote", n)),
+        (f"vote of {n} weighted by r_s, %", ("weighted_vote", n)),
+        (f"best of {n} by r_s, %", ("best_of", n)),
+        ("verification F1, %", ("verification", "f1")),
+        ("AUROC of r_s, %", ("verification", "auroc")),
+        ("  within a problem, %", ("verification", "auroc_within")),
+        ("mean r_s of right solutions", ("verification", "mean_r_s_correct")),
+        ("mean r_s of wrong solutions", ("verification", "mean_r_s_wrong")),
+        ("tokens of a solution", ("mean_response_tokens",)),
+    )  # fmt: skip
+    rows = []
+    for name, keys in wanted:
+        scale, digits = (100, 1) if "%" in name else (1, 1 if "tokens" in name else 2)
+        pair = [x if x is None else scale * x for x in (_at(before, keys), _at(after, keys))]
+        change = "-" if None in pair else f"{pair[1] - pair[0]:+.{digits}f}"
+        rows.append([name, *(decimal(x, digits) for x in pair), change])
+    return rows
+
+
+def _at(row: Any, keys: Iterable[str]) -> Any:
+    """row[k1][k2]..., None where there is none."""
+    for key in keys:
+        row = row.get(key) if isinstance(row, Mapping) else None
+    return row
+
+
 # ---------------------------------------------------------------------------------------------
-# pictures of an evaluation
+# pictures of solutions
 
 # One meaning a colour in all pictures, and colours that the colour-blind can tell apart (blue and
-# orange differ in lightness too, so that a grey print still works).
-RIGHT, WRONG, NEUTRAL, OTHERS = "#1f6f9f", "#d9702a", "#5f6670", ("#8b5fb0", "#3b8f5a", "#b9bec6")
+# orange differ in lightness too; and what is wrong is dashed, so that a grey print still works).
+RIGHT, WRONG, OTHERS = "#1f6f9f", "#d9702a", ("#8b5fb0", "#3b8f5a", "#818892")
+COLOURS = (RIGHT, WRONG, *OTHERS)  # of several runs
 
 
-def evaluation(path: str | Path, title: str, rows: Sequence[Mapping[str, Any]],
+def evaluation(title: str, rows: Sequence[Mapping[str, Any]],
                votes: Mapping[str, Mapping[int, Any]]) -> str:
     """One data set in four panels: what votes bring, whether r_s = 0.8 means right in 80 % of the
     cases, how far apart right and wrong solutions are, and whether r_s only looks at the length."""
-    def paint(figure: Any) -> None:
-        (a, b), (c, d) = figure.subplots(2, 2)
-        _votes(a, votes)
-        _reliability(b, *_scored(rows)[:2])
-        _histogram(c, *_scored(rows)[:2])
-        _lengths(d, *_scored(rows))
-        figure.suptitle(title, fontsize=13, x=0.012, ha="left")
-
-    return _draw(path, 11, 8, paint)
+    right, score, tokens = scored(rows)
+    return picture([
+        votes_panel(votes, f"{title}: accuracy of votes"), reliability_panel(right, score),
+        histogram_panel(right, score, "r_s"), _lengths(right, score, tokens),
+    ])  # fmt: skip
 
 
-def histograms(path: str | Path, kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def histograms(kinds: Mapping[str, Sequence[Mapping[str, Any]]], columns: int = 2) -> str:
     """r_s of right and of wrong solutions, a panel for each of several sets of rollout rows: before
-    and after training, say."""
-    def paint(figure: Any) -> None:
-        # One scale for all of them: what training moved is seen, not read.
-        axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
-        for axis, (name, rows) in zip(axes, kinds.items()):
-            _histogram(axis, *_scored(rows)[:2], title=name)
-
-    return _draw(path, 5.5 * len(kinds), 3.6, paint)
+    and after training, say.  One scale for all: what training moved is seen, not read."""
+    pairs = {name: scored(rows)[:2] for name, rows in kinds.items()}
+    high = max([0.0, *(_density(score[kind]).max() for right, score in pairs.values()
+                       for kind in (right, ~right))])  # fmt: skip
+    return picture([histogram_panel(*pair, name, high) for name, pair in pairs.items()], columns)
 
 
-def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_phase(steps: Sequence[dict], samples: Sequence[dict]) -> dict[str, list[dict]]:
+    """The solutions of a run, sorted by the phase that their step belongs to."""
+    phase_of = {row["step"]: row.get("phase", "") for row in steps}
+    return {phase: [row for row in samples if phase_of.get(row["step"]) == phase]
+            for phase in dict.fromkeys(phase_of.values())}  # fmt: skip
+
+
+def scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(right, r_s, tokens), (M,) each, of the solutions that have an r_s."""
     # A solution that was cut off has no end, and no r_s: it is in no picture of r_s.
     kept = [row for row in rows if row["r_s"] is not None and math.isfinite(row["r_s"])]
@@ -154,69 +187,87 @@ def _scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, 
     return right > 0.5, score, tokens
 
 
-def _votes(axis: Any, votes: Mapping[str, Mapping[int, Any]]) -> None:
+def votes_panel(votes: Mapping[str, Mapping[int, Any]], title: str = "Accuracy of votes") -> str:
     """Accuracy of each kind of vote against k, with standard errors over problems."""
-    styles = {"majority_vote": ("majority vote", NEUTRAL, "s-"),
-              "weighted_vote": ("weighted by r_s", RIGHT, "o-"),
-              "best_of": ("best of k by r_s", OTHERS[0], "^-"),
-              "pass_at": ("any of k right (pass@k)", OTHERS[2], ":")}
-    ks = sorted(votes["majority_vote"])
-    for method, (name, colour, style) in styles.items():
+    styles = {"majority_vote": ("majority vote", GREY, DASH),
+              "weighted_vote": ("weighted by r_s", RIGHT, ""),
+              "best_of": ("best by r_s", OTHERS[0], "8 3 2 3"),
+              "pass_at": ("any right", OTHERS[2], "2 3")}
+    # Doubling the samples is the question asked, so each doubling takes the same room.
+    ks, marks = sorted(votes["majority_vote"]), []
+    for method, (name, colour, dash) in styles.items():
         pairs = [mean_and_stderr(votes[method][k]) for k in ks]
-        means, errors = ([math.nan if p[j] is None else p[j] for p in pairs] for j in (0, 1))
+        seen = [(math.log2(k), *pair) for k, pair in zip(ks, pairs) if pair[0] is not None]
+        x, y, error = zip(*seen) if seen else ((), (), ())
+        marks.append(mark([list(zip(x, y))], colour, name, stroke_dasharray=dash))
         # The methods share the problems: their differences are surer than these bars suggest.
-        bars = None if method == "pass_at" else np.nan_to_num(errors)
-        axis.errorbar(ks, means, yerr=bars, fmt=style, color=colour, label=name, ms=5, capsize=2.5)
-    if ks:
-        # Doubling the samples is the question asked, so each doubling takes the same room; the
-        # values themselves as labels, since "2^3" is how a log axis would write 8.
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ks, [str(k) for k in ks])
-        axis.minorticks_off()
-    _dress(axis, "Accuracy of votes", "solutions k", "accuracy", bool(ks))
+        if method != "pass_at":
+            marks.append(error_bars(x, y, [e or 0 for e in error], colour))
+    ticks = {math.log2(k): str(k) for k in ks}
+    return panel(title, "solutions k", "accuracy", marks, x_ticks=ticks)
 
 
-def _reliability(axis: Any, right: np.ndarray, score: np.ndarray) -> None:
+def reliability_panel(right: np.ndarray, score: np.ndarray) -> str:
     """Share of right solutions against clipped r_s, bin by bin; the diagonal is a probability."""
     # Empty bins have no point: a zero there would read as "always wrong".
     bins = [row for row in reliability(right, score) if row["count"]]
     x, y, counts = (np.array([row[k] for row in bins]) for k in ("score", "accuracy", "count"))
-    axis.plot([0, 1], [0, 1], "--", color=NEUTRAL, lw=1)
+    marks, points = [], np.stack((x, y), 1)
     if bins:
         # The binomial error of a bin, and its count: a point far off may be three solutions.
-        axis.errorbar(x, y, yerr=np.sqrt(y * (1 - y) / counts), fmt="o-", color=RIGHT, capsize=2.5,
-                      label=f"r_s (ECE {ece(right, score):.3f}); solutions in each bin")
-        for place in zip(x, y, counts):
-            axis.annotate(str(place[2]), place[:2], xytext=(5, -11), textcoords="offset points",
-                          fontsize=7.5, color=NEUTRAL)
-    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    _dress(axis, "Reliability", "r_s, clipped to [0, 1]", "share of right solutions", bool(bins))
+        marks = [mark([[(0, 0), (1, 1)]], GREY, stroke_width=1, stroke_dasharray=DASH),
+                 error_bars(x, y, np.sqrt(y * (1 - y) / counts), RIGHT),
+                 mark([points], RIGHT), dots(points, RIGHT)]  # fmt: skip
+    notes = [(a, b - 0.1, str(n)) for a, b, n in zip(x, y, counts)]
+    return panel(f"Reliability (ECE {decimal(ece(right, score))}; solutions in each bin)",
+                 "r_s, clipped to [0, 1]", "share of right solutions", marks,
+                 (-0.02, 1.08), (-0.02, 1.02), notes=notes)  # fmt: skip
 
 
-def _histogram(axis: Any, right: np.ndarray, score: np.ndarray, title: str | None = None) -> None:
-    """Distribution of r_s over right and over wrong solutions, each of area one: the two kinds are
-    rarely equally many, and the question is whether their shapes overlap."""
-    for kind, name, colour in ((right, "right", RIGHT), (~right, "wrong", WRONG)):
+EDGES = np.linspace(-0.5, 1.5, 41)
+
+
+def _density(score: np.ndarray) -> np.ndarray:
+    """The share of scores in each bin, per unit of r_s."""
+    # Shares, not counts: right and wrong solutions are rarely equally many, and the question is
+    # whether their shapes overlap.
+    # A far-off r_s would squeeze all others into one bar: what lies beyond is drawn in the last bar
+    # on its side.
+    return np.histogram(np.clip(score, -0.5, 1.5), EDGES)[0] / max(1, len(score)) / 0.05
+
+
+def histogram_panel(
+    right: np.ndarray, score: np.ndarray, title: str, high: float | None = None
+) -> str:
+    """Distribution of r_s over right and over wrong solutions."""
+    marks, means, tall = [], [], 0.1
+    for kind, colour, dash in ((right, RIGHT, ""), (~right, WRONG, DASH)):
+        density = _density(score[kind])
+        means.append(decimal(score[kind].mean() if kind.any() else None, 2))
+        tall = max(tall, *density)
         if kind.any():
-            # A far-off r_s would squeeze all others into one bar: what lies beyond is drawn in the
-            # last bar on its side.
-            values = np.clip(score[kind], -0.5, 1.5)
-            label = f"{name}: {kind.sum()}, mean r_s {score[kind].mean():.2f}"
-            axis.hist(values, np.linspace(-0.5, 1.5, 41), density=True, color=colour, alpha=0.5,
-                      label=label)
-    axis.axvline(0.5, color=NEUTRAL, lw=1, ls="--")  # the verdict's border
-    _dress(axis, title or "Right and wrong solutions", "r_s", "density", bool(len(score)))
+            # The outline of the bars: each edge twice, at the height on its left and on its right.
+            outline = zip(np.repeat(EDGES, 2), [0, *np.repeat(density, 2), 0])
+            marks.append(mark([list(outline)], colour, fill=colour, fill_opacity=0.25,
+                              stroke_width=1.4, stroke_dasharray=dash))  # fmt: skip
+    if marks:  # the verdict's border
+        border = [(0.5, -math.inf), (0.5, math.inf)]
+        marks.append(mark([border], GREY, stroke_width=1, stroke_dasharray="2 3"))
+    title = f"{title}: mean {means[0]} of right, {means[1]} of wrong"
+    x_name = f"r_s of {right.sum()} right and {(~right).sum()} wrong (dashed) solutions"
+    return panel(title, x_name, "density", marks, (-0.5, 1.5), (0, 1.05 * (high or tall)))
 
 
-def _lengths(axis: Any, right: np.ndarray, score: np.ndarray, tokens: np.ndarray) -> None:
+def _lengths(right: np.ndarray, score: np.ndarray, tokens: np.ndarray) -> str:
     """r_s against the length, a point a solution: two clouds that both fall say that r_s follows
     the length, two level ones apart that it does not."""
-    # More points than this are a blob, and a slow one: a random part shows the same.
-    shown = np.random.default_rng(0).permutation(len(score))[:4000]
-    for kind, name, colour in ((right, "right", RIGHT), (~right, "wrong", WRONG)):
-        some = shown[kind[shown]]
-        axis.scatter(tokens[some], score[some], s=9, color=colour, alpha=0.3, lw=0, label=name)
-    _dress(axis, "r_s and length", "tokens of the response", "r_s", bool(len(score)))
+    # More points than this are a blob, and a large file: a random part shows the same.
+    some = np.random.default_rng(0).permutation(len(score))[:2000]
+    marks = [dots([(tokens[i], score[i]) for i in some if right[i] == kind], colour, 3.5,
+                  opacity=0.45, stroke_linecap=cap)
+             for kind, colour, cap in ((False, WRONG, "square"), (True, RIGHT, "round"))]
+    title = "r_s and length: right dots, wrong squares"
+    return panel(title, "tokens of the response", "r_s", marks)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,129 +283,163 @@ PANELS = (
     ("Entropy", "nats a token", ("entropy",), ()),
     ("Self-reward loss", "weighted squared error", ("self_reward_loss",), ()),
 )
-COLOURS = (RIGHT, WRONG, *OTHERS)  # of several runs
 
 
-def curves(path: str | Path, runs: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> str:
+def curves(
+    runs: Mapping[str, tuple[Sequence[dict], Sequence[dict]]], columns: int = 2
+) -> str:
     """The course of training of one or more runs in six panels; name -> (lines of metrics.jsonl,
-    lines of evals.jsonl).  Points are held-out evaluations, grey lines the borders of phases."""
-    def paint(figure: Any) -> None:
-        """Fill the figure."""
+    lines of evals.jsonl).  Dots are held-out evaluations, grey lines the borders of phases."""
+    borders, phases = [], []
+    if len(runs) == 1:
+        (steps, _), *_ = runs.values()
+        # Between two steps: each belongs to one phase whole.
+        for a, b in pairwise([{"step": 0}, *steps]):
+            if a.get("phase") != b.get("phase"):
+                x = (a["step"] + b["step"]) / 2
+                phases.append((x, math.inf, b.get("phase", "")))
+                borders.append([(x, -math.inf), (x, math.inf)])
+    panels = []
+    for title, label, keys, held_out in PANELS:
+        marks = []
+        for i, (run, (steps, evals)) in enumerate(runs.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            for key, dash in zip(keys, ("", DASH)):
+                name = ("wrong" if dash else "right") if len(keys) > 1 else ""
+                name = name if len(runs) == 1 else "" if dash else shorten(run, 18)
+                marks += _smooth_line(_points(steps, (key,)), colour, dash, name)
+            # Few and exact, against the many noisy batches: dots above the curves.
+            points = _points(evals, held_out)
+            marks += [dots(points, "#fff", 10), dots(points, colour, 7)]
+        if any(m["lines"] for m in marks):
+            marks.append(mark(borders[1:], "#9aa0a8", stroke_width=0.8))
         # One step axis for all: what happens at a border of phases is read down the column.
-        axes = figure.subplots(2, 3, sharex=True)
-        for axis, (title, label, keys, held_out) in zip(axes.flat, PANELS):
-            drawn = False
-            for i, (name, (steps, evals)) in enumerate(runs.items()):
-                colour = COLOURS[i % len(COLOURS)]
-                for key, dash in zip(keys, ("-", "--")):
-                    drawn |= _smooth_line(axis, _points(steps, (key,)), colour, dash, name)
-                # Few and exact, against the many noisy batches: points above the curves.
-                points = _points(evals, held_out)
-                axis.plot(*points.T, "o", color=colour, mec="white", ms=6, zorder=5)
-                drawn |= len(points) > 0
-                for before, after in zip(steps, steps[1:]):
-                    if before.get("phase") != after.get("phase") and len(runs) == 1:
-                        # Between the steps: each belongs to one phase whole.
-                        border = (before["step"] + after["step"]) / 2
-                        axis.axvline(border, color="#9aa0a8", lw=0.8, zorder=1)
-            if "F1" in title or "Accuracy" in title:
-                axis.set_ylim(-0.02, 1.02)  # a share: the same scale in every picture
-            _dress(axis, title, "step", label, drawn)
-
-    return _draw(path, 12.5, 6.6, paint)
+        last = max([1, *(row["step"] for pair in runs.values() for log in pair for row in log)])
+        share = (-0.02, 1.12) if "F1" in title or "Accuracy" in title else None
+        notes = phases if title == "Accuracy" else ()
+        panels.append(panel(title, "step", label, marks, (0, last), share, notes=notes))
+    return picture(panels, columns)
 
 
 def _points(rows: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> np.ndarray:
     """(N, 2) of (step, row[k1][k2]...) of the rows that have it."""
     # Steps without a value are left out, not drawn as a gap: a batch without a wrong solution has
     # no r_s_wrong, and late in a good run that happens every few steps.
-    points, keys = [], tuple(keys)
-    for row in rows:
-        value: Any = row if keys else None
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
-            points.append((row["step"], value))
-    return np.array(points, dtype=float).reshape(-1, 2)
+    keys = tuple(keys)
+    points = [(row["step"], _at(row, keys)) for row in rows if keys]
+    return np.array([p for p in points if p[1] is not None], dtype=float).reshape(-1, 2)
 
 
-def _smooth_line(axis: Any, points: np.ndarray, colour: str, dash: str, name: str) -> bool:
-    """The values pale, their moving average on top; whether there was anything to draw."""
+def _smooth_line(points: np.ndarray, colour: str, dash: str, name: str) -> list[dict]:
+    """The values pale, their moving average on top; no mark where there is nothing to draw."""
     if not len(points):
-        return False
+        return []
     steps, values = points.T
     # One batch is a few dozen problems: its reward jumps by several points from step to step, and
     # the eye would take that for the course.  A twentieth of the run is smoothed, short runs not.
     # Centred, not trailing: a trailing mean would show every change later than it happened.
     half = len(steps) // 40
-    smooth = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
-    if half:
-        axis.plot(steps, values, dash, color=colour, lw=0.8, alpha=0.3)
-    marker = "o" if len(steps) <= 3 else None  # a line of one point is invisible
-    axis.plot(steps, smooth, dash, color=colour, lw=1.8, marker=marker,
-              label=name if dash == "-" else None)
-    return True
+    # More points than pixels are nothing but bytes.
+    shown = range(len(steps) - 1, -1, -(1 + len(steps) // 1000))[::-1]
+    smooth = [(steps[i], values[max(0, i - half) : i + half + 1].mean()) for i in shown]
+    pale = mark([points[shown]], colour, stroke_width=0.7, opacity=0.35)
+    line = mark([smooth], colour, name, stroke_dasharray=dash)
+    return [pale, line] if half else [line]
 
 
-# ---------------------------------------------------------------------------------------------
-# the common look, and the file
-
-
-def _dress(axis: Any, title: str, x: str, y: str, drawn: bool) -> None:
-    """Title, labels, a quiet grid, and a legend or the words "no data": an empty frame would be a
-    riddle."""
-    axis.set_title(title, loc="left", fontsize=11)
-    axis.set_xlabel(x, fontsize=9.5)
-    axis.set_ylabel(y, fontsize=9.5)
-    axis.grid(True, color="#d5d8dd", lw=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)  # they carry no scale
-    if not drawn:
-        axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color=NEUTRAL)
-    elif axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", loc="best")
-
-
-def _draw(path: str | Path, width: float, height: float, paint: Callable[[Any], None]) -> str:
-    """Let `paint` fill an empty figure (inches) and write it, whole or not at all; the line to
-    tell."""
-    try:
-        # Figure without pyplot: no window system, no global list of figures that a long run would
-        # fill, no settings changed for whoever imports this package.
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"no picture {Path(path).name}: matplotlib is missing (pip install matplotlib)"
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    paint(figure)
-    # Drawn in memory: an error in the drawing leaves no trace on the disk.  No version string
-    # inside: the same numbers give the same bytes.
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
+def save(path: str | Path, svg: str) -> str:
+    """Write a picture, whole or not at all; the line to tell."""
+    write_atomic(path, svg)
     return f"picture {path}"
 
 
-def read_run(folder: str) -> tuple[list[dict], list[dict]]:
-    """(metrics.jsonl, evals.jsonl) of a run's folder; ValueError, one line, if it is none."""
-    metrics, evals = (Path(folder) / name for name in ("metrics.jsonl", "evals.jsonl"))
-    if not metrics.is_file():
+# ---------------------------------------------------------------------------------------------
+# the page of a run
+
+PAGE_BYTES = 2_500_000  # of samples: a page that opens at once, and can be sent to somebody
+LONGEST = 8_000  # characters of a solution that are shown
+
+
+def page(folders: Mapping[str, Path]) -> str:
+    """One HTML file about one or more runs: before and after, curves, and the sampled solutions, to
+    sort, filter and search.  All of it is inside; it asks no network for anything."""
+    logs = {name: read_run(folder) for name, folder in folders.items()}
+    tables = []
+    for name, folder in folders.items():
+        if (folder / "summary.json").is_file():
+            summary = read_json(folder / "summary.json")
+            header = [name, "before", "after", "change"]
+            cells = [header, *before_after(summary.get("before"), summary.get("after") or {})]
+            cells = ["".join(f"<td>{html.escape(x)}</td>" for x in row) for row in cells]
+            tables.append(f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>")
+    pictures = [curves({name: log[:2] for name, log in logs.items()}, 3)]
+    if len(logs) == 1:
+        ((steps, _, samples),) = logs.values()
+        pictures.append(histograms(by_phase(steps, samples), 3))
+    data, note = _samples_json({name: log[2] for name, log in logs.items()})
+    # One pass over the template, so that nothing that was put in is looked at again.
+    template = string.Template((Path(__file__).parent / "report.html").read_text("utf-8"))
+    return template.substitute(title=html.escape(", ".join(logs)), tables="".join(tables),
+                               pictures="".join(pictures), data=data, note=note)  # fmt: skip
+
+
+def _samples_json(runs: Mapping[str, Sequence[dict]]) -> tuple[str, str]:
+    """(the solutions as JSON for the page, a sentence on what is not among them)."""
+    by_step: dict[tuple, list[str]] = {}
+    for name, rows in runs.items():
+        for row in rows:
+            # What a model writes is anything, HTML and scripts included.  In JSON no tag can begin,
+            # once "<" is written as its number; the page's script shows it as text (report.html).
+            line = json.dumps({"run": name} | finite(row)).replace("<", "\\u003c")
+            by_step.setdefault((name, row["step"]), []).append(line)
+    # A long run has more solutions than a page can hold: every second step, every third ...
+    sizes, every = [sum(map(len, lines)) for lines in by_step.values()], 1
+    while sum(sizes[::every]) > PAGE_BYTES and every < len(sizes):
+        every += 1
+    shown = [line for lines in list(by_step.values())[::every] for line in lines]
+    note = "" if every == 1 else f"One step in {every} is here, all are in samples.jsonl."
+    return "[" + ",\n".join(shown) + "]", note
+
+
+def read_run(folder: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """(metrics.jsonl, evals.jsonl, what is shown of samples.jsonl) of a run's folder; ValueError,
+    one line, if it is none."""
+    logs = [Path(folder) / f"{name}.jsonl" for name in ("metrics", "evals", "samples")]
+    if not logs[0].is_file():
         raise ValueError(f"{folder} is no training run: there is no metrics.jsonl in it")
+    solution = {"r_v": NUMBER, "r_s": (*NUMBER, type(None)), "response_tokens": int}
     # `cut`: a run that is being trained, or was killed, may end within a line.
-    return tuple([row for _, row in read_jsonl(log, {"step": int}, cut=True)] if log.exists()
-                 else [] for log in (metrics, evals))
+    metrics, evals, samples = (
+        (row for _, row in read_jsonl(log, {"step": int, **more}, cut=True)) if log.exists() else ()
+        for log, more in zip(logs, ({}, {}, solution))
+    )
+    return list(metrics), list(evals), [_shown(row) for row in samples]
+
+
+def _shown(row: Mapping[str, Any]) -> dict:
+    """What a page shows of a solution: of a long chain of thought its beginning and its end."""
+    keys = "step problem gold response answer r_v r_s advantage response_tokens finished".split()
+    row = {key: row.get(key) for key in keys}
+    text = str(row["response"])
+    if len(text) > LONGEST:
+        left_out = f"\n[... {len(text) - LONGEST} characters ...]\n"
+        row["response"] = text[: LONGEST // 2] + left_out + text[-LONGEST // 2 :]
+    return row
 
 
 def main() -> None:
-    """The curves of several runs in one picture."""
-    parser = argparse.ArgumentParser(description="lay the curves of training runs over each other")
+    """The curves of several runs in one picture, or one page about them."""
+    parser = argparse.ArgumentParser(description="show training runs: their curves laid over each "
+                                     "other (.svg), or a page with their samples (.html)")
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("-o", "--output", default="compare.png", help="(default: compare.png)")
+    parser.add_argument("-o", "--output", default="compare.html", help="(default: compare.html)")
     parser.error = lambda text: sys.exit(print(f"error: {text}", file=sys.stderr) or 2)
     given = parser.parse_args()
-    said = curves(given.output, {str(Path(run)): read_run(run) for run in given.runs})
-    print(said)
-    if said.startswith("no picture"):
-        sys.exit(1)
+    folders, kind = {str(Path(run)): Path(run) for run in given.runs}, Path(given.output).suffix
+    if kind not in (".html", ".svg"):
+        parser.error(f"--output {given.output}: its name must end in .html or .svg")
+    logs = {name: read_run(folder)[:2] for name, folder in folders.items()}
+    print(save(given.output, page(folders) if kind == ".html" else curves(logs)))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Rollout:
     response_tokens: list[int] = field(default_factory=list)  # the stop token included
     logprobs: list[float] = field(default_factory=list)  # nats, one a response token, as drawn
     logp_zc: float | None = None  # nats, at temperature 1; None: truncated, there is no end
+    logp_ref: float | None = None  # likewise of the model before training: --c-ref exact alone
     finished: bool = False  # ended with a stop token
     sample_id: int = 0  # which of its problem's solutions it is
 
@@ -38,9 +39,10 @@ class Rollout:
     gold: str | None = None  # the reference answer; None: nobody knows
     response: str = ""  # the text of response_tokens
     answer: str | None = None  # what stands in its box; None: no answer
-    r_v: float | None = None  # verified reward, 0 or 1; None without a gold answer
+    r_v: float | None = None  # verified reward, 0 or 1 (of --reward: in between); None: no gold
     r_s: float | None = None  # self-reward, about 0 to 1; None where there is no logp_zc or c_ref
     checker_error: str | None = None  # what the checker raised, if it did
+    advantage: float | None = None  # in training: how much better than the others of its group
 
     def row(self, token_ids: bool = False) -> dict:
         """This rollout as one JSON row; `token_ids` adds the tokens themselves, for whoever wants
@@ -48,8 +50,8 @@ class Rollout:
         names = "problem gold response answer r_v r_s logp_zc finished".split()
         row = {name: getattr(self, name) for name in names}
         row |= {"response_tokens": len(self.response_tokens), "prompt_id": self.prompt_id}
-        if self.checker_error:
-            row["checker_error"] = self.checker_error
+        rare = ("logp_ref", "checker_error", "advantage")
+        row |= {name: getattr(self, name) for name in rare if getattr(self, name) is not None}
         if token_ids:
             row["prompt_token_ids"] = self.prompt_tokens
             row["response_token_ids"] = self.response_tokens
@@ -57,17 +59,18 @@ class Rollout:
 
 
 def judge(
-    rollouts: list[Rollout], problems: Sequence, tokenizer, gate: str | None = None
+    rollouts: list[Rollout], problems: Sequence, tokenizer, gate: str | None = None, reward=None
 ) -> None:
     """Fill in text, answer and r_v of rollouts, whose prompt_id is a place in `problems`.
 
     `gate` is the format that a solution must have to have an answer, see `boxed_answer`.  Nothing
     that a model writes ends a run: should the checker raise, the solution has no answer, and
-    `checker_error` says why.
+    `checker_error` says why.  `reward`, the user's own (see reward.py), takes the checker's place.
     """
     # In a group many solutions end in the same answer: each distinct one is judged once.
     verdicts: dict[tuple[str, str], tuple[bool | None, str | None]] = {}
     for r in rollouts:
+        # Text is for the checker and for people; what is learned from are the tokens.
         problem = problems[r.prompt_id]
         r.problem, r.gold = problem.problem, problem.answer
         r.response = tokenizer.decode(r.response_tokens)
@@ -75,20 +78,26 @@ def judge(
         # A model that repeats the instruction leaves its \boxed{} empty: that is no answer, and
         # must not win a vote.
         r.answer = answer or None
-        if r.gold is None:
+        # Without a gold answer (sample.py) there is no verdict, only an answer to vote with.
+        if r.gold is None or reward is not None:
             continue
         pair = r.answer, r.gold
         if r.answer is not None and pair not in verdicts:
             verdicts[pair] = _without_raising(is_equivalent, *pair)
         correct, error = verdicts.get(pair, (False, r.checker_error))
         r.r_v, r.checker_error = float(bool(correct)), error
+    # All solutions at once: a reward may be a model of its own, and batches are cheaper.
+    if reward is not None and rollouts:
+        texts = zip(*((r.problem, r.response, r.gold) for r in rollouts))
+        for r, r_v in zip(rollouts, reward(*texts)):
+            r.r_v = r_v
 
 
 def judged_rows(
-    rollouts: list[Rollout], problems: Sequence, tokenizer, token_ids: bool = False
+    rollouts: list[Rollout], problems: Sequence, tokenizer, token_ids: bool = False, reward=None
 ) -> list[dict]:
     """Rollouts as rows with answer, r_v and r_s, for those who only use a model."""
-    judge(rollouts, problems, tokenizer)
+    judge(rollouts, problems, tokenizer, reward=reward)
     for r in rollouts:
         r.r_s = self_reward(r.logp_zc, tokenizer)
     return [r.row(token_ids) for r in rollouts]

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .model import CausalLM
+from .readout import logits_of, mixed
 from .rollout import Rollout
 
 PREFILL_TOKENS = 16_384  # of prompts, padding included, in one forward pass
@@ -167,7 +168,9 @@ class _Engine:
         self.model, self.tokenizer, self.rollouts, self.cache = model, tokenizer, rollouts, cache
         self.streams = torch.tensor(streams)  # (N,) of random numbers
         self.max_rows = min(max_rows, len(rollouts))  # that run at a time
-        self.head = model.lm_head_weight.float()  # (V, C): logits are fp32; widened once a call
+        # (V, C): logits are fp32, so a bf16 matrix is widened, once a call, where it has to be.
+        self.head = model.lm_head_weight
+        self.head = self.head if mixed(self.head) else self.head.float()
         self.waiting = list(range(len(rollouts)))[::-1]  # a stack: the first prompts go first
 
     def step(self, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> list:
@@ -195,7 +198,7 @@ class _Engine:
         # 3. SAMPLE the next token from the last hidden state of every row.  Output rows beyond the
         #    tokenizer's size are padding of the matrix: never drawn.
         rollouts = [self.rollouts[i] for i in running]
-        logits = torch.cat(hidden).float() @ self.head.T  # (R, V)
+        logits = logits_of(torch.cat(hidden), self.head)  # (R, V)
         steps = torch.tensor([len(r.response_tokens) for r in rollouts])  # (R,)
         uniform = uniforms(seed, self.streams[running], steps).to(logits.device)
         tokens, logprobs = sample_next(logits, uniform, temperature, top_p, self.tokenizer.size)

@@ -11,6 +11,7 @@ import torch
 
 from nanolaser import grpo, laser
 from nanolaser.model import CausalLM, ModelConfig
+from nanolaser.packing import Packing
 from nanolaser.readout import token_logprobs
 from nanolaser.rollout import Rollout
 from tests import plain
@@ -63,11 +64,12 @@ def random_model(seed=0, std=0.25, **changes):
 
 
 def random_rollouts(seed=0, count=12, truncated=(2, 7), equal_length=False):
-    """Ragged rows of random tokens, all but `truncated` ended by a stop token."""
+    """Ragged rows of random tokens, four to a prompt, all but `truncated` ended by a stop token."""
     rng, rollouts = random.Random(seed), []
     for i in range(count):
         p, n = (4, 5) if equal_length else (rng.randint(1, 9), rng.randint(1, 12))
-        prompt, response = ([rng.randrange(4, 36) for _ in range(k)] for k in (p, n))
+        own, response = ([rng.randrange(4, 36) for _ in range(k)] for k in (p, n))
+        prompt = rollouts[-1].prompt_tokens if i % 4 else own
         finished = i not in truncated
         if finished:
             response[-1] = rng.choice(FakeTokenizer.stop_ids)
@@ -108,6 +110,12 @@ def update(model, optimizer, batch, *rest, **options):
 
 def read(model, rollouts, z_c_id=FakeTokenizer.z_c_id, temperature=1.0):
     """What the update reads: log-probs of all response tokens (m,), log pi(z_c) of ends (e,)."""
-    hidden, t = grpo.read_hidden(model, rollouts, [z_c_id] * len(rollouts), temperature)
-    logprobs = token_logprobs(hidden, model.lm_head_weight, t.token, t.temperature)
-    return logprobs[: t.responses], logprobs[t.responses :]
+    packing = Packing(rollouts, model.device, model.dtype)
+    hidden = model(packing.tokens, packing)[0]
+    c = grpo.Loss(z_c_id=z_c_id, temperature=temperature)
+    for r in rollouts:
+        r.r_v = r.r_v or 0.0
+    rows = [(r, 1.0, float(r.finished), 0.0, None) for r in rollouts]
+    t = grpo.targets(rows, packing.texts, c, model.device)
+    logprobs = token_logprobs(hidden[t.place], model.lm_head_weight, t.token, t.temperature)
+    return logprobs[t.weight == 0], logprobs[t.weight > 0]

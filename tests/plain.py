@@ -187,7 +187,8 @@ def class_weights(solutions: list[Solution]) -> None:
     right and 2 wrong ones each right one weighs 8 / 12, each wrong one 8 / 4.  Truncated ones 0."""
     ended = [s for s in solutions if s.finished]
     for s in ended:
-        s.weight = len(ended) / (2 * sum(other.r_v == s.r_v for other in ended))
+        s.weight = len(ended) / (2 * sum(
+            (other.r_v > 0.5) == (s.r_v > 0.5) for other in ended))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,10 +310,10 @@ def main() -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from nanolaser import is_correct, load_pretrained
-    from nanolaser.problems import arithmetic_problems
+    from nanolaser.problems import made_up_problems
 
     model, tokenizer = load_pretrained("tiny", device="cpu", dtype="float32")
-    problems = arithmetic_problems(2, seed=0)
+    problems = made_up_problems(2, seed=0)
     check = lambda i, y: float(is_correct(tokenizer.decode(y), problems[i].answer))  # noqa: E731
     w = dict(model.named_parameters())
     prompts = [tokenizer.encode_prompt(p.problem) for p in problems]

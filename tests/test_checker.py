@@ -7,6 +7,7 @@ draws over 20,000 and compares 100,000 pairs of benchmark answers.
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -49,6 +50,36 @@ TABLES = [row for name in ("checker_table", "checker_families", "checker_forms")
 @pytest.mark.parametrize("answer,gold,equal", TABLES)
 def test_table(answer, gold, equal):
     assert is_equivalent(answer, gold) is equal, str(explain(answer, gold))
+
+
+def page_rows() -> list[tuple]:
+    """(answer, gold, equal) of the tables in docs/checker.md, whose answers stand in `backticks`,
+    and (answer, None, None) of what the page says is refused."""
+    rows, head = [], []
+    for line in (DATA.parents[1] / "docs" / "checker.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not {"gold", "refused"}.isdisjoint(cells):
+            head = cells
+        elif not cells:
+            head = []
+        elif head and not cells[0].startswith("---"):
+            cell = {name: [found.replace("\\|", "|") for found in re.findall("`(.+?)`", text)]
+                    for name, text in zip(head, cells)}
+            rows += [(answer, None, None) for answer in cell.get("refused", [])]
+            for gold in cell.get("gold", []):
+                rows += [(answer, gold, True) for answer in cell["right"]]
+                rows += [(answer, gold, False) for answer in cell["wrong"]]
+    return rows
+
+
+def test_the_page_tells_the_truth():
+    """Every verdict of the tables in docs/checker.md, and that what it calls refused is."""
+    rows = page_rows()
+    assert len(rows) > 200 and {equal for _, _, equal in rows} == {True, False, None}
+    wrong = [str(explain(answer, gold)) for answer, gold, equal in rows
+             if gold is not None and is_equivalent(answer, gold) is not equal]
+    wrong += [answer for answer, gold, _ in rows if gold is None and parses(answer)]
+    assert not wrong, "\n".join(wrong)
 
 
 # ---------------------------------------------------------------------------------------------

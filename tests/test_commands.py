@@ -108,6 +108,22 @@ def test_adaptive_stops_early_with_the_same_solutions(call):
     assert f"{vote['saved']} saved" in out
 
 
+def test_until_stops_at_the_first_solution_that_is_believed(call):
+    how = ["--n", 6, "--json", *C_REF, PROBLEM]
+    _, plain, _ = call("sample.py", *how)
+    scores = [row["r_s"] for row in rows_of(plain)]
+    # between the two highest of those that differ by more than rounding
+    middle = sum(sorted({round(score, 2) for score in scores})[-2:]) / 2
+    first = next(i for i, score in enumerate(scores) if score > middle)
+    _, out, _ = call("sample.py", "--until", middle, *how)
+    *rows, last = rows_of(out)
+    assert [row["r_s"] for row in rows] == pytest.approx(scores[: first + 1], abs=1e-4)
+    assert last["vote"]["believed"] == rows[-1]["answer"] and last["vote"]["saved"] == 5 - first
+    _, out, _ = call("sample.py", "--until", max(scores) + 1, *how)
+    *rows, last = rows_of(out)
+    assert len(rows) == 6 and last["vote"]["believed"] is None and last["vote"]["saved"] == 0
+
+
 def test_nothing_to_vote_on(call):
     code, out, _ = call("sample.py", "--vote", "--n", 3, "--max-new-tokens", 3, *C_REF, PROBLEM)
     assert code == 0 and "cut off, no r_s" in out and "nothing to vote on" in out
@@ -247,7 +263,7 @@ def test_help(call, script):
     options = runpy.run_path(str(ROOT / script))["Options"]
     positional = {"sample.py": "problem"}.get(script)
     for name in options.__dataclass_fields__:
-        assert (name if name == positional else f"--{name.replace('_', '-')} ") in out
+        assert (name if name == positional else f"  --{name.replace('_', '-')}") in out
     assert code == 0 and max(map(len, out.splitlines())) <= 100
 
 
@@ -285,6 +301,11 @@ BAD = [
     ("evaluate.py", ["--compare", "HERE/none", "HERE"], "no such folder"),
     ("evaluate.py", ["--scores", "HERE/good.jsonl"], "--scores needs --output"),
     ("evaluate.py", ["--scores", "x", "--output", "HERE"], "holds no evaluation"),
+    ("evaluate.py", ["--samples", "HERE/none.jsonl"], "none.jsonl"),
+    ("evaluate.py", ["--samples", "HERE/bad.jsonl"], "bad.jsonl:1"),
+    ("evaluate.py", ["--samples", "HERE/good.jsonl", "--generative"], "--samples"),
+    ("evaluate.py", ["--fit-threshold", "HERE/good.jsonl"], "good.jsonl:1"),
+    ("verify.py", ["--problem", "x", "--solution", "y", "--fit-threshold", "HERE/none"], "none"),
 ]
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from nanolaser.judge import judgement_prompt, log_probability, tokens_of, verdict
+from nanolaser.judge import confidences, judgement_prompt, tokens_of, verdict
 from nanolaser.sampler import generate
 from tests.test_commands import C_REF, ROOT, ROW_KEYS, rows_of, start, write_rows
 
@@ -63,8 +63,7 @@ def test_results_and_samples(evaluated):
     assert entry["accuracy"] == pytest.approx(sum(r["r_v"] for r in rows) / 96, abs=1e-6)
     # the terminal shows the same, and the picture is there
     assert f"{100 * entry['accuracy']:.1f} +-" in text and "weighted@n" in text
-    pytest.importorskip("matplotlib")
-    assert (out / "arithmetic.png").stat().st_size > 20_000
+    assert (out / "arithmetic.svg").stat().st_size > 5_000
 
 
 def test_the_judgement_in_words_is_measured_like_r_s(evaluated):
@@ -276,19 +275,143 @@ def test_scores_outside_0_to_1_need_a_rule(evaluated, call, tmp_path):
     assert plain["verification"]["mean_r_s_correct"] > 3
 
 
+OWN = ("p-yes", "mean-logprob", "self-certainty", "lowest-group", "vote-share")
+
+
+def test_scores_by_name(evaluated, call):
+    out, _ = evaluated
+    code, text, err = call("evaluate.py", "--output", out, "--scores", ",".join(OWN))
+    assert code == 0, err
+    found = {name: json.loads((out / f"scores-{name}.json").read_text())["arithmetic"]
+             for name in OWN}
+    assert all(f"arithmetic: {name}" in text for name in OWN)
+    for entry in found.values():
+        assert all(0 <= entry["verification"][f"mean_r_s_{k}"] <= 1 for k in ("correct", "wrong"))
+    # asked for the probability of its verdict the model says what it says when asked to write it
+    words = results_of(out)["generative_verification"]
+    assert found["p-yes"]["verification"]["auroc"] > words["auroc"] - 0.02
+    assert found["p-yes"]["verification"]["f1"] == pytest.approx(words["f1"], abs=0.05)
+    # the share of the votes is the majority vote by another name
+    share = found["vote-share"]
+    assert share["best_of"]["4"] == pytest.approx(share["majority_vote"]["4"], abs=0.02)
+
+
+def test_the_threshold_is_fitted_on_solved_problems(evaluated, call, tmp_path):
+    out = tmp_path / "results"
+    shutil.copytree(evaluated[0], out)
+    solved = [row | {"problem": "other", "r_s": row["r_v"] * 0.1 + 0.05} for row in samples_of(out)]
+    data = write_rows(tmp_path / "solved.jsonl", solved)
+    code, text, err = call("evaluate.py", *SMALL, "--output", out, "--fit-threshold", data)
+    assert code == 0 and "r_s > 0.100" in text and err == ""
+    fitted = results_of(out)["verification_fitted"]
+    assert fitted["threshold"] == pytest.approx(0.1)
+    believed = [row["r_s"] > 0.1 for row in samples_of(out) if row["r_v"] and row["finished"]]
+    assert fitted["accuracy_correct"] == pytest.approx(sum(believed) / len(believed), abs=0.03)
+    # what was fitted on the very problems that are judged is said to be so
+    code, _, err = call("evaluate.py", *SMALL, "--output", out, "--fit-threshold",
+                        out / "samples.jsonl")  # fmt: skip
+    assert code == 0 and "24 of the problems" in err
+    # verify.py takes the same file
+    code, text, _ = call("verify.py", "--problem", "2+3=?", "--solution", "\\boxed{5}", *C_REF,
+                         "--fit-threshold", data)  # fmt: skip
+    assert code == 0 and "right means r_s > 0.1)" in text
+    write_rows(data, solved[:1])
+    for script, more in (("verify.py", ["--problem", "x", "--solution", "y"]), ("evaluate.py", [])):
+        code, _, err = call(script, *more, "--fit-threshold", data)
+        assert code == 2 and "solved.jsonl" in error_of(err)
+
+
+# ---------------------------------------------------------------------------------------------
+# solutions sampled elsewhere
+
+
+def chat(problem, response):
+    return {"messages": [{"role": "system", "content": "be brief"},
+                         {"role": "user", "content": [{"type": "text", "text": problem}]},
+                         {"role": "assistant", "content": response}]}  # fmt: skip
+
+
+THEIRS = [chat("2+3=?", "2+3=5\n\\boxed{5}") | {"answer": 5},
+          {"question": "2+3=?", "solution": "\\boxed{5.0}", "answer": "so #### 5"},
+          {"problem": "2+3=?", "response": "\\boxed{6}", "gold": "5"},
+          {"problem": "1+1=?", "response": "\\boxed{3}", "r_v": 0, "gold": None},
+          {"problem": "1+1=?", "response": "\\boxed{2}", "r_v": 1},
+          {"problem": "1+1=?", "response": "two", "r_v": 0}]  # fmt: skip
+
+
+def test_solutions_sampled_elsewhere(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "theirs.jsonl", THEIRS)
+    code, text, err = call("evaluate.py", "--samples", "theirs.jsonl")
+    assert (code, err) == (0, "") and "2 problems, 6 solutions" in text and "no r_s" in text
+    entry = results_of(tmp_path / "results" / "theirs", "theirs")
+    assert (entry["problems"], entry["n"], entry["accuracy"]) == (2, 3, 0.5)
+    # 5 and 5.0 outvote 6; 3 and 2 tie
+    assert entry["majority_vote"]["3"] == entry["weighted_vote"]["3"] == 0.75
+    assert entry["pass_at"]["3"] == 1 and entry["pass_at"]["2"] == pytest.approx(5 / 6)
+    assert entry["verification"]["f1"] is None and entry["mean_response_tokens"] is None
+
+
+def test_r_s_of_solutions_sampled_elsewhere(call, tmp_path):
+    """In the file; or read by a model, which is what verify.py reads."""
+    file, out = tmp_path / "theirs.jsonl", tmp_path / "out"
+    write_rows(file, [row | {"r_s": i / 10} for i, row in enumerate(THEIRS)])
+    code, _, err = call("evaluate.py", "--samples", file, "--output", tmp_path / "file")
+    assert code == 0 and [row["r_s"] for row in samples_of(tmp_path / "file")] == [
+        0.0, 0.1, 0.2, 0.3, 0.4, 0.5], err  # fmt: skip
+    code, text, err = call("evaluate.py", "--samples", file, "--model", "tiny", *C_REF,
+                           "--output", tmp_path / "model")  # fmt: skip
+    assert code == 0 and "no r_s" not in text, err
+    call("verify.py", "--input", file, "--output", out, "--model", "tiny", *C_REF)
+    mine, theirs = samples_of(tmp_path / "model"), rows_of(out.read_text())
+    for key in ("r_s", "r_v", "answer", "response_tokens"):
+        assert [row[key] for row in mine] == [row[key] for row in theirs], key
+    # and they are solutions like any others
+    code, text, err = call("evaluate.py", "--output", tmp_path / "model", "--scores", "p-yes")
+    assert code == 0 and "theirs: p-yes" in text, err
+
+
+@pytest.mark.parametrize("bad, said", [
+    ({"problem": "x", "response": "y"}, "neither gold"),
+    ({"problem": "x", "response": "y", "r_v": True}, "neither gold"),
+    ({"problem": "x", "response": "y", "gold": "1", "r_s": "high"}, "r_s"),
+    ({"messages": [{"role": "user", "content": "x"}], "gold": "1"}, "messages"),
+    ({"messages": [{"role": "user"}, {"role": "assistant"}], "gold": "1"}, "messages"),
+    ({"messages": 5, "gold": "1"}, "messages"),
+    ({"response_token_ids": [1], "prompt_token_ids": [1], "gold": "1"}, "as text"),
+])  # fmt: skip
+def test_solutions_without_sense_are_named_by_their_line(call, tmp_path, monkeypatch, bad, said):
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path / "theirs.jsonl", [THEIRS[0], bad])
+    code, _, err = call("evaluate.py", "--samples", file)
+    assert code == 2 and "theirs.jsonl:2" in error_of(err) and said in error_of(err)
+    assert not (tmp_path / "results").exists()
+
+
 def test_the_log_ratio_is_that_of_the_two_models(evaluated, make_checkpoint, tmp_path):
     """Against the log-probs with which the sampler drew; the ratio to itself is nothing."""
     from nanolaser import load_pretrained
 
     model, tokenizer = load_pretrained(make_checkpoint(tmp_path / "a"))
     drawn = generate(model, tokenizer, ["2+3=?", "1+1+1=?"], n=5, max_new_tokens=9)
-    sums = log_probability(model, [r.prompt_tokens for r in drawn],
-                           [r.response_tokens for r in drawn], budget=64)  # fmt: skip
-    assert sums == pytest.approx([sum(r.logprobs) for r in drawn], abs=1e-4)
+    prompts, responses = ([getattr(r, name) for r in drawn]
+                          for name in ("prompt_tokens", "response_tokens"))  # fmt: skip
+    mine = confidences(model, prompts, responses, tokenizer.size, budget=64)
+    assert mine["logprob"] == pytest.approx([sum(r.logprobs) for r in drawn], abs=1e-4)
     other, _ = load_pretrained(make_checkpoint(tmp_path / "b", seed=1))
-    theirs = log_probability(other, [r.prompt_tokens for r in drawn],
-                             [r.response_tokens for r in drawn])  # fmt: skip
-    assert torch.tensor(sums).sub(torch.tensor(theirs)).abs().min() > 0.1
+    theirs = confidences(other, prompts, responses, tokenizer.size)["logprob"]
+    assert torch.tensor(mine["logprob"]).sub(torch.tensor(theirs)).abs().min() > 0.1
+    # the others as their papers define them, a solution at a time over the whole vocabulary
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        hidden = model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+        p = (hidden @ model.lm_head_weight.T).softmax(-1)[:, : tokenizer.size].detach()
+        assert mine["mean-logprob"][i] == pytest.approx(mine["logprob"][i] / len(response))
+        certainty = -(tokenizer.size * p).log().mean()
+        assert mine["self-certainty"][i] == pytest.approx(certainty.item(), abs=1e-4)
+        confidence = [-row.log().sort().values[-20:].mean().item() for row in p]
+        groups = [sum(confidence[j : j + 8]) / 8 for j in range(max(1, len(response) - 7))]
+        if len(response) >= 8:
+            assert mine["lowest-group"][i] == pytest.approx(min(groups), abs=1e-4)
     entry = results_of(evaluated[0])["log_ratio"]
     assert entry["reference"] == "tiny" and entry["auroc"] == pytest.approx(0.5, abs=0.1)
     assert abs(entry["mean_r_s_correct"]) < 1e-3 and "log ratio" in evaluated[1]
@@ -384,9 +507,12 @@ def test_tokens_of_a_row_have_an_end(tiny):
     prompt, response = tokens_of(tokenizer, row)
     assert prompt == tokenizer.encode_prompt("2+3=?")
     assert response == tokenizer.encode("\\boxed{5}") + [stop]
-    # tokens win over text; one that has its end keeps it, one that was cut off gets it
-    assert tokens_of(tokenizer, row | {"response_token_ids": [7, stop]})[1] == [7, stop]
-    assert tokens_of(tokenizer, row | {"response_token_ids": [7, 8]})[1] == [7, 8, stop]
+    # tokens that spell the text win over it; what was cut off gets the end that it lacks
+    ids = [*tokenizer.encode("\\box"), *tokenizer.encode("ed{5}")]
+    assert tokens_of(tokenizer, row | {"response_token_ids": [*ids, stop]})[1] == [*ids, stop]
+    assert tokens_of(tokenizer, row | {"response_token_ids": ids})[1] == [*ids, stop]
+    assert tokens_of(tokenizer, row | {"response_token_ids": ids}, ended=False)[1] == ids
+    assert tokens_of(tokenizer, row | {"response_token_ids": [7, 8]})[1] == response
     assert tokens_of(tokenizer, row | {"response": ""})[1] == [stop]
 
 

@@ -156,31 +156,76 @@ def test_activation_checkpointing_changes_nothing():
     same(gradient(model, batch, loss_of())[0], whole)
 
 
-def test_what_the_padding_holds_changes_nothing(model, monkeypatch):
+# ---------------------------------------------------------------- what is left out
+
+
+def computed(model, batch, loss, budget=EVERYTHING):
+    """(gradient, statistics, tokens that went through the model)"""
+    tokens = []
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, out: tokens.append(inputs[0].numel()))
+    try:
+        return *gradient(model, batch, loss, budget), sum(tokens)
+    finally:
+        hook.remove()
+
+
+def test_a_prompt_is_computed_once_for_its_group(model):
     batch = batch_of(random_rollouts())
-    whole, _ = gradient(model, batch, loss_of())
-    pad = grpo.pad
-
-    def litter(rows, device):
-        tokens, lengths = pad(rows, device)
-        for row, n in zip(tokens, lengths):
-            # stop tokens and z_c itself, where a mask made from ids would stumble
-            row[n:] = torch.tensor([1, 3, 0, 20] * 9)[: len(row) - n]
-        return torch.cat((tokens, torch.full((len(rows), 3), 3)), 1), lengths
-
-    monkeypatch.setattr(grpo, "pad", litter)
-    same(gradient(model, batch, loss_of())[0], whole)
+    responses = sum(len(r.response_tokens) for r in batch.rollouts)
+    batch.advantages[:] = torch.arange(12) - 5.5
+    prompts = sum(len(r.prompt_tokens) for r in batch.rollouts[::G])
+    assert computed(model, batch, loss_of())[2] == prompts + responses
+    every = sum(len(r.prompt_tokens) for r in batch.rollouts)
+    assert computed(model, batch, loss_of(), budget=1)[2] == every + responses
 
 
-def test_micro_batches_hold_every_row_once_within_the_budget():
-    rollouts = random_rollouts(count=40)
-    length = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
-    for budget in BUDGETS:
-        cuts = list(grpo.micro_batches(rollouts, budget))
-        assert sorted(i for rows in cuts for i in rows) == list(range(40))
-        for rows in cuts:
-            assert len(rows) == 1 or max(length[i] for i in rows) * len(rows) <= budget
-    assert len(cuts) == 1 and list(grpo.micro_batches([], 10)) == []
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_rows_without_a_gradient_are_left_out_and_nobody_misses_them(model, alpha):
+    """One group of three has no advantage (and one of its rows no end): the gradient is that of all
+    rows, computed at length; the counts that divide are the batch's."""
+    batch = batch_of(random_rollouts(truncated=(2, 5, 7)))
+    batch.advantages[4:8] = 0.0
+    batch.advantages[:4] = torch.tensor([0.5, -0.5, 1.0, -1.0])
+    got, sums, tokens = computed(model, batch, loss_of(alpha=alpha), 60)
+    expected, policy, error = slow_gradient(model, batch, loss_of(alpha=alpha))
+    same(got, expected, 5e-6)
+    assert sums["policy_loss"] == pytest.approx(policy, abs=1e-6)
+    assert sums["loss"] == pytest.approx(policy + alpha * error, rel=1e-5)
+    kept = [i for i in range(12) if not 4 <= i < 8 or alpha and i in (4, 6)]
+    rest = SimpleNamespace(rollouts=[batch.rollouts[i] for i in kept],
+                           advantages=batch.advantages[kept], weights=batch.weights[kept])
+    assert tokens == computed(model, rest, loss_of(alpha=alpha), 60)[2]
+    # what the rows left out have no part in is said of the others
+    assert sums["entropy"] == pytest.approx(
+        computed(model, rest, loss_of(alpha=alpha), 60)[1]["entropy"], rel=1e-5)
+    assert (sums["zc_gap"] is None) == (alpha == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_learn_is_a_step_with_a_gradient_of_zero(dtype):
+    """Every group all right, no loss on r_s: nothing is computed, moments fade, weights decay."""
+    model = random_model().to(dtype)
+    rollouts = random_rollouts(truncated=())
+    batch = batch_of(rollouts)
+    optimizer = grpo.Optimizer(model, lr=0.01, weight_decay=0.1)
+    update(model, optimizer, batch, loss_of(), EVERYTHING, 1.0)  # there are moments now
+    state = optimizer.state()
+    twin = [torch.nn.Parameter(m.detach().clone()) for m in optimizer.master]
+    adam = torch.optim.AdamW(twin, lr=0.01, weight_decay=0.1, fused=True)
+    for name, p in zip(optimizer.names, twin):
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        adam.state[p] = {key: state[f"{name}.{key}"].clone() for key in keys}
+        p.grad = torch.zeros_like(p)
+    adam.step()
+    for r in rollouts:
+        r.r_v, r.r_s = 1.0, 0.5
+    batch = make_batch(rollouts, G, tau=0.5)
+    assert not batch.advantages.any()
+    sums = update(model, optimizer, batch, loss_of(alpha=0.0), EVERYTHING, 1.0, updates=1)
+    assert sums["grad_norm"] == sums["loss"] == sums["skipped_updates"] == 0
+    assert sums["entropy"] is sums["sampler_gap"] is None
+    assert all(map(torch.equal, optimizer.master, twin))
 
 
 # ---------------------------------------------------------------- the end of a solution
@@ -202,23 +247,28 @@ def test_the_stop_token_has_a_gradient(model, stop):
 
 
 def test_z_c_lies_outside_the_response():
-    """It is read once for each finished row, after all response tokens and at temperature 1;
-    its position is the stop token's own."""
+    """It is read once for each finished row, at the stop token and at temperature 1; a response
+    token is read one before it stands."""
     rollouts = random_rollouts()
-    t = grpo.Targets.of(rollouts, [3] * len(rollouts), 0.7)
-    assert t.responses == sum(len(r.response_tokens) for r in rollouts)
-    assert t.token[: t.responses].tolist() == [y for r in rollouts for y in r.response_tokens]
-    assert t.temperature[: t.responses].eq(0.7).all() and t.temperature[t.responses:].eq(1).all()
-    assert t.token[t.responses:].eq(3).all()
-    ended = [b for b, r in enumerate(rollouts) if r.finished]
-    assert t.row[t.responses:].tolist() == ended
-    for b, position in zip(ended, t.position[t.responses:].tolist()):
-        sequence = rollouts[b].prompt_tokens + rollouts[b].response_tokens
-        assert position == len(sequence) - 1 and sequence[position] in TOKENIZER.stop_ids
-    # and a response token is read one before it stands
-    first = slice(t.responses)
-    for b, position, token in torch.stack((t.row, t.position, t.token), 1)[first].tolist():
-        assert (rollouts[b].prompt_tokens + rollouts[b].response_tokens)[position + 1] == token
+    texts = [range(100 * i, 100 * i + len(r.prompt_tokens) + len(r.response_tokens))
+             for i, r in enumerate(rollouts)]  # fmt: skip
+    for r in rollouts:
+        r.r_v = 0.0
+    rows = [(r, 0.5, float(r.finished), -15.0, None) for r in rollouts]
+    t = grpo.targets(rows, texts, loss_of(temperature=0.7), torch.device("cpu"))
+    ends = t.weight > 0
+    assert ends.sum() == sum(r.finished for r in rollouts)
+    assert t.token[ends].eq(TOKENIZER.z_c_id).all() and t.temperature[ends].eq(1).all()
+    assert not t.advantage[ends].any() and t.advantage[~ends].eq(0.5).all()
+    assert t.temperature[~ends].eq(0.7).all()
+    assert t.token[~ends].tolist() == [y for r in rollouts for y in r.response_tokens]
+    for place, token, end in zip(t.place.tolist(), t.token.tolist(), ends.tolist()):
+        row, position = divmod(place, 100)
+        text = rollouts[row].prompt_tokens + rollouts[row].response_tokens
+        if end:
+            assert position == len(text) - 1 and text[position] in TOKENIZER.stop_ids
+        else:
+            assert text[position + 1] == token
 
 
 def test_z_c_gets_no_policy_gradient(model):
@@ -284,16 +334,6 @@ def test_all_truncated_is_plain_grpo_without_nan(model):
     got, sums = gradient(model, batch, loss_of(), 60)
     assert sums["self_reward_loss"] == 0.0 and got.isfinite().all()
     assert torch.equal(got, gradient(model, batch, loss_of(alpha=0.0), 60)[0])
-
-
-def test_nothing_to_learn_is_exactly_zero(model):
-    """Every group all right, and no loss on r_s: not a small gradient, none."""
-    rollouts = random_rollouts(truncated=())
-    for r in rollouts:
-        r.r_v, r.r_s = 1.0, 0.5
-    batch = make_batch(rollouts, G, tau=0.5)
-    assert not batch.advantages.any()
-    assert not gradient(model, batch, loss_of(alpha=0.0))[0].any()
 
 
 def test_self_reward_loss_learns_both_answers():

@@ -15,8 +15,9 @@ from sklearn import metrics as sklearn_metrics
 
 from nanolaser import metrics
 from nanolaser.metrics import (
-    answer_classes, auroc, auroc_within, best_of_at_k, bootstrap, brier, compare, ece,
-    majority_vote, mean_and_stderr, pass_at_k, reliability, right_by_rank, safely, spearman,
+    answer_classes, auroc, auroc_within, best_of_at_k, bootstrap, brier, compare, coverage_curve,
+    ece, fit_threshold, majority_vote, mean_and_stderr, pass_at_k, reliability, right_by_rank,
+    risk_coverage, safely, spearman,
     statistics, summarise, tally, verification, verification_f1, vote_change_probability,
     vote_sizes, vote_tables, votes_at_k, weighted_vote)
 
@@ -147,6 +148,48 @@ def test_spearman_is_scipys(seed, levels):
     y = np.random.default_rng(seed + 9).integers(5, 30, size=len(x))
     assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
     assert spearman(x, x) == pytest.approx(1.0) and spearman(x, -x) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("levels", [None, 5])
+def test_coverage_is_the_mean_over_the_orders_of_equals(levels):
+    """Equal scores shuffled a thousand times, the accuracy of the first k counted each time."""
+    right, score = sample(2, 40, levels)
+    rng, total = np.random.default_rng(0), np.zeros(40)
+    for _ in range(2000):
+        mixed = rng.permutation(40)
+        order = mixed[np.argsort(-score[mixed], kind="stable")]
+        total += np.cumsum(right[order]) / np.arange(1, 41)
+    curve = coverage_curve(right, score)
+    assert curve == pytest.approx(total / 2000, abs=0.03)
+    found = risk_coverage(right, score)
+    assert found["aurc"] == pytest.approx(np.mean(1 - curve))
+    assert [found[f"accuracy_at_{c}"] for c in (50, 80, 90)] == [curve[19], curve[31], curve[35]]
+    assert curve[-1] == pytest.approx(right.mean())     # all of them: nothing is left to choose
+    assert risk_coverage([1, 0], [0.3, 0.3])["aurc"] == 0.5
+    assert set(risk_coverage([], []).values()) == {None}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_fitted_threshold_is_the_best_there_is(seed):
+    right, score = sample(seed, levels=[None, 10][seed % 2])
+    score = [None if i % 9 == 0 else 0.4 * s for i, s in enumerate(score)]
+    best = max(verification_f1(right, score, t).f1 for t in np.linspace(-1, 2, 3001))
+    assert verification_f1(right, score, fit_threshold(right, score)).f1 == pytest.approx(best)
+    assert best > verification_f1(right, score).f1 + 0.1
+
+
+def test_a_threshold_needs_both_kinds():
+    for right in ([], [1, 1], [0]):
+        with pytest.raises(ValueError):
+            fit_threshold(right, [0.5] * len(right))
+    assert fit_threshold([1, 0], [None, None]) == 0.5
+    assert fit_threshold([1, 0], [0.9, 0.1]) == 0.5
+
+
+def test_vote_share():
+    rows = [rollout(0, a) for a in ("4", "5", None, "4.0")] + [rollout(1, "4")]
+    merged = metrics.vote_share(rows, lambda a, b: float(a) == float(b))
+    assert merged == [0.5, 0.25, 0.0, 0.5, 1.0]
 
 
 def test_spearman_degenerate():

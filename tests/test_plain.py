@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from nanolaser import grpo, load_pretrained
-from nanolaser.problems import arithmetic_problems
+from nanolaser.problems import made_up_problems
 from nanolaser.sampler import generate
 from tests import plain
 from tests.core import FakeTokenizer, make_batch, random_model, update
@@ -69,7 +69,7 @@ def embedded():
     """The shipped model on its own problems (LLaMA, tied, grouped queries), at a temperature that
     makes them differ."""
     model, tokenizer = load_pretrained("tiny", device="cpu", dtype="float32")
-    texts = [p.problem for p in arithmetic_problems(3, seed=0)]
+    texts = [p.problem for p in made_up_problems(3, seed=0)]
     prompts = [tokenizer.encode_prompt(text) for text in texts]
     return Case(model, tokenizer, prompts, texts, max_new_tokens=48, temperature=1.5)
 

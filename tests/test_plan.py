@@ -136,7 +136,7 @@ class FakeTokenizer:
 @pytest.mark.parametrize("rank", [0, 8])
 def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing, rank):
     work = Workload(4, 4, prompt_tokens=24, max_new_tokens=72, lora_rank=rank)
-    settings = Settings(6 * work.longest, checkpointing)
+    settings = Settings(2 * (24 + 4 * 72), checkpointing)  # two whole groups
     planned = dict(Plan(SHAPE, 64 * GIB, 64 * GIB, dtype, work=work, settings=settings).bytes)
     # what a process takes beside its tensors is the benchmark's business
     del planned["Python, torch"]
@@ -291,6 +291,7 @@ class Options:
     max_new_tokens: int = 8192
     max_rows: int = 256
     kv_cache_gb: float | None = None
+    c_ref: float | str = "auto"
     eval_every: int = 20
     eval_problems: int = 400
     eval_n: int = 2
@@ -341,6 +342,13 @@ def test_options_that_fit_are_kept_and_others_changed_and_said(machine, capsys):
     settled = planning.settle(o)
     assert settled.gradient_checkpointing and not o.gradient_checkpointing
     assert "gradient-checkpointing" in capsys.readouterr().out
+
+
+def test_an_exact_reference_is_a_second_model(machine):
+    machine(22)
+    one, two = (planning.plan_for(Options("smollm2-135m", c_ref=c)).bytes["weights"]
+                for c in ("auto", "exact"))  # fmt: skip
+    assert two == tuple(2 * size for size in one)
 
 
 def test_unknown_shapes_pass_to_the_loader_but_have_no_plan():

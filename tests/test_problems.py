@@ -121,7 +121,7 @@ def test_gold_answers_that_the_checker_cannot_read_are_counted(tmp_path, capsys)
     ("gsm8", ValueError, "did you mean gsm8k"),
     ("math-500", ValueError, "did you mean math500"),
     ("arithmetik", ValueError, "did you mean arithmetic"),
-    ("zzz", ValueError, "known: arithmetic, arithmetic-hard, deepmath"),
+    ("zzz", ValueError, "known: arithmetic, arithmetic-hard, subset-sum"),
     ("nope.jsonl", FileNotFoundError, "no such data file: nope.jsonl"),
     ("no/where", FileNotFoundError, "no such data file"),
 ])  # fmt: skip
@@ -360,13 +360,13 @@ def test_the_epochs_of_two_seeds_are_unrelated():
     assert len({epoch(seed, e) for seed in range(4) for e in range(4)}) == 16
 
 
-@pytest.mark.parametrize("operations", [None, (2, 3)])
-def test_a_step_has_its_problems_whatever_was_asked_before(operations):
-    problems = [] if operations else numbered(11)
+@pytest.mark.parametrize("made_up", [None, "arithmetic", "subset-sum"])
+def test_a_step_has_its_problems_whatever_was_asked_before(made_up):
+    problems = [] if made_up else numbered(11)
     steps = [9, 1, 30, 2, 9, 29, 3]
-    one = ProblemStream(problems, 4, 5, operations)
+    one = ProblemStream(problems, 4, 5, made_up)
     asked = [one.at(step) for step in steps]
-    assert asked == [ProblemStream(problems, 4, 5, operations).at(step) for step in steps]
+    assert asked == [ProblemStream(problems, 4, 5, made_up).at(step) for step in steps]
 
 
 def test_the_order_is_made_once_an_epoch():
@@ -381,7 +381,7 @@ def test_the_order_is_made_once_an_epoch():
 
 @pytest.mark.parametrize("count", [1, 16, 300])
 def test_c_ref_is_measured_on_as_many_problems_as_asked_for(count):
-    arithmetic = ProblemStream([], 16, 3, (2, 3, 4, 5)).for_c_ref(count)
+    arithmetic = ProblemStream([], 16, 3, "arithmetic").for_c_ref(count)
     assert len(texts(arithmetic)) == len(arithmetic) == count
     few = ProblemStream(numbered(20) + numbered(20), 16, 3).for_c_ref(count)
     assert len(texts(few)) == len(few) == min(count, 20)

@@ -54,8 +54,8 @@ def test_the_files_of_a_run(run):
     # the readout's loss is off in the first phase, and the sampler agrees with the trainer
     assert metrics[0]["self_reward_loss"] == 0 and metrics[1]["self_reward_loss"] > 0
     # on the tokens, and on z_c, which the advantage has from the one and the loss from the other
-    assert max(m["sampler_gap"] for m in metrics) < 1e-3
-    assert 0 < max(m["zc_gap"] for m in metrics) < 1e-3
+    assert max(m["sampler_gap"] or 0 for m in metrics) < 1e-3
+    assert 0 < max(m["zc_gap"] or 0 for m in metrics) < 1e-3
     assert not any(m["checker_errors"] for m in metrics)
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) >= {"before", "after", "seconds", "tokens", "c_ref", "c_ref_std"}
@@ -65,7 +65,41 @@ def test_the_files_of_a_run(run):
     assert (out / "checkpoints" / "latest").read_text().strip() == "step-000004"
     laser = json.loads((out / "checkpoints" / "step-000004" / "laser.json").read_text())
     assert laser["c_ref"] == summary["c_ref"]
-    assert "sample.py --model" in done.stdout  # says what to try next
+
+
+def test_what_a_run_says(run):
+    out, done = run
+    lines = done.stdout.splitlines()
+    # whole in a terminal of 80 columns, but for those that name the folder; no control characters
+    assert not [line for line in lines if len(line) > 80 and str(out) not in line]
+    assert all(character.isprintable() for line in lines for character in line)
+    # each phase says what it is, and names the columns of its steps
+    for phase in ("reasoning", "self-reward", "integrated"):
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"{phase}, from step"))
+        header = next(i for i in range(place, len(lines)) if lines[i].split()[:1] == ["step"])
+        step = lines[header + 1]
+        assert float(step.split()[1]) in {round(m["reward"], 2) for m in rows(out / "metrics.jsonl")
+                                          if m["phase"] == phase}  # fmt: skip
+        assert lines[header].index("reward") + 6 == step.index(step.split()[1]) + 4  # aligned
+    # before and after, a vote, what to try next, and a page to look at
+    e = rows(out / "evals.jsonl")
+    (accuracy,) = [line for line in lines if line.startswith("accuracy, %")]
+    assert [float(x) for x in accuracy.split()[2:4]] == [
+        round(100 * x["accuracy"], 1) for x in (e[0], e[-1])]  # fmt: skip
+    assert "sum of r_s" in done.stdout and "sample.py --model" in done.stdout
+    assert "</html>" in (out / "report.html").read_text("utf-8")
+
+
+def test_the_vote_shown_is_the_most_contested_one():
+    answers = {0: ["7"] * 8, 1: ["1/2", "0.5", "3", "3", "3", "4", None, "1/2"],
+               2: list("12345678")}  # fmt: skip
+    solved = [{"prompt_id": i, "problem": f"problem {i}", "answer": answer, "r_s": 0.5,
+               "r_v": float(answer in ("1/2", "0.5"))}
+              for i, group in answers.items() for answer in group]  # fmt: skip
+    head, _, first, second, *_ = log.vote_lines(solved).splitlines()
+    assert "problem 1" in head  # all agree on the first, no two on the last
+    assert {first.split()[0], second.split()[0]} == {"1/2", "3"}
+    assert ["1/2", "3", "1.50", "right"] in (first.split(), second.split())  # 0.5 is one half
 
 
 def test_resume_equals_uninterrupted(run, tmp_path):

@@ -4,9 +4,10 @@ It decides the reward r_v, so a wrong True teaches a model to cheat and a wrong 
 learned. It is exact where it can be (fractions), rigorous where it cannot (every inexact number
 carries its error bound), bounded always (no input takes long), and says why: see `explain`.
 
-The folder works by itself. Reading order: this file (the box in a text, the public questions);
-parse.py (text to tree, the grammar and the tables of words); compare.py (tree against tree);
-evaluate.py (the value of an expression).
+The folder works by itself, and is a reward function for other trainers (see docs/checker.md).
+Reading order: this file (the box in a text, the public questions); parse.py (text to tree, the
+grammar and the tables of words); compare.py (tree against tree); evaluate.py (the value of an
+expression).
 
 How two answers are compared, first rule that applies:
   1. the same text, or the same tree: equal;
@@ -23,42 +24,8 @@ How two answers are compared, first rule that applies:
 Beyond a limit the answer is "cannot decide", which counts as unequal. What is ambiguous (is P(3) a
 product? is n whole?) is read as the gold shows it.
 
-Policy where graders disagree (as Math-Verify 0.9.0 decides, except where that is wrong as
-mathematics; the trusted side is `gold`):
-  50% against 50, and against 0.5         equal, equal
-  1/3 against 0.33, 0.333333              no; yes (six decimals agree and four figures)
-  two decimals, 0.333333 and 0.3333333    no: two written decimals are compared exactly
-  3, 5 against 5, 3; against 3, 5, 5      equal (a bare list has no order); no
-  \{1,2,2\} against \{1,2\}; (1,2), (2,1)     equal; no (a tuple has an order)
-  \{5\} against 5                         equal (the solution set of one solution)
-  (1,3) or 1, 3 for gold \{1,3\}            equal; (3,1) for \{1,3\}: no; \{1,3\} for gold (1,3): no
-  (2,3) against x=2, y=3                  equal
-  5 against x=5; y=5 against x=5          equal; no
-  |PQ|=6, P(A)=6, a:b=6:1 against 6       equal (a label); 2x=6, x^2=6 against 6: no (an equation)
-  (2,3) against (m,n)=(2,3); (n,m)=(2,3)  equal; no (which letter comes first?)
-  m=1,n=2; m=3,n=2 for (1,2),(3,2)        equal
-  x_1=3, x_2=5 against 3, 5; x=3 or x=5   equal; equal
-  x = 5+6 = 11 for gold 11                equal (the last member); 11 for gold 5+6=11: no
-  2x+4y=6 against x+2y=3; 0=x-4, x=4      equal (equations up to a factor)
-  2x=8 for gold x=4                       no (restating the question is no answer)
-  2x>6 against x>3; -x<-3 against x>3     no (not solved); equal
-  [-2,7] for gold -2<=x<=7; the reverse   equal; no (restating the question is no answer)
-  x in [-2,7] against -2<=x<=7            equal; |x|>2 against x<-2 or x>2: equal
-  15 cm against 15; against 15 m          equal; no (two units must agree, none is converted)
-  15 wizards against 15                   no (units and counted things are a table in parse.py)
-  15% against 15 cm                       no
-  90 degrees against 90; against pi/2     equal; no
-  42 against 52_8, 52_8 against 52        no (the base is the question)
-  2/4 against 1/2; 1+1 against 2          equal; equal (unevaluated is accepted)
-  \log without a base                     base 10
-  \sqrt{x^2} against x; \sqrt[3]{-8}, -2    no (letters are real, of either sign); equal
-  x + 0x! for gold |x|                    no (an answer cannot narrow what a letter stands for)
-  Yes against YES; b against B            equal (words and choice letters); 2a against 2A: no
-  3:4 against 3/4; against 6:8            equal; equal (but clock times compare as written)
-  B) Paris, option B for gold B           equal; A or B: no
-  5 because x is positive, for gold 5     no (prose is not an answer)
-  several boxes in a text                 the last counts, with those it is a list with (3 and 5);
-                                          with strict there must be exactly one
+Where graders disagree (percent against number, order of lists, restated equations, units) the
+policy is the tables of docs/checker.md, every line of which is tested.
 """
 
 import re
@@ -202,6 +169,47 @@ def is_correct(response: str | None, gold: str, strict: bool = False) -> bool:
     # it would pay a policy for listing many numbers.
     answer = extract_answer(response, strict)
     return answer is not None and is_equivalent(answer, gold)
+
+
+# The columns in which data sets keep the gold answer; the first that is there counts. `solution`
+# comes last: beside an answer it is the worked solution, alone it is what TRL's own rewards read.
+GOLD_COLUMNS = ("answer", "final_answer", "ground_truth", "gold", "target", "solution")
+
+
+def reward_function(prompts, completions, **columns) -> list[float]:
+    """The reward of TRL's trainers: r_v as 1.0 or 0.0 for each completion.
+
+    prompts and completions: n texts, or n lists of messages, of which the last one counts; columns:
+    lists of n values, among them the golds (see GOLD_COLUMNS; raises ValueError if none is).
+    """
+    name = next((name for name in GOLD_COLUMNS if name in columns), None)
+    if name is None:
+        raise ValueError(f"no column holds the gold answers: name one of {', '.join(columns)} "
+                         f"{GOLD_COLUMNS[0]!r} (or {', '.join(GOLD_COLUMNS[1:])})")
+    return [compute_score(None, _completion_text(completion), gold)
+            for completion, gold in zip(completions, columns[name], strict=True)]
+
+
+def compute_score(data_source, solution_str: str, ground_truth, extra_info=None) -> float:
+    r"""The reward of verl's trainers: r_v as 1.0 or 0.0, whatever the data source.
+
+    The gold is the answer itself, or a worked solution with it in \boxed{} or after GSM8K's ####.
+    """
+    #   ["2", "3"]  ->  "2, 3"
+    gold = ", ".join(map(str, ground_truth)) if isinstance(ground_truth, (list, tuple)) else (
+        _text(ground_truth))
+    gold = extract_answer(gold) or gold.rpartition("####")[2]
+    return float(is_correct(solution_str, gold))
+
+
+def _completion_text(completion) -> str:
+    """The text of a completion that is a text, or messages whose content is text or parts."""
+    content = completion
+    if not isinstance(completion, str):
+        content = completion[-1].get("content") if completion else ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    return content or ""  # a call of a tool has no content
 
 
 def explain(answer: str, gold: str) -> Explanation:

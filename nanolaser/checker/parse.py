@@ -91,14 +91,14 @@ COMMANDS = {name: (kind, value) for kind, value, names in (
     ("op", "|", "lvert rvert vert"), ("op", "\\{", "lbrace {"), ("op", "\\}", "rbrace }"),
     ("op", "[", "lbrack"), ("op", "]", "rbrack"), ("op", "<(", "langle"), ("op", ")>", "rangle"),
     ("op", "(", "lparen"), ("op", ")", "rparen"), ("op", "%", "%"), ("op", "$", "$"),
-    ("op", "euro", "euro"), ("op", "sterling", "pounds"), ("op", "circ", "circ"),
-    ("op", "deg", "degree"), ("op", "'", "prime"), ("op", "\\\\", "\\ cr"), ("op", ":", "colon"),
-    ("op", "choose", "choose"), ("op", "over", "over"), ("cmd", "frac", "frac dfrac tfrac cfrac"),
-    ("cmd", "sqrt", "sqrt"), ("cmd", "binom", "binom dbinom tbinom"), ("cmd", "sum", "sum"),
-    ("cmd", "prod", "prod"), ("cmd", "angle", "angle"), ("cmd", "triangle", "triangle"),
+    ("op", "euro", "euro"), ("op", "sterling", "pounds"), ("op", "deg", "degree"),
+    ("op", "'", "prime"), ("op", "\\\\", "\\ cr"), ("op", ":", "colon"), ("op", "choose", "choose"),
+    ("op", "over", "over"), ("frac", "", "frac dfrac tfrac cfrac"), ("sqrt", "", "sqrt"),
+    ("binom", "", "binom dbinom tbinom"), ("sum", "sum", "sum"), ("sum", "prod", "prod"),
+    ("figure", "angle", "angle"), ("figure", "triangle", "triangle"),
     ("mark", "bar", "overline bar"), ("mark", "hat", "hat widehat"), ("mark", "dot", "dot"),
     ("mark", "tilde", "tilde widetilde"), ("mark", "ddot", "ddot"), ("mark", "vec",
-    "vec overrightarrow"), ("mark", "line", "overleftrightarrow"), ("set", "",
+    "vec overrightarrow"), ("mark", "line", "overleftrightarrow"), ("node", ("set", ()),
     "emptyset varnothing"), ("const", "inf", "infty"), ("const", "pi", "pi"),
     ("const", "i", "imath"), ("sep", "and", "land"), ("sep", "or", "lor"))
     for name in names.split()}
@@ -124,7 +124,7 @@ UNITS = {spelling: line.split()[0] for line in (
     "s sec secs second", "week", "month", "ms millisecond", "min mins minute", "h hr hrs hour",
     "yr yrs year", "century", "acre", "pint", "l liter litre", "ml milliliter millilitre",
     "gal gallon", "quart", "dollar usd buck", "cent", "euro", "penny pence", "rad radian",
-    "degree", "people person", "n newton", "j joule", "w watt", "v volt", "hz hertz", "c celsius",
+    "degree", "sterling", "people person", "n newton", "j joule", "w watt", "v volt", "hz hertz", "c celsius",
     "f fahrenheit", "k kelvin", "a amp", "child children", "times", "man men", "woman women",
     "die dice")
     for spelling in line.split()} | {"mph": "mi / h", "kph": "km / h"}
@@ -164,7 +164,7 @@ def unit_of(words: list) -> str | None:
         if word in _POWERS and word[-2:] != "ed":
             before = _POWERS[word]
             continue
-        name = "/" if word in ("/", "per") else word if word[0] == "^" else (
+        name = "/" if word in ("/", "per") else word if re.fullmatch(r"\^-?\d+", word) else (
             _POWERS.get(word) or unit_name(word))
         if name is None or name[0] in "/^" and (not parts or parts[-1] == "/" or before):
             return None
@@ -177,7 +177,6 @@ def unit_of(words: list) -> str | None:
 
 # Two letters would be a product (see `is_word`): "no" must not equal "on".
 SMALL_WORDS = set("no on or in is if of to up it by at so".split())
-CURRENCY = {"$": "dollar", "euro": "euro", "sterling": "sterling"}
 # Golds write 52_{\text{eight}} as well as 52_8.
 NUMBER_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
                 "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
@@ -191,7 +190,7 @@ _UNICODE = str.maketrans({
         "θtheta λlambda μmu µmu φvarphi ϕphi ωomega σsigma €euro £pounds").split()
        for sign, name in [(pair[0], pair[1:])]},
     **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("ℝℤℕℚℂ", "RZNQC")},
-    "−": "-", "°": r"^\circ ", "º": r"^\circ ", "√": " sqrt ", "“": '"', "”": '"', "’": "'",
+    "−": "-", "°": r"\degree ", "º": r"\degree ", "√": " sqrt ", "“": '"', "”": '"', "’": "'",
     "‘": "'", "′": "'", "￥": "$", "⁄": "/", "∕": "/",
     # Invisible: zero-width characters vanish, odd spaces become plain ones.
     "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00a0": " ", "\u2009": " ",
@@ -212,6 +211,8 @@ _JOIN_THOUSANDS = re.compile(r"(?<=\d)(?:,\s{0,3}\\!\s{0,3}|\{,\}|\\,|\\!)(?=\d{
 # the search for the brace; a colour's name is short.
 _DROPPED = re.compile(r"\\(?:hspace|phantom|hphantom|vphantom|color|tag|label)\*?\{[^{}]{0,40}\}"
                       r"|\\textcolor\{[^{}]{0,40}\}")
+#   30^\circ and 30^{\circ}: a raised circle means degrees and is no power
+_RAISED_CIRCLE = re.compile(r"\^\s?(?:\\?circ(?![A-Za-z])|\{\s?\\?circ\s?\})")
 # The marks round a choice letter: (B), B., B: are all the choice B.
 _CHOICE = re.compile(r"\(?([A-Ja-j])[).:]")
 # The lookbehinds spare "\$", which is money, and "\\[2pt]", which is a line break.
@@ -317,6 +318,8 @@ def clean(text: str) -> str:
     # Only the whole text: in "(A) 5" the letter stands beside a value.
     if choice := _CHOICE.fullmatch(text):
         return choice.group(1)  # A) and (A): are choice letters
+    if "circ" in text:
+        text = _RAISED_CIRCLE.sub(r"\\degree ", text)
     # Last, when the braces that could hide them are gone; the test spares plain answers two scans.
     if "{" in text or "\\" in text:
         text = _DROPPED.sub("", text)
@@ -376,6 +379,8 @@ def tokenize(text: str, level: int = 0) -> list[tuple]:
             _letters(value, gap, tokens)
         elif kind == "thousands":
             tokens.append(("num", value.replace(",", ""), gap))
+        elif kind in _LITERALS:
+            tokens.append(("node", _LITERALS[kind](value), gap))
         else:
             tokens.append((kind, "^" if value == "**" else value, gap))
         # May go below zero for ]0, 1[: it only says whether a comma is a separator.
@@ -387,6 +392,12 @@ def tokenize(text: str, level: int = 0) -> list[tuple]:
     return tokens
 
 
+# Tokens that are whole trees already, each with what reads its text.
+#   052_8  ->  ("base", "52", 8): zeros in front do not count       2:05  ->  ("time", (2, 5))
+_LITERALS = {
+    "based": lambda text: in_base(*re.sub(r"\\text|[{}\s]", "", text).split("_")),
+    "repeating": lambda text: repeating(text),
+    "time": lambda text: ("time", tuple(map(int, text.split(":"))))}
 _BOLD = re.compile(r"\s?\{([A-Z ]{1,6}|\s?[a-z]\s?)\}")
 _ASCII_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LISTING = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
@@ -418,7 +429,7 @@ def _command(name: str, text: str, position: int, gap: bool, tokens: list, level
                 return position  # {\bf 42}
             if name == "mathbb" and text[position:position + 1].isalpha():
                 #   \mathbb R without braces, as TeX allows
-                tokens.append(("domain", text[position], gap))
+                tokens.append(("node", ("domain", text[position]), gap))
                 return position + 1
             # Refused, since \text 5 takes one character, and nobody knows whether that was meant.
             raise ParseError(f"\\{name} without braces")
@@ -428,7 +439,9 @@ def _command(name: str, text: str, position: int, gap: bool, tokens: list, level
         content = text[position + 1:end]
         position = end + 1
         if name in ("mathbb", "begin", "end"):
-            tokens.append(({"mathbb": "domain"}.get(name, name), content.strip(), gap))
+            content = content.strip()
+            tokens.append(("node", ("domain", content), gap) if name == "mathbb" else (
+                name, content, gap))
         else:
             # `level` bounds \text{\text{...}}: each level calls the tokeniser once more.
             _text(name, content.strip(), gap, tokens, level)
@@ -555,10 +568,15 @@ def words_of(text: str) -> str | None:
 STRUCTURES = {"list", "or", "set", "tuple", "domain", "setop", "matrix", "rel", "ratio", "text",
               "base", "time", "said"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in", "~"}
-# What can begin a factor, by kind of token, and which operators can.
-_STARTS = {"num", "based", "repeating", "time", "sym", "const", "fn", "cmd", "plain", "mark",
-           "bold", "set", "domain", "begin", "node"}
-_OPENERS = {"(", "[", "{", "\\{", "lfloor", "lceil", "<("}
+# What can begin a factor, by kind of token; and the brackets with what may close them.
+_STARTS = {"num", "sym", "const", "fn", "frac", "sqrt", "binom", "sum", "figure", "plain", "mark",
+           "bold", "begin", "node"}
+_CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "|": ("|",),
+            "<(": (")>",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
+_ROUNDED = {"|": "abs", "lfloor": "floor", "lceil": "ceil"}
+_SIGNS = ("+", "-", "pm", "mp")
+CURRENCY = {"$": "dollar", "euro": "euro", "sterling": "sterling"}
+_SUFFIXES = {"%": ("pct",), "deg": ("deg",)} | {sign: ("unit", CURRENCY[sign]) for sign in CURRENCY}
 END = ("end of text", "", False)
 
 
@@ -609,7 +627,7 @@ class _Parser:
     def __init__(self, tokens: list[tuple], reading: dict):
         # Four sentinels, because no rule looks further ahead than that.
         self.tokens, self.at, self.reading = tokens + [END] * 4, 0, reading
-        self.depth, self.bars = 0, 0  # open groups; open absolute values
+        self.depth, self.bars = 0, False  # open groups; is an absolute value the innermost one?
         self.bold: set = set()  # letters in bold type: vectors or matrices
         self.signed = False  # whether a plus-minus sign was met
         self.indices = set()  # letters that a sum counts with: its i is not the imaginary unit
@@ -642,9 +660,8 @@ class _Parser:
 
     # -- lists and relations ------------------------------------------------------------------
     def answer(self) -> tuple:
-        """The whole text: items, and nothing after them."""
-        node = self.items()
-        node = self.over(node) if self.is_op("over") else node
+        """The whole text: a group, and nothing after it."""
+        node = self.group()
         # Everything must be consumed. To ignore a rest would make "5 because x is positive" equal
         # to 5, and pay for any hedge that begins with the right value.
         if self.peek() is not END:
@@ -659,6 +676,15 @@ class _Parser:
             found = tuple([choice for item in items for choice in expand_signs(item)])
             node = found[0] if len(found) == 1 else ("or" if node[0] == "or" else "list", found)
         return node
+
+    def group(self) -> tuple:
+        r"""Items, or {a \over b} and {n \choose k}, which take all of their group on either side."""
+        node = self.items()
+        if not self.is_op("over", "choose"):
+            return node
+        kind = self.expect("over", "choose")
+        parts = scalar(node), scalar(self.items())
+        return fraction(*parts) if kind == "over" else ("binom", *parts)
 
     def items(self) -> tuple:
         """One item, or the list of several; 'or' is remembered because x<1 or x>3 is a union."""
@@ -675,41 +701,17 @@ class _Parser:
 
     def item(self) -> tuple:
         """A side, or a chain of sides with relations between them: 1 < x <= 4."""
-        # The head of a definition must be tried first: as a product, f(x) = ... would name nothing.
-        sides, ops = [self.function_head() or self.side()], []
-        while self.peek()[0] == "op" and self.peek()[1] in RELATIONS:
-            ops.append(self.peek()[1])
-            self.at += 1
+        sides, ops = [self.side()], []
+        while self.is_op(*RELATIONS):
+            ops.append(self.expect(*RELATIONS))
             sides.append(self.side())
         #   1 < x \le 4  ->  ("rel", ("<", "<="), (1, x, 4)): a chain keeps all its members
         return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
 
-    def function_head(self) -> tuple | None:
-        """f(x) or N(n, k) left of '=': a name, not a product."""
-        # Looks ahead without moving the cursor: only the "=" after the bracket tells.
-        if self.peek()[0] != "sym" or self.peek(1)[:2] != ("op", "("):
-            return None
-        end, args = self.at + 2, []
-        # Letters and commas only: f(x), N(n, k). f(2) = 7 takes the ordinary way, where f, g and h
-        # are functions and k(2) is a product.
-        while self.tokens[end][0] == "sym":
-            args.append(("sym", self.tokens[end][1]))
-            end += 1
-            if self.tokens[end][1] != ",":
-                break
-            end += 1
-        if not args or [t[1] for t in self.tokens[end:end + 2]] != [")", "="]:
-            return None
-        # Now it is sure, and the cursor moves past the bracket.
-        name = self.peek()[1]
-        self.at = end + 1
-        self.reading.setdefault(name, True)
-        return ("call", name, tuple(args))
-
     def side(self) -> tuple:
         """A sum with its unit; set operations and ratios bind looser than +."""
-        #   \$5  ->  ("unit", 5, "dollar")
-        currency = CURRENCY[self.expect(*CURRENCY)] if self.is_op(*CURRENCY) else ""
+        #   \$5 and \$5+3  ->  ("unit", 5, "dollar"), ("unit", 8, "dollar")
+        currency = self.is_op(*CURRENCY) and CURRENCY[self.expect(*CURRENCY)]
         node = self.sum()
         while self.is_op("cup", "cap", "setminus") or self.union_letter(node):
             op = self.peek()[1].replace("U", "cup")
@@ -727,15 +729,11 @@ class _Parser:
             while self.take(":"):
                 parts.append(self.sum())
             node = ("ratio", tuple(parts))
-        if not currency and self.is_op(*CURRENCY):  # 5\$
-            currency = CURRENCY[self.expect(*CURRENCY)]
-        words = [] if currency else self.words()
-        if (currency or words) and (is_structure(node) or node[0] in ("pct", "deg")):
+        words = [currency] if currency else self.words()
+        if words and (is_structure(node) or node[0] in ("pct", "deg", "unit")):
             raise ParseError("words after something that is not a number")
-        unit = currency or unit_of(words)
-        if unit:
-            return ("unit", node, unit)
-        return ("said", node, " ".join(words)) if words else node
+        unit = unit_of(words)
+        return ("unit", node, unit) if unit else ("said", node, " ".join(words)) if words else node
 
     def union_letter(self, node: tuple) -> bool:
         """(0,1) U (2,3): a plain U between two sets."""
@@ -748,69 +746,55 @@ class _Parser:
         while True:
             #   5\text{ m/s}  ->  m, /, s        5 cm^2, 5 cm^{2}  ->  cm, ^2
             kind, value, _ = self.peek()
-            if kind == "op" and value == "/" and parts:
-                parts.append("/")
-            elif kind == "op" and value == "^" and parts and self.peek(1)[0] == "num":
-                parts.append("^" + self.peek(1)[1])
-                self.at += 1
-            elif kind == "op" and value == "^" and parts and self.peek(1)[1] == "{" and (
-                    self.peek(2)[0] == "num" and self.peek(3)[1] == "}"):
-                parts.append("^" + self.peek(2)[1])
-                self.at += 3
-            elif kind == "text" or kind == "word" and unit_of([value.lower()]) or (
-                    kind == "word" and value.lower() in (*_POWERS, "per")):
-                parts += value.lower().strip(" .").replace("/", " / ").split()
-            else:
+            known = kind == "word" and (unit_of([value.lower()]) or value.lower() in _POWERS
+                                        or value.lower() == "per")
+            if kind != "text" and not known and not (parts and self.is_op("/", "^")):
                 return parts
             self.at += 1
+            parts += ["^" + self.raw()] if value == "^" else (
+                value.lower().strip(" .").replace("/", " / ").split())
 
     # -- arithmetic ---------------------------------------------------------------------------
-    def signs(self) -> tuple[int, str]:
-        """Skip leading signs in a loop (4000 minus signs are no deeper than one)."""
+    def with_signs(self, read) -> tuple:
+        """Leading signs and what `read` reads after them."""
+        # A loop, and the signs are multiplied out here: 4000 minus signs are no deeper than one.
         sign, both = 1, ""
-        # The signs are multiplied out here: - - 5 is 5, and no node is built for each.
-        while self.is_op("+", "-", "pm", "mp"):
-            op = self.expect("+", "-", "pm", "mp")
+        while self.is_op(*_SIGNS):
+            op = self.expect(*_SIGNS)
             if op == "-":
                 sign = -sign
             elif op != "+":
                 # \pm and \mp are remembered, not resolved: the whole item decides
                 # which sign goes with which
                 both, self.signed = op, True
-        return sign, both
+        node = read()
+        # Structures have no sign; a lone structure is passed through as it is.
+        if sign < 0:
+            node = ("neg", scalar(node))
+        # ("pm", 1, x) is +-x and ("pm", -1, x) is -+x: in a \pm b \mp c the signs are opposite.
+        return ("pm", 1 if both == "pm" else -1, scalar(node)) if both else node
 
     def sum(self) -> tuple:
         """Terms with signs between them. A flat node: 1+1+...+1 must not nest."""
-        terms = []
-        while True:
-            sign, both = self.signs()
-            node = self.term()
-            # Structures cannot be negated or added; a lone structure is passed through as it is.
-            if (sign < 0 or both or terms) and is_structure(node):
-                raise ParseError("arithmetic on something that is not a number")
-            node = ("neg", node) if sign < 0 else node
-            # ("pm", 1, x) is +-x and ("pm", -1, x) is -+x: in a \pm b \mp c the signs are opposite.
-            terms.append(("pm", 1 if both == "pm" else -1, node) if both else node)
-            if not self.is_op("+", "-", "pm", "mp"):
-                break
-        if len(terms) > 1 and is_structure(terms[0]):
-            raise ParseError("arithmetic on something that is not a number")
+        terms = [self.with_signs(self.term)]
+        while self.is_op(*_SIGNS):
+            terms.append(self.with_signs(self.term))
         # A single term needs no node, so that "5" and "(5)" are the same tree.
-        return terms[0] if len(terms) == 1 else ("add", tuple(terms))
+        return terms[0] if len(terms) == 1 else ("add", tuple(map(scalar, terms)))
 
     def starts_factor(self) -> bool:
         """Can the next token begin a factor written without a multiplication sign?"""
         kind, value, _ = self.peek()
-        if kind == "op":
-            # A bar that could close the open absolute value closes it: |x|y|z| is |x| y |z|.
-            return value in _OPENERS or (value == "|" and not self.bars)
-        return kind in _STARTS
+        if kind != "op":
+            return kind in _STARTS
+        # A bar that could close the open absolute value closes it: |x|y|z| is |x| y |z|.
+        return value in _CLOSING and not (value == "|" and self.bars)
 
     def number_may_follow(self) -> bool:
-        """(n-2) 2^n is a product; x2 could mean an index, a power or a product."""
+        """(n-2) 2^n and 5!3! are products; x2 could mean an index, a power or a product."""
         # Refusing costs a rare answer; guessing x2 as x^2 or 2x would pay for wrong ones.
         before, gap = self.tokens[self.at - 1], self.peek()[2]
-        if before[1] == ")":
+        if before[1] in (")", "!"):
             return True
         # x 2^n, {x}2^n: a power after a space or a group is a factor; 3 2^n
         # could be a misprint of 32^n
@@ -840,9 +824,11 @@ class _Parser:
                     factors.append(("inv", node))
             elif self.starts_factor() and not self.union_letter(factors[-1]):
                 #   \sin x \cos y and \sin x (y+1): the argument of the first function ends here
-                if before_function and (self.peek()[0] == "fn" or self.is_op("(", "[", "\\{")):
+                kind, value, _ = self.peek()
+                if before_function and (kind == "fn" or self.is_op("(", "[", "\\{")):
                     break
-                if self.peek()[0] in ("num", "based", "repeating") and not self.number_may_follow():
+                if (kind == "num" or kind == "node" and value[0] in ("num", "base")) and (
+                        not self.number_may_follow()):
                     raise ParseError("a number right after a factor is ambiguous")
                 node = self.factor()
                 if self.is_vector(factors[-1]) and self.is_vector(node):
@@ -881,58 +867,45 @@ class _Parser:
 
     def factor(self) -> tuple:
         r"""A postfix with its signs: the -3 of 2 \cdot -3."""
-        sign, both = self.signs()
         # After a sign the grammar descends to powers: -x^2 is -(x^2).
-        node = self.postfix()
-        if (sign < 0 or both) and is_structure(node):
-            raise ParseError("arithmetic on something that is not a number")
-        node = ("neg", node) if sign < 0 else node
-        return ("pm", 1 if both == "pm" else -1, node) if both else node
+        return self.with_signs(self.postfix)
 
     def postfix(self) -> tuple:
-        """A primary with what binds tighter than any sign: powers, n!, 5%, 30 degrees."""
+        """A primary with what binds tighter than any sign: powers, n!, 5%, 30 degrees, 5$."""
         node = self.primary()
         #   (101)_2  ->  ("base", "101", 2); a decimal or a negative number has no digits in a base
         if self.is_op("_") and node[0] == "num" and node[2] is None and node[1] >= 0:
-            self.at += 1  # (101)_2
-            node = ("base", str(node[1]), number_base(self.raw()))
+            self.at += 1
+            node = in_base(str(node[1]), self.raw())
         # A loop, for they come in rows: 3!^2, x^2!.
-        while self.is_op("^", "!", "%", "deg"):
-            if is_structure(node):
-                raise ParseError("arithmetic on something that is not a number")
-            # 5!! is the double factorial 5*3*1, not (5!)!.
-            if self.take("!"):
-                node = ("fact2", node) if self.take("!") else ("fact", node)
-            elif self.is_op("%", "deg"):
-                node = once({"%": "pct", "deg": "deg"}[self.expect("%", "deg")], node)
+        while self.is_op("^", "!", *_SUFFIXES):
+            if self.is_op("^"):
+                node = ("pow", scalar(node), self.exponent())
+            elif self.take("!"):
+                # 5!! is the double factorial 5*3*1, not (5!)!.
+                node = ("fact2" if self.take("!") else "fact", scalar(node))
             else:
-                node = self.power(node)
+                # nobody knows what 5%% would be
+                if node[0] in ("pct", "deg", "unit"):
+                    raise ParseError("a second percent, degree or currency sign")
+                kind, *unit = _SUFFIXES[self.expect(*_SUFFIXES)]
+                node = (kind, scalar(node), *unit)
         return node
 
-    def power(self, node: tuple) -> tuple:
-        """The exponent after ^, right to left: 2^3^2 is 2^9. A raised circle means degrees."""
+    def exponent(self) -> tuple:
+        """What follows ^, right to left: 2^3^2 is 2^9, and 2^-3 has its sign."""
         self.expect("^")
-        #   30^\circ and 30^{\circ}: a raised circle means degrees and is no power
-        if self.peek()[1] == "circ":
-            self.at += 1
-            return once("deg", node)
-        if self.peek()[1] == "{" and self.peek(1)[1] == "circ" and self.peek(2)[1] == "}":
-            self.at += 3
-            return once("deg", node)
         self.deeper()  # a^b^c^... recurses here
-        # The sign of the exponent is met here: 2^-3.
-        sign, both = self.signs()
-        # All digits count, 2^10 = 1024, though TeX would raise the 1 alone:
-        # models and plain text write so.
-        exponent = self.argument(whole_number=True)
-        #   2^3^2 = 2^(3^2) = 512
-        if self.is_op("^"):
-            exponent = self.power(exponent)
+
+        def raised() -> tuple:
+            # All digits count, 2^10 = 1024, though TeX would raise the 1 alone:
+            # models and plain text write so.
+            base = self.argument(whole_number=True)
+            return ("pow", scalar(base), self.exponent()) if self.is_op("^") else base
+
+        node = scalar(self.with_signs(raised))
         self.depth -= 1
-        # A bare 2^\pm 1 is refused; in braces, 2^{\pm 1}, the sign belongs to the item as a whole.
-        if both or is_structure(exponent):
-            raise ParseError("an exponent that is not a number")
-        return ("pow", node, ("neg", exponent) if sign < 0 else exponent)
+        return node
 
     def argument(self, whole_number: bool = False) -> tuple:
         """What a command applies to: a braced group or one token; TeX takes one digit only."""
@@ -963,89 +936,97 @@ class _Parser:
         """What a factor begins with; all nesting but that of powers comes through here."""
         # Not restored when an error passes through: a ParseError ends the parser anyway.
         self.deeper()
-        node = self.primary_()
+        kind, value, _ = self.peek()
+        if kind == "op":
+            node = self.bracket()
+        else:
+            # One method a kind of token, a closed list: no text of an answer can name another one.
+            reader = getattr(self, "read_" + kind, None)
+            if reader is None:
+                raise ParseError(f"expected a number or a letter, found {value or 'the end'!r}")
+            self.at += 1
+            node = reader(value)
         self.depth -= 1
         return node
 
-    def primary_(self) -> tuple:
-        """One branch a kind of token; the longer ones are methods of their own."""
-        kind, value, _ = self.peek()
-        if kind == "op":
-            return self.bracket()
-        self.at += 1
-        if kind == "num":
-            return self.number(value)
-        if kind in ("sym", "bold"):
-            self.bold.update([value] if kind == "bold" else [])
-            return self.symbol(value)
-        if kind == "const":
-            return ("sym" if value in self.indices else kind, value)
-        # A tree that `number` read ahead and put back as a token.
-        if kind == "node":
-            return value
-        if kind in ("text", "word"):
-            # Words in a list; next to arithmetic they are refused. In brackets PQRS and pqrs are
-            # different points, Yes and yes are one word.
-            folded = self.depth < 2 or value.istitle()
-            return ("text", value.lower() if folded else value)
-        if kind == "based":
-            #   052_8  ->  ("base", "52", 8): zeros in front do not count
-            digits, _, base = value.replace(" ", "").partition("_")
-            return ("base", digits.lstrip("0") or "0",
-                    number_base(base.replace("\\text", "").strip("{}")))
-        if kind == "repeating":
-            return repeating(value)
-        if kind == "time":
-            return (kind, tuple(int(part) for part in value.split(":")))
-        if kind == "set":
+    def bracket(self) -> tuple:
+        """( ), [ ], \\{ \\}, { }, | |, floor and ceiling, whichever begins here; also -$5."""
+        if self.is_op(*CURRENCY):
+            unit = CURRENCY[self.expect(*CURRENCY)]
+            return ("unit", scalar(self.primary()), unit)
+        opening = self.expect(*_CLOSING)
+        #   \{\}  ->  the empty set, the same tree as \emptyset
+        if opening == "\\{" and self.take("\\}"):
             return ("set", ())
-        if kind == "domain":
-            return (kind, value)
-        if kind == "begin":
-            return self.matrix(value)
-        if kind == "fn":
-            return self.function(value)
-        if kind == "plain":
-            return self.plain(value)
-        if kind == "mark":
-            return ("sym", f"{value} {self.raw()}")
-        if kind == "cmd":
-            # The values of COMMANDS and NAMES with kind "cmd" name the cmd_ methods below; no text
-            # of an answer can name another one.
-            return getattr(self, "cmd_" + value)()
-        raise ParseError(f"expected a number or a letter, found {value or 'the end'!r}")
+        # While a bar is the innermost opening, the next bar closes it; bars opened outside of
+        # another bracket cannot close inside it.
+        bars, self.bars = self.bars, opening == "|"
+        inside = self.group() if opening == "{" else self.items()
+        self.bars = bars
+        # Mixed brackets are wanted: (1, 2] and [1, 2) are half-open intervals.
+        closing = self.expect(*_CLOSING[opening])
+        if opening in _ROUNDED:
+            return (_ROUNDED[opening], scalar(inside))
+        if opening == "\\{":
+            return ("set", inside[1] if inside[0] in ("list", "or") else (inside,))
+        #   (1, 2)  ->  ("tuple", "(", ")", (1, 2))
+        if opening != "{" and inside[0] == "list":
+            return ("tuple", opening, closing, inside[1])
+        # One item in brackets is a group: (x + 1), [x + 1]. (5] is a misprint, (1 or 2) unknown.
+        if opening + closing not in ("()", "[]", "{}") or opening != "{" and inside[0] == "or":
+            raise ParseError("brackets do not match")
+        return inside
 
-    def number(self, value: str) -> tuple:
+    def read_node(self, node: tuple) -> tuple:
+        """A tree that was complete as a token: 52_8, 2:05, 0.\\overline{3}, \\mathbb{R}."""
+        return node
+
+    def read_const(self, name: str) -> tuple:
+        """pi, e, i, infinity; the i of a sum that counts with i is a letter."""
+        return ("sym" if name in self.indices else "const", name)
+
+    def read_text(self, words: str) -> tuple:
+        """Words as an item; next to arithmetic they are refused."""
+        # In brackets PQRS and pqrs are different points, Yes and yes are one word.
+        return ("text", words.lower() if self.depth < 2 or words.istitle() else words)
+
+    read_word = read_text
+
+    def read_bold(self, name: str) -> tuple:
+        """A letter in bold type, and remembered as such."""
+        self.bold.add(name)
+        return self.read_sym(name)
+
+    def read_mark(self, mark: str) -> tuple:
+        r"""\hat x: with its mark, x is another letter."""
+        return ("sym", f"{mark} {self.raw()}")
+
+    def read_num(self, value: str) -> tuple:
         """A number, or a mixed number: 2\\frac13, and 2 1/3 with a space."""
-        node = number(value)
+        node, (kind, name, gap) = number(value), self.peek()
         # Mixed numbers begin with a whole number: 2.5\frac13 is a product.
         if not value.isdigit():
             return node
-        kind, name, gap = self.peek()
+        if kind == "frac":
+            part = self.primary()
+        elif kind == "num" and gap and self.peek(1)[1] == "/" and self.peek(2)[0] == "num":
+            #   3 1/4  ->  13/4 with a space; 31/4 without
+            part = fraction(number(name), number(self.peek(2)[1]))
+            self.at += 3
+        else:
+            return node
+        top, (_, bottom) = part[1]
+        if not top[0] == bottom[0] == "num" or not top[2] is bottom[2] is None:
+            # 2\frac{n}{3} is a product: the fraction, already read, is the next token.
+            self.at -= 1
+            self.tokens[self.at] = ("node", part, gap)
+            return node
         #   2\frac13  ->  7/3, the reading of school; 2\frac43 is refused: 10/3, 8/3?
-        if kind == "cmd" and name == "frac":
-            mark = self.at
-            self.at += 1
-            top, bottom = scalar(self.argument()), scalar(self.argument())
-            if top[0] == bottom[0] == "num" and top[2] is bottom[2] is None:
-                if not top[1] < bottom[1]:
-                    raise ParseError("a number before an improper fraction is ambiguous")
-                return ("num", node[1] + Fraction(top[1], bottom[1]), None)
-            # 2\frac{n}{3} is a product: leave the fraction, already read, as the next token.
-            self.tokens[mark:self.at] = [("node", ("mul", (top, ("inv", bottom))), gap)]
-            self.at = mark
-        elif kind == "num" and gap and self.peek(1)[:2] == ("op", "/"):
-            # 3 1/4  ->  13/4 with a space; 31/4 without; 3 5/4 stays for the rule
-            # on numbers after factors
-            bottom = self.peek(2)
-            if name.isdigit() and bottom[0] == "num" and bottom[1].isdigit():
-                top, below = number(name)[1], number(bottom[1])[1]
-                if 0 < top < below:
-                    self.at += 3
-                    return ("num", node[1] + Fraction(top, below), None)
-        return node
+        if not 0 < top[1] < bottom[1]:
+            raise ParseError("a number before an improper fraction is ambiguous")
+        return ("num", node[1] + Fraction(top[1], bottom[1]), None)
 
-    def symbol(self, name: str) -> tuple:
+    def read_sym(self, name: str) -> tuple:
         """A letter with its index and primes; before a bracket a function or a factor."""
         #   x_1, x_{max}, a_{n}_k, f'': index and primes are part of the name
         while self.is_op("_", "'"):
@@ -1070,18 +1051,23 @@ class _Parser:
     def shows_function(self, name: str) -> bool:
         """Is the name before this bracket a function here? Once decided, it holds for both sides.
 
-        f, g, h and whatever has a prime are. A capital, a Greek or an indexed name is one of a
-        lone argument or of several: P(3), \\phi(n), p_1(x, y), but P(1+r) and \\alpha(\\beta+1) are
-        products. Small letters multiply: n(n+1), k(2).
+        f, g, h and whatever has a prime are; so is any name in a definition, k(x) = x + 1. A
+        capital, a Greek or an indexed name is one of a lone argument or of several: P(3),
+        \\phi(n), p_1(x, y), but P(1+r) and \\alpha(\\beta+1) are products. Small letters multiply:
+        n(n+1), k(2).
         """
         if name[0] in "fgh" and name not in GREEK or "'" in name:
             return True
-        if not (name[0].isupper() or "_" in name or name in GREEK):
-            return False
+        # Looks ahead without moving the cursor.
         inside, end = [], self.at + 1
         while self.tokens[end] is not END and self.tokens[end][1] != ")":
             inside.append(self.tokens[end])
             end += 1
+        if all(token[0] == "sym" or token[1] == "," for token in inside) and (
+                self.peek(end + 1 - self.at)[1] == "="):
+            return True
+        if not (name[0].isupper() or "_" in name or name in GREEK):
+            return False
         lone = inside[1:] if inside and inside[0][1] == "-" else inside
         return any(token[1] in (",", "=") for token in inside) or (
             len(lone) == 1 and lone[0][0] in ("num", "sym", "const"))
@@ -1089,90 +1075,22 @@ class _Parser:
     def raw(self) -> str:
         """The spelling of an index or of a marked name: one token or one braced group."""
         # Indices are compared by spelling, x_{max} is one name whatever "max" may mean elsewhere.
-        if not self.take("{"):
-            kind, value, _ = self.peek()
-            if kind not in ("num", "sym", "const", "text", "word"):
-                raise ParseError("an index that is not a name")
-            self.at += 1
-            return value
-        parts, depth = [], 1
+        kind, value, _ = self.peek()
+        if value != "{" and kind not in ("num", "sym", "const", "text", "word"):
+            raise ParseError("an index that is not a name")
+        parts, depth = [], 0
         while self.peek() is not END:
             # Braces inside are counted, so that x_{a_{1}} ends at the right one.
-            value = self.peek()[1]
+            value = str(self.peek()[1])
             depth += (value == "{") - (value == "}")
             self.at += 1
-            if depth == 0:
-                return "".join(parts)
             parts.append(value)
+            if depth == 0:
+                return "".join(parts[1:-1] or parts)
         raise ParseError("unclosed brace")
 
-    def bracket(self) -> tuple:
-        """( ), [ ], \\{ \\}, { }, | |, floor and ceiling, whichever begins here."""
-        if self.take("{"):
-            inside = self.inner()
-            #   {9 \choose 2}  ->  ("binom", 9, 2)
-            if self.take("choose"):
-                inside = ("binom", scalar(inside), scalar(self.inner()))
-            elif self.is_op("over"):
-                inside = self.over(inside)
-            self.expect("}")
-            return inside
-        if self.is_op("|"):
-            return self.bars_()
-        for opening, closing, kind in (("lfloor", "rfloor", "floor"), ("lceil", "rceil", "ceil")):
-            if self.take(opening):
-                inside = self.inner()
-                self.expect(closing)
-                return (kind, scalar(inside))
-        if self.take("\\{"):
-            #   \{\}  ->  the empty set, the same tree as \emptyset
-            if self.take("\\}"):
-                return ("set", ())
-            inside = self.inner()
-            self.expect("\\}")
-            return ("set", inside[1] if inside[0] in ("list", "or") else (inside,))
-        if self.is_op("$") and self.peek(1)[0] == "num":  # -\$5: the sign came first
-            self.at += 2
-            return number(self.peek(-1)[1])
-        # Mixed brackets are wanted: (1, 2] and [1, 2) are half-open intervals. Angle
-        # brackets only pair with each other.
-        opening = self.expect("(", "[", "<(")
-        inside = self.inner()
-        closing = self.expect(*((")>",) if opening == "<(" else (")", "]")))
-        #   (1, 2)  ->  ("tuple", "(", ")", (1, 2))      (1 or 2)  ->  refused
-        if inside[0] in ("list", "or"):
-            if inside[0] == "or" or (opening == "<(") != (closing == ")>"):
-                raise ParseError("brackets do not match")
-            return ("tuple", opening, closing, inside[1])
-        # One item in brackets is a group: (x + 1), [x + 1]; (5] is a misprint.
-        if (opening, closing) not in (("(", ")"), ("[", "]")):
-            raise ParseError("brackets do not match")
-        return inside
-
-    def over(self, top: tuple) -> tuple:
-        r"""{a \over b}, as plain TeX writes a fraction: all of the group on either side."""
-        self.expect("over")
-        return ("mul", (scalar(top), ("inv", scalar(self.inner()))))
-
-    def inner(self) -> tuple:
-        """The items in a bracket; bars opened outside cannot close inside it."""
-        # Saved and restored, so that |(|x|)| closes its bars in the right order.
-        bars, self.bars = self.bars, 0
-        inside = self.items()
-        self.bars = bars
-        return inside
-
-    def bars_(self) -> tuple:
-        """An absolute value. While it is open, the next bar closes it, it does not open one."""
-        self.expect("|")
-        # While `bars` is not zero a bar is no beginning of a factor; see `starts_factor`.
-        self.bars += 1
-        inside = self.sum()
-        self.bars -= 1
-        self.expect("|")
-        return ("abs", scalar(inside))
-
-    def function(self, name: str) -> tuple:
+    # -- commands and functions with arguments ------------------------------------------------
+    def read_fn(self, name: str) -> tuple:
         r"""\sin x, \sin^2 x, \sin^{-1} x, \log_2 x, \gcd(a, b)."""
         #   \sin^2 x  ->  ("pow", ("fn", "sin", (x,)), 2)      \log_2 8  ->  ("log", 2, 8)
         base = exponent = None
@@ -1180,12 +1098,7 @@ class _Parser:
             if name == "log" and self.take("_"):
                 base = scalar(self.argument())
             elif self.is_op("^"):
-                # `power` wants a base: it reads the exponent for a dummy, 1, which is thrown away.
-                exponent = self.power(("num", 1, None))
-                #   \sin^\circ x has degrees instead of an exponent
-                if exponent[0] != "pow":
-                    raise ParseError("an exponent that is not a number")
-                exponent = exponent[2]
+                exponent = self.exponent()
         args = self.function_argument()
         # Only an exponent of exactly -1 inverts: \sin^{-2} x is 1/\sin^2 x.
         if exponent == ("neg", ("num", 1, None)) and name in INVERSE:
@@ -1193,11 +1106,9 @@ class _Parser:
         # \sin(1, 2) has no value; gcd, lcm, max and min take any number of arguments.
         if len(args) != 1 and name not in ("gcd", "lcm", "max", "min"):
             raise ParseError(f"{name} of several arguments")
-        # `log` without a base is the decimal one; that is policy, see the table in __init__.py.
-        if name == "log":
-            node = ("log", base or ("num", 10, None), args[0])
-        elif name in ("ln", "lg"):
-            node = ("log", ("const", "e") if name == "ln" else ("num", 10, None), args[0])
+        # `log` without a base is the decimal one; that is policy.
+        if name in ("log", "ln", "lg"):
+            node = ("log", base or (("const", "e") if name == "ln" else ("num", 10, None)), args[0])
         elif name == "exp":
             #   \exp(x) and e^x are one tree
             node = ("pow", ("const", "e"), args[0])
@@ -1207,22 +1118,20 @@ class _Parser:
 
     def function_argument(self) -> tuple:
         """The arguments of a function: bracketed, or the factors that follow it."""
-        if self.is_op("(", "[", "{", "|", "\\{", "lfloor", "lceil"):
-            #   \sin(x) y is (\sin x) y: the bracket is the whole argument
+        if self.is_op(*_CLOSING):
+            #   \sin(x) y is (\sin x) y: the bracket is the whole argument; \max\{a, b\}
             inside = self.bracket()
-            if inside[0] == "set":
-                inside = ("tuple", "(", ")", inside[1])  # \max\{a, b\}
+            args = {"tuple": inside[-1], "set": inside[1]}.get(inside[0], (inside,))
         else:
             #   \sin 2x is \sin(2x)
-            inside = self.term(before_function=True)
+            args = (self.term(before_function=True),)
             # \sin x/2 is \sin(x/2) to some, half of \sin x to others; \sin x/\cos x is clear.
             if self.is_op("/") and self.peek(1)[0] != "fn":
                 raise ParseError("a function of an unbracketed fraction is ambiguous")
-        args = inside[3] if inside[0] == "tuple" else (inside,)
-        return tuple(scalar(arg) for arg in args)
+        return tuple(map(scalar, args))
 
-    def matrix(self, name: str) -> tuple:
-        """Rows of cells; a last empty row (a trailing double backslash) is dropped."""
+    def read_begin(self, name: str) -> tuple:
+        """The rows of a matrix; a last empty row (a trailing double backslash) is dropped."""
         #   align, cases and the like hold several equations, not one value
         if name not in MATRICES:
             raise ParseError(f"unknown environment {name}")
@@ -1244,18 +1153,15 @@ class _Parser:
             raise ParseError("matrix rows of different lengths")
         return ("matrix", tuple(rows))
 
-    # -- commands with arguments --------------------------------------------------------------
-    def cmd_frac(self) -> tuple:
-        """A fraction is a product with an inverse, so that there is one rule for both."""
-        top, bottom = scalar(self.argument()), scalar(self.argument())
-        #   \frac{3}{4} and 3/4  ->  ("mul", (3, ("inv", 4)))
-        return ("mul", (top, ("inv", bottom)))
+    def read_frac(self, _) -> tuple:
+        r"""Two arguments, in TeX's way: \frac43 or \frac{4}{3}."""
+        return fraction(scalar(self.argument()), scalar(self.argument()))
 
-    def cmd_binom(self) -> tuple:
-        r"""Two arguments, in TeX's way: \binom nk or \binom{n}{k}."""
+    def read_binom(self, _) -> tuple:
+        r"""\binom nk or \binom{n}{k}."""
         return ("binom", scalar(self.argument()), scalar(self.argument()))
 
-    def cmd_sqrt(self) -> tuple:
+    def read_sqrt(self, _) -> tuple:
         r"""\sqrt[n]{x}; \sqrt12 is refused, because TeX and people read it differently."""
         degree = ("num", 2, None)
         #   \sqrt[3]{x}  ->  ("root", 3, x)
@@ -1268,40 +1174,35 @@ class _Parser:
             raise ParseError("a root of several digits needs braces")
         return ("root", degree, scalar(self.argument()))
 
-    def plain(self, kind: str) -> tuple:
+    def read_plain(self, kind: str) -> tuple:
         """sqrt 12, cbrt(x), abs(x), floor(x), ceil(x), as plain text has them."""
         inside = scalar(self.argument(whole_number=True))
         return ("root", ("num", int(kind), None), inside) if kind.isdigit() else (kind, inside)
 
-    def cmd_angle(self, kind: str = "angle") -> tuple:
-        """An angle or triangle is one name: angle ABC is not a product of A, B and C."""
-        name, braced = "", self.take("{")
+    def read_figure(self, kind: str) -> tuple:
+        r"""\angle ABC and \triangle{ABC} are one name, and no product of A, B and C."""
+        if self.is_op("{"):
+            return ("sym", f"{kind} {self.raw()}")
+        name = ""
         # Collects the letters of ABC and their indices; infinity is a constant
         # and no letter of a triangle.
         while self.peek()[0] in ("sym", "word", "const") and self.peek()[1] != "inf":
-            name += self.peek()[1]
-            self.at += 1
+            name += self.raw()
             while self.take("_"):
                 name += "_" + self.raw()
-        if braced:
-            self.expect("}")
         if not name:
             raise ParseError("an angle without a name")
         # With a space in it the name can meet no letter of the text: angle A and A stay different.
         return ("sym", f"{kind} {name}")
 
-    def cmd_triangle(self) -> tuple:
-        r"""\triangle ABC."""
-        return self.cmd_angle("triangle")
-
-    def cmd_sum(self, kind: str = "sum") -> tuple:
-        r"""\sum_{k=a}^{b} term."""
+    def read_sum(self, kind: str) -> tuple:
+        r"""\sum_{k=a}^{b} term, or \prod."""
         # Only this one form: index, start, end. A sum over a condition
         # (\sum_{d \mid n}) has no loop.
         self.expect("_")
         self.expect("{")
-        name = self.peek()[1]
-        if self.peek()[0] not in ("sym", "const"):
+        token, name, _ = self.peek()
+        if token not in ("sym", "const"):
             raise ParseError("a sum without an index")
         self.at += 1
         self.expect("=")
@@ -1316,10 +1217,6 @@ class _Parser:
         body = scalar(self.term())
         self.indices = outer
         return (kind, name, low, high, body)
-
-    def cmd_prod(self) -> tuple:
-        r"""\prod_{k=a}^{b} term."""
-        return self.cmd_sum("prod")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1347,13 +1244,13 @@ def number(text: str) -> tuple:
     return ("num", value, len(decimals) if point or exponent else None)
 
 
-def number_base(text: str) -> int:
-    """The base that an index names: 8, or the word eight."""
-    # At most 36, the digits and letters there are; \text{eight} has been stripped to its word.
-    base = NUMBER_BASES.get(text) or (int(text) if text.isdigit() and len(text) < 3 else 0)
-    if not 2 <= base <= 36:
+def in_base(digits: str, base: str) -> tuple:
+    """Digits in the base that an index names: 8, or the word eight."""
+    # At most 36, the digits and letters there are.
+    number = NUMBER_BASES.get(base) or (int(base) if base.isdigit() and len(base) < 3 else 0)
+    if not 2 <= number <= 36:
         raise ParseError("unknown number base")
-    return base
+    return ("base", digits.lstrip("0") or "0", number)
 
 
 def repeating(text: str) -> tuple:
@@ -1370,11 +1267,9 @@ def repeating(text: str) -> tuple:
             + Fraction(int(digits), (10 ** len(digits) - 1) * scale), None)
 
 
-def once(kind: str, node: tuple) -> tuple:
-    """A percent or degree sign on a number that has none: nobody knows what 5%% would be."""
-    if node[0] in ("pct", "deg"):
-        raise ParseError("a second percent or degree sign")
-    return (kind, node)
+def fraction(top: tuple, bottom: tuple) -> tuple:
+    """A product with an inverse, so that there is one rule for both: 3/4 is 3 times 1/4."""
+    return ("mul", (top, ("inv", bottom)))
 
 
 def scalar(node: tuple) -> tuple:

@@ -129,6 +129,11 @@ class Optimizer:
         """Scale the gradient of the whole batch down to a norm of at most `largest`; the norm it
         had."""
         self._move_gradients()
+        # A batch with nothing to learn has left none.  AdamW takes it for a gradient of zero: its
+        # moments fade and weights decay as ever, and the step counts.
+        for master in self.master:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         # The norm of the whole gradient from those of the ranks' rows: squares are what adds up.
         # Rank 0 holds (2, 3, 6), rank 1 (8, 0, 4): norms 7 and 8.94, the whole has
         # sqrt(49 + 80) = 11.36.  With `largest` 1 EACH rank multiplies by 1 / 11.36; by its own

@@ -41,9 +41,11 @@ from pathlib import Path
 import torch
 
 from ..cache import KVCache
-from ..checkpoint import ALIASES, auto_dtype, find_checkpoint, load_config
+from ..checkpoint import ALIASES, EMBEDDED, auto_dtype, find_checkpoint, load_config
 from ..cli import main_guard, option, parse_args
 from ..model import ModelConfig
+from ..packing import ATTENDED
+from ..problems import MADE_UP
 from ..readout import BLOCK_LOGITS, CHUNK_VOCAB
 from .optimizer import SUMMED_IN_BF16
 
@@ -185,6 +187,7 @@ class Plan:
     world: int = 1  # ranks
     work: Workload = Workload()
     settings: Settings = Settings()
+    models: int = 1  # 2: a frozen reference beside the one that learns
     least_rows: int = 1  # to be sampled at a time, if all are as long as may be
 
     @property
@@ -399,13 +402,19 @@ def updating_bytes(p: Plan) -> dict[str, int]:
     C, I, L, V = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size  # noqa: E741
     lora = p.work.lora_rank > 0
     layer = layer_activation_bytes(c, p.dtype, p.work.lora_rank, p.work.lora_targets)
+    # Attention goes over texts, padded and each with a prompt of its own (packing.py): of those
+    # there are keys and values, and the heads' output is there once more, put back.
+    H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    layer += e * (H + (ATTENDED - 1) * 2 * K) * D
     # Forward.  With checkpointing a layer's input is all that is kept.  Around the layers: token
     # ids, the final norm, and the hidden states picked for the readout.
     kept = N * (L * (C * e if again else layer) + 8 + (4 + 2 * e) * C + 4 + C * e)
     # Readout of the response tokens, and of the token after the end of each row: a block of
     # logits, never (N, V), three times its hidden states, and the gradient of all hidden states.
     # bf16: pieces of the output matrix are widened, old and new, and its gradient summed in fp32.
-    read = N * (p.work.max_new_tokens + 1) // p.work.longest
+    # (Of N tokens: a group's prompt is there once.)
+    G, S, new = p.work.group_size, p.work.prompt_tokens, p.work.max_new_tokens
+    read = N * G * (new + 1) // (S + G * new)
     readout = (min(read, max(1, BLOCK_LOGITS // V)) * (V + 3 * C) + read * C) * 4
     readout += ((0 if lora else V) + 2 * min(CHUNK_VOCAB, V)) * C * 4 if e < 4 else 0
     # Backward: the gradients that flow through one layer, and its activations if computed anew.
@@ -431,7 +440,7 @@ def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]
     sums = shard(4) if masters and not away else 0
     many = p.work.share(p.world) * p.work.longest > SUMMED_IN_BF16 * p.micro_batch
     table = {
-        "weights": (n * e // p.world,) * 3,
+        "weights": (p.models * (n * e // p.world),) * 3,
         "optimizer state": (state,) * 3,
         "gradients": (0, shard(e), 0 if sums else shard(e)),
         "gradients summed in fp32": (0, sums if many else 0, sums),
@@ -513,12 +522,12 @@ def default_kv_cache_gb(device: torch.device) -> float:
 
 def local_folder(model: str) -> Path | None:
     """The checkpoint folder of `tiny` or of a local name; None for what lies on the hub."""
-    local = model == "tiny" or Path(model).expanduser().is_dir()
+    local = model in EMBEDDED or Path(model).expanduser().is_dir()
     return find_checkpoint(model) if local else None
 
 
 def known_config(model: str) -> ModelConfig | None:
-    """The shape behind --model: `tiny` or a local folder, else an alias of SHAPES or its hub id;
+    """The shape behind --model: an embedded or a local folder, else an alias of SHAPES or its hub id;
     None for what only a download could tell."""
     # The config.json of a folder is the truth; SHAPES stand in for what is not here yet.
     if folder := local_folder(model):
@@ -532,7 +541,7 @@ def plan_for(options) -> Plan:
     ranks.  ValueError if the shape of --model is not known."""
     # All that is read of the options, here and in `settle`: model, data, device, dtype, steps,
     # problems_per_step, group_size, max_prompt_tokens, max_new_tokens, max_rows, kv_cache_gb,
-    # lora_rank, lora_targets, and the three of Settings.
+    # c_ref, lora_rank, lora_targets, and the three of Settings.
     o = options
     config = known_config(o.model)
     if config is None:
@@ -545,8 +554,8 @@ def plan_for(options) -> Plan:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, auto_dtype(local_folder(o.model), device) if dtype == "auto" else dtype)
-    # the embedded problems are one line each; other data may go up to the limit
-    prompt = 64 if o.data == "arithmetic" else o.max_prompt_tokens
+    # problems that are made up are one line each; other data may go up to the limit
+    prompt = 64 if o.data in MADE_UP else o.max_prompt_tokens
     work = Workload(
         o.problems_per_step, o.group_size, prompt, o.max_new_tokens, o.steps, o.max_rows,
         o.lora_rank, o.lora_targets,
@@ -562,6 +571,7 @@ def plan_for(options) -> Plan:
         device=device,
         world=world,
         work=work,
+        models=1 + (o.c_ref == "exact"),
         wanted=Settings(**{name: getattr(o, name) for name in asdict(Settings())}),
     )
 

@@ -1,8 +1,9 @@
 """
-The recipe of the embedded model: from nothing to the checkpoint in this folder.
+The recipe of the embedded models: from nothing to the checkpoints in this folder.
 
     python -m nanolaser.tiny                    # about 45 minutes on one core, into this folder
     python -m nanolaser.tiny --updates 2000 --out small
+    python -m nanolaser.tiny --task subset-sum  # the second one, 9 minutes on a busy core
 
 A language model of a million parameters, characters for tokens, trained on three kinds of text
 about arithmetic.  Each is a chat; every turn ends with <|end|>, users' turns start with <|user|>:
@@ -23,10 +24,15 @@ Why it is made like this, and what that means for what you see when it is traine
    wrong step that self-rewarding could build on.  A large model brings that along.
 *  Checks follow an <|end|>, the token at which LaSeR reads z_c.  z_c itself, <|reserved_0|>,
    occurs in no text at all: before RL its probability says nothing (verification F1 is 0).
+
+The second model is a third as large and learns subset sums (subset_sum.py), from tries as a person
+makes them, a third of them right, and checks.  What it cannot see is not whether a solution is
+right, as in the arithmetic, but where one is to be found.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -39,11 +45,12 @@ import torch
 import torch.nn.functional as F
 
 from ..checkpoint import save_pretrained
-from ..cli import main_guard, option, parse_args
+from ..cli import apply_preset, main_guard, option, parse_args
 from ..files import write_atomic
 from ..model import CausalLM, ModelConfig
 from ..sampler import pad
 from ..tokenizer import Tokenizer
+from . import subset_sum
 from .arithmetic import (
     LARGEST,
     OPERATORS,
@@ -64,19 +71,26 @@ USER, END = SPECIAL[:2]
 
 @dataclass
 class Options:
-    """How the embedded model is made."""
+    """How an embedded model is made."""
 
-    updates: int = option(11_000, "optimizer steps; the learning rate falls along them", min=1)
-    out: str = option(str(FOLDER), "folder to write")
+    task: str = option("arithmetic", "what it is to learn", choices=("arithmetic", "subset-sum"))
+    updates: int = option(11_000, "optimizer steps; the learning rate falls along them", min=1,
+                          shown="11000; 2400 for subset-sum")
+    out: str | None = option(None, "folder to write", shown="where --task has its model")
     seed: int = option(0, "of the initial weights and of the texts")
     threads: int = option(1, "processor threads", min=1)
     lr: float = option(0.02, "peak learning rate of the matrices (Muon)", above=0)
     embedding_lr: float = option(2e-3, "peak learning rate of all else (AdamW)", above=0)
     batch: int = option(32, "texts per update", min=1)
-    wrong: float = option(0.2, "share of steps that go wrong", min=0, max=1)
-    checks: float = option(0.65, "share of texts that go on with a check", min=0, max=1)
-    marks: float = option(0.2, "share of texts with marked steps", min=0, max=1)
+    wrong: float = option(0.2, "share of steps that go wrong", min=0, max=1,
+                          shown="0.2; 0.03 for subset-sum")
+    checks: float = option(0.65, "share of texts that go on with a check", min=0, max=1,
+                           shown="0.65; 0.8 for subset-sum")
+    marks: float = option(0.2, "share of arithmetic with marked steps", min=0, max=1)
 
+
+# What differs for the second task.
+PRESETS = {"arithmetic": {}, "subset-sum": dict(updates=2400, wrong=0.03, checks=0.8)}
 
 # ---------------------------------------------------------------------------------------------
 # the text
@@ -98,8 +112,26 @@ def solve(expression, rng: random.Random, wrong: float) -> tuple[int, list[tuple
     return value, [*before, *then, (f"{a}{operator}{b}={value}", value == right)]
 
 
+def subset_sum_text(rng: random.Random, options: Options) -> tuple[str, str]:
+    """One random training text about subset sums, as (prompt, what is to be learned after it)."""
+    while True:
+        target, numbers, chosen = subset_sum.subset_sum(rng)
+        problem = subset_sum.subset_text(target, numbers)
+        if not is_held_out(problem):
+            break
+    # Trying finds the solution in 28 of 100 cases; in every tenth text there is nothing to try but
+    # its own numbers, so that a few more checks are y.
+    pool = {x: numbers[x] for x in chosen} if rng.random() < 0.1 else numbers
+    answer = subset_sum.attempt(target, pool, rng, options.wrong)
+    verdict = "y" if subset_sum.reward(problem, answer) else "n"
+    check = f"ok?{END}{verdict}{END}{USER}" if rng.random() < options.checks else ""
+    return f"{USER}{problem}{END}", f"{answer}{END}{USER}{check}"
+
+
 def text(rng: random.Random, options: Options) -> tuple[str, str]:
     """One random training text, as (prompt, what is to be learned after it)."""
+    if options.task == "subset-sum":
+        return subset_sum_text(rng, options)
     while True:
         expression = arithmetic_expression(rng, rng.choice(OPERATIONS))
         problem = arithmetic_text(expression)
@@ -220,6 +252,9 @@ CONFIG = ModelConfig(
     tie_word_embeddings=True,
     eos_token_id=(VOCABULARY.index(END),),
 )
+# 0.4 million are enough for one subtraction a line: four layers, three heads, one of keys.
+SMALLER = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=3,
+               num_key_value_heads=1)  # fmt: skip
 
 
 def optimizers(model: CausalLM, options: Options) -> list[torch.optim.Optimizer]:
@@ -282,11 +317,14 @@ def train(model: CausalLM, encode, options: Options) -> None:
 
 def main() -> None:
     """Write the tokenizer, train, write the model beside it."""
-    options, _ = parse_args(Options, description=__doc__.split("\n\n")[0])
+    options, given = parse_args(Options, description=__doc__.split("\n\n")[0])
+    options = apply_preset(options, given, PRESETS[options.task])
     torch.set_num_threads(options.threads)
-    out = Path(options.out)
+    second = options.task == "subset-sum"
+    out = Path(options.out or (FOLDER / "subset-sum" if second else FOLDER))
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written fails now, not in half an hour
-    model = CausalLM(CONFIG).init_weights(options.seed)
+    config = dataclasses.replace(CONFIG, **SMALLER) if second else CONFIG
+    model = CausalLM(config).init_weights(options.seed)
     # Trained in a folder of its own and copied at the end: the shipped model is replaced by a
     # whole one or not at all.
     with tempfile.TemporaryDirectory() as temporary:

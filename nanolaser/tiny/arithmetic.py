@@ -75,9 +75,9 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 8 == 0
 
 
-def made_up(seed: int, split: str, operations: tuple[int, ...]) -> Iterator[tuple[str, int, int]]:
-    """Endless (text, value, number of operations) of the split (train, test): the same seed gives
-    the same ones."""
+def made_up(seed: int, split: str, operations: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
+    """Endless (problem, answer, number of operations) of the split (train, test): the same seed
+    gives the same ones."""
     rng = random.Random(f"{split} {seed}")
     while True:
         # Whole problems are thrown away, seven of eight for the test split: they cost microseconds.
@@ -85,4 +85,4 @@ def made_up(seed: int, split: str, operations: tuple[int, ...]) -> Iterator[tupl
         expression = arithmetic_expression(rng, n)
         text = arithmetic_text(expression)
         if is_held_out(text) == (split == "test"):
-            yield text, arithmetic_value(expression), n
+            yield f"{text}=?", str(arithmetic_value(expression)), n
