@@ -41,15 +41,9 @@ from tqdm import tqdm
 
 from nanolaser import grpo, laser, log, scoring
 from nanolaser.checkpoint import EMBEDDED
-from nanolaser.cli import (
-    apply_preset,
-    is_terminal,
-    main_guard,
-    option,
-    paper_defaults,
-    parse_args,
-    warn,
-)
+from nanolaser.cli import apply_preset, is_terminal, main_guard, option, paper_defaults
+from nanolaser.cli import parse_args, warn
+from nanolaser.reward import load_reward
 from nanolaser.rollout import Rollout, judge
 from nanolaser.run import Run, begin, choose, evaluate, finish, prepare, save, short_name, take_up
 from nanolaser.scale.distributed import join
@@ -71,6 +65,7 @@ what, sampling, self_rewarding, updating, output = (
 class Options:
     """Train with LaSeR or GRPO."""
 
+    # A model and problems in, a folder of results out.
     model: str = what("tiny", "tiny or tiny-subset-sum (embedded), an alias, a hub id or a folder")
     data: str = what("arithmetic", "arithmetic, subset-sum, an alias, or a .jsonl file",
         paper="deepmath")
@@ -93,6 +88,7 @@ class Options:
     # auto: bfloat16 on a GPU, unless the model is stored in float32, as the embedded one is
     dtype: str = what("auto", "of the forward pass", choices=("auto", "float32", "bfloat16"))
 
+    # A step's batch: P problems x G solutions each, all from the model as it is now.
     steps: int = sampling(360, "batches to sample and learn from", min=1, paper=1600)
     problems_per_step: int = sampling(16, "P", min=1, paper=128)
     # one solution has nothing to be compared with: its group's advantage would be 0 / 0
@@ -101,14 +97,16 @@ class Options:
     max_prompt_tokens: int = sampling(2048, "longer problems are left out", min=1)
     # no top-p here: the policy gradient is that of the distribution that was sampled from
     temperature: float = sampling(1.0, "of the policy; z_c is read at 1", above=0)
-    # (DAPO's dynamic sampling, but what has nothing to compare still teaches r_s)
+    # DAPO's dynamic sampling, but for what becomes of the others: "all right" and "all wrong" are
+    # just what r_s has to tell apart
     refill: int = sampling(0, "times that fresh problems are sampled in place of groups whose "
         "rewards are all equal; only the loss on r_s learns from those then", min=0, max=100)
     max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
     kv_cache_gb: float | None = sampling(
         None, "GB the KV cache may take", above=0, shown="what the plan leaves")
 
-    alpha: float = self_rewarding(0.5, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
+    # LaSeR's own: from log pi(z_c) to r_s, what r_s is trained with, when it gets a say.
+    alpha: float = self_rewarding(0.25, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
     beta_v: float = self_rewarding(0.1, "scale of r_s", above=0)
     tau: float = self_rewarding(
         0.1, "share of r_s in the advantage; 1: r_s is the only reward", min=0, max=1)
@@ -120,17 +118,25 @@ class Options:
         words=("auto", "estimate", "exact"))
     c_ref_pairs: int = self_rewarding(300, "solutions that c_ref is the mean over", min=1)
     z_c: str | None = self_rewarding(None, "readout token", metavar="TOKEN", shown="by model")
+    # r_s is read off what the model knows, so it has to know something first; and what r_s says
+    # is noise until it has been trained
     reasoning_warmup: int = self_rewarding(40, "steps of plain GRPO", min=0, paper=200)
     self_reward_warmup: int = self_rewarding(
         60, "steps of learning r_s before it enters the advantage", min=0, paper=200)
     self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
     class_weights: bool = self_rewarding(True, "right and wrong weigh the same in that loss")
 
-    lr: float = updating(4e-4, "peak learning rate of AdamW", above=0, paper=1e-6)
+    # How a batch changes the weights.  A model of a million weights takes 600 times the step that
+    # one of 7 billion can bear.
+    lr: float = updating(6e-4, "peak learning rate of AdamW; ten times that of adapters", above=0,
+        paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
     lr_final: float = updating(0.1, "last learning rate / peak", min=0, max=1, paper=1.0)
     weight_decay: float = updating(0.01, "of AdamW", min=0, max=10)
-    grad_clip: float = updating(1.0, "largest gradient norm", above=0, max=1e9)
+    # The loss on r_s begins with ten times the policy's gradient, and AdamW divides both by one
+    # second moment that forgets nothing in so short a run: the policy would crawl (docs/log.md).
+    grad_clip: float = updating(0.2, "largest gradient norm", above=0, max=1e9, paper=1.0)
+    # What other trainers do differently in the same places; the defaults are the paper's.
     advantage_std: bool = updating(True, "divide advantages by the group's std (off: Dr. GRPO)")
     aggregate: str = updating("token", "the policy loss is a mean over all tokens, a mean over "
         "solutions of theirs, or a sum over tokens / (solutions * --max-new-tokens)",
@@ -138,7 +144,7 @@ class Options:
     truncated: str = updating("keep", "solutions cut off: learned from like others, left out of "
         "the policy loss, or with r_v = 0 whatever their box says",
         choices=("keep", "mask", "zero"))
-    # DAPO has 0.2 and 0.28
+    # uneven in DAPO, 0.2 and 0.28: what is improbable may rise further
     clip_low: float = updating(0.2, "PPO's clip below ratio 1; idle at one update a batch", min=0,
         max=1)
     clip_high: float = updating(0.2, "and above it; likewise", min=0, max=100)
@@ -155,10 +161,13 @@ class Options:
     # 12 bytes a weight that a GPU need not hold; the arithmetic is the same
     offload_optimizer: bool = updating(False, "AdamW's state in host memory, stepped there")
 
+    # What is measured and kept on the way.
     eval_every: int = output(120, "steps between evaluations", min=1, paper=20)
     eval_problems: int = output(
         400, "held-out problems (in between, a quarter of them)", min=1, paper=500)
     eval_n: int = output(8, "solutions per held-out problem", min=1, paper=2)
+    log: str | None = output(None, "live curves: metrics.jsonl and evals.jsonl as they are written",
+        choices=("tensorboard", "trackio", "wandb"))
     save_every: int = output(120, "steps between checkpoints", min=1, paper=50)
 
     def sampling(self) -> dict:
@@ -172,6 +181,8 @@ class Options:
 PRESETS = {
     "orz-7b": dict(reasoning_warmup=0, template="r1"),
     "octothinker-3b": dict(z_c="<|reserved_special_token_0|>"),
+    # the second embedded model: measured in docs/easy-to-check.md
+    "tiny-subset-sum": dict(data="subset-sum", steps=600, alpha=0.5, lr=4e-4, grad_clip=1.0),
 }
 # A complete run that takes minutes on any model: as little as possible of everything.
 TRIAL = dict(
@@ -184,13 +195,18 @@ TRIAL = dict(
 
 def new_options(o: Options, given) -> Options:
     """A new run's options: the user's word first, then the model's preset, then the defaults."""
-    if o.model not in EMBEDDED:
-        o = apply_preset(o, given, paper_defaults(Options) | PRESETS.get(o.model.lower(), {}))
+    if o.model != "tiny":
+        paper = {} if o.model in EMBEDDED else paper_defaults(Options)
+        o = apply_preset(o, given, paper | PRESETS.get(o.model.lower(), {}))
     if o.eval_data is None:  # the paper trains on DeepMath and evaluates on MATH-500
         same = o.data.lower() != "deepmath"
         o = dataclasses.replace(o, eval_data=o.data if same else "math500")
-    if o.algorithm == "grpo":
+    if o.algorithm == "grpo":  # without these two LaSeR is nothing else
         o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if o.lora_rank and "lr" not in given:
+        # B begins at zero and has far to go: ten times the rate of full training, whatever that is,
+        # is what others found for LoRA, and what the embedded run wants too.
+        o = dataclasses.replace(o, lr=10 * o.lr)
     if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
         raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
     if o.alpha == 0 and o.tau:
@@ -202,14 +218,16 @@ def new_options(o: Options, given) -> Options:
     if o.c_ref == "exact" and o.self_reward_loss != "mse":
         raise ValueError(f"--c-ref exact with --self-reward-loss {o.self_reward_loss}: its score "
                          "is pi(z_c) itself, and there is no c_ref in it")  # fmt: skip
-    if o.trial:
+    if o.trial:  # never more of anything than was asked for
         smaller = {k: min(v, getattr(o, k)) for k, v in TRIAL.items()}
         smaller["out"] = o.out or f"runs/{short_name(o)}-trial"
         o = dataclasses.replace(o, **smaller)
     return o
 
 
-MAX_SKIPPED = 5  # non-finite updates in a row after which the run stops
+# Updates in a row without a finite gradient, after which the run stops: one may be a wild batch,
+# five are a model that is broken.
+MAX_SKIPPED = 5
 
 # ---------------------------------------------------------------------------------------------
 # one step: the algorithm
@@ -218,45 +236,50 @@ MAX_SKIPPED = 5  # non-finite updates in a row after which the run stops
 def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     """Sample, check, reward, compare, update; returns (metrics of the step, its rollouts)."""
     o, tokenizer = run.o, run.tokenizer
+    # First it learns to solve, then to judge as well, then from its own judgement as well.
     phase = laser.phase(step, o.reasoning_warmup, o.self_reward_warmup)
-    rollouts, seconds = sample_and_check(run, step)  # 1. and 2.
+
+    # 1. Sample and 2. check: the rollouts of the whole batch, r_v and log pi(z_c) with each.
+    rollouts, seconds = sample_and_check(run, step)
     start = time.perf_counter()
 
     # 3. Reward.  r_s, from log pi(z_c) as the sampler has read it.  The loss in 5. reads it anew,
     #    with a gradient; the largest difference of the two is logged as zc_gap.
     names = ("r_v", "logp_zc", "finished")
     r_v, logp_zc, finished = (grpo.stack(rollouts, name, o.group_size) for name in names)  # (P, G)
-    c_ref = torch.full_like(logp_zc, tokenizer.c_ref)  # (P, G): constant, but for an ablation
+    # c_ref stands for what the untouched model would say after each of them: nearly the same
+    # everywhere, so one number will do.  (--c-ref exact asks that model itself.)
+    c_ref = torch.full_like(logp_zc, tokenizer.c_ref)  # (P, G)
     if run.reference is not None:
         c_ref = grpo.stack(rollouts, "logp_ref", o.group_size)
+    # A truncated solution has no end, where nothing could be read: nan in tensors, None in the log.
     r_s = laser.self_reward(logp_zc, c_ref, tokenizer.beta_v, o.self_reward_loss)
-    for rollout, score in zip(rollouts, r_s.flatten().tolist()):
-        rollout.r_s = score if rollout.finished else None
 
-    # 4. Compare within each group.  r_s has a say only once it has learned to speak.
-    r_v, r_s = r_v.float(), r_s.float()
-    tau = o.tau if phase == "integrated" else 0.0
-    advantages = laser.mixed_advantages(r_v, r_s, finished, tau, o.min_std, o.advantage_std)
+    # 4. Compare within each group.  r_s has a say only once it has learned to speak: until then A
+    #    is that of GRPO.  7 right of 8: 0.35 for each of these, -2.47 for the wrong one.
+    r_v, tau = r_v.float(), o.tau if phase == "integrated" else 0.0
+    advantages = laser.mixed_advantages(r_v, r_s.float(), finished, tau, o.min_std, o.advantage_std)
     weights = laser.class_weights(r_v, finished, o.class_weights)  # (P, G)
-    for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
-        rollout.advantage = advantage
+    for r, score, advantage in zip(rollouts, r_s.flatten().tolist(), advantages.flatten().tolist()):
+        r.r_s, r.advantage = score if r.finished else None, advantage
 
-    #    Which solutions the policy learns from, and what a token of each weighs: all, and the same.
+    #    Which solutions the policy learns from, and what a token of each weighs: by default all,
+    #    and the same, so that these weights are 1.
     counted = finished if o.truncated == "mask" else torch.ones_like(finished)
     if o.refill:
         counted = counted & laser.informative(r_v)[:, None]
     lengths = torch.tensor([len(r.response_tokens) for r in rollouts]).view_as(finished)
     advantages = advantages * laser.token_weights(lengths, counted, o.aggregate, o.max_new_tokens)
 
-    # 5. Update: policy loss + alpha * weighted (r_s - r_v)^2, over the whole batch, once.
+    # 5. Update: policy loss + alpha * weighted (r_s - r_v)^2, over the whole batch, once.  In the
+    #    first phase alpha is 0: log pi(z_c) is read and logged, and nothing pulls at it.
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, o)
     loss = grpo.Loss(
         alpha=o.alpha if phase != "reasoning" else 0.0, beta_v=tokenizer.beta_v,
         c_ref=c_ref.flatten(), z_c_id=tokenizer.z_c_id, kind=o.self_reward_loss,
-        clip_low=o.clip_low, clip_high=o.clip_high,
         z_wrong_id=tokenizer.unused_special_ids()[0] if o.self_reward_loss == "sft" else 0,
-        temperature=o.temperature,
+        temperature=o.temperature, clip_low=o.clip_low, clip_high=o.clip_high,
     )  # fmt: skip
     learned = grpo.update(
         run.model, run.optimizer, rollouts, advantages, weights, loss, o.micro_batch_tokens,
@@ -264,6 +287,7 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
     )  # fmt: skip
     seconds["seconds_update"] = time.perf_counter() - start
 
+    # What a line of metrics.jsonl says.
     m = {"step": step, "phase": phase, **log.statistics(rollouts, o.group_size), **learned}
     if o.refill:
         m["refilled_groups"] = len(r_v) - o.problems_per_step
@@ -273,39 +297,42 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Rollout]]:
 
 def sample_and_check(run: Run, step: int) -> tuple[list[Rollout], dict[str, float]]:
     """The first two parts of a step: (rollouts of all ranks with their r_v, seconds of each)."""
-    o, tokenizer, world, clock = run.o, run.tokenizer, run.world, [time.perf_counter()]
+    o, tokenizer, world, start = run.o, run.tokenizer, run.world, time.perf_counter()
     gate = "tags" if tokenizer.asks_for_tags else "box"
-    how = {"seed": o.seed * 1_000_003 + step, **o.sampling()}
-    rollouts, fresh = [], 0
+    rollouts, fresh, checking = [], 0, 0.0
     for _ in range(1 + o.refill):
         # 1. Sample.  P problems, G solutions of each; every rank samples its share of the problems.
         #    The seed depends on the step alone: a resumed run draws what it would have drawn.
         problems, first = run.stream.at(step, fresh), len(rollouts) // o.group_size
+        how = {"seed": o.seed * 1_000_003 + step, **o.sampling()}
         mine = grpo.sample(run.model, tokenizer, problems, o.group_size, world, first, **how)
-        if run.reference is not None:
+        if run.reference is not None:  # the ablation: what the model said of them before training
             scoring.reference(run.reference, tokenizer.z_c_id, mine, world)
-        clock.append(time.perf_counter())
 
         # 2. Check.  r_v = 1 where the boxed answer equals the gold answer.  Then the ranks exchange
         #    rollouts: from here on each has the whole batch.
-        judge(mine, problems, tokenizer, gate, run.reward)
+        sampled = time.perf_counter()
+        judge(mine, problems, tokenizer, gate, load_reward(o.reward))
         for r in mine:
             if o.truncated == "zero" and not r.finished:
                 r.r_v = 0.0
         rollouts += grpo.of_all_ranks(mine, world)
-        clock.append(time.perf_counter())
+        checking += time.perf_counter() - sampled
 
-        # With --refill: a fresh problem for each group that has nothing to compare.
+        # With --refill, a fresh problem for each group whose rewards are all equal, until P groups
+        # have something to compare.  16 groups, 5 of them equal: 5 more; 1 of these equal: 1 more.
         r_v = grpo.stack(rollouts, "r_v", o.group_size)
         fresh = int((~laser.informative(r_v)).sum())
         if len(r_v) == o.problems_per_step + fresh:
             break
-    spans = [b - a for a, b in zip(clock, clock[1:])]
-    return rollouts, {"seconds_rollout": sum(spans[::2]), "seconds_check": sum(spans[1::2])}
+    sampling = time.perf_counter() - start - checking
+    return rollouts, {"seconds_rollout": sampling, "seconds_check": checking}
 
 
 def learning_rate(step: int, o: Options) -> float:
     """Linear up over lr_warmup steps, then linear down to lr * lr_final at the last step."""
+    # The embedded run: a fifth of lr in step 1, all of it from step 5 on, 55 % half-way, a tenth
+    # at the end.  The paper's is constant.
     warm = min(1.0, step / o.lr_warmup) if o.lr_warmup else 1.0
     return o.lr * warm * (1 - (1 - o.lr_final) * step / o.steps)
 
@@ -325,6 +352,8 @@ def main() -> int:
         if o.plan:
             print(plan_for(o).table())
             return 0
+        # All that can be wrong fails in prepare.  Then the untouched model is measured, c_ref and
+        # held-out problems; or a checkpoint says how far the run had come.
         run = prepare(o, folder, checkpoint, world)
         first = take_up(run, checkpoint) if checkpoint else begin(run)
         return loop(run, first) or finish(run)
@@ -334,7 +363,7 @@ def loop(run: Run, first: int) -> int:
     """Step after step.  Returns 0 after the last one, else the exit code."""
     o, folder, stop = run.o, run.folder, run.stop
     watch, skipped_in_a_row, phase = log.Watch(), 0, None
-    stop.in_step = True
+    stop.in_step = True  # from here on a Ctrl-C waits for the end of its step, and a checkpoint
     bar = tqdm(total=o.steps, initial=first - 1, disable=not is_terminal(), unit="step")
     for step in range(first, o.steps + 1):
         m, rollouts = train_step(run, step)
@@ -364,6 +393,7 @@ def loop(run: Run, first: int) -> int:
                       f"rollouts are in {folder.path}/samples.jsonl; try a new run with a lower "
                       "--lr", file=sys.stderr)  # fmt: skip
             return 1
+        # Held-out problems, a quarter of them: a trend.  `finish` takes them all.
         if step % o.eval_every == 0 and step < o.steps:
             e = {"step": step, **evaluate(run, run.test[: len(run.test) // 4 or 1], "eval")[0]}
             folder.append("evals.jsonl", [e])

@@ -6,7 +6,7 @@ What the one token is good for: a task whose solutions are hard to find and easy
     python benchmarks/easy_to_check.py --steps 9 --problems 20 --runs runs/trial --docs runs/trial
 
 Subset sums (nanolaser/tiny/subset_sum.py): "98 from 7 9 14 18 22 28 44", which of them make 98?  The
-second embedded model is trained with LaSeR over seeds, and solves 200 held-out problems 32 times
+second embedded model is trained with LaSeR over seeds, and solves 400 held-out problems 32 times
 each at temperature 1; so does the model that it starts from, which is asked in words as well.
 
 How much sampling is a right answer worth?  Three ways to spend it, on the same solutions:
@@ -56,8 +56,8 @@ class Options:
     runs: str = option("runs/easy", "folder of the runs and of their results")
     docs: str = option("docs", "folder of the page, its numbers and its picture")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the runs", min=0)
-    steps: int = option(360, "of each run", min=9)
-    problems: int = option(200, "held-out problems", min=2)
+    steps: int = option(600, "of each run", min=9)
+    problems: int = option(400, "held-out problems", min=2)
     draws: int = option(500, "draws behind each interval", min=1)
     report: bool = option(False, "only write the page again, from the numbers")
 
@@ -80,10 +80,10 @@ def train_and_evaluate(o: Options) -> None:
         folder = Path(o.runs).resolve() / f"laser-{seed}"
         if not (folder / "summary.json").exists():
             # A folder without a summary is a run that was interrupted.
-            new = ["--model", "tiny-subset-sum", "--data", "subset-sum", "--seed", seed,
-                   "--steps", o.steps, "--reasoning-warmup", o.steps // 9,
-                   "--self-reward-warmup", o.steps // 6, "--eval-problems", 100,
-                   "--out", folder]  # fmt: skip
+            new = ["--model", "tiny-subset-sum", "--seed", seed, "--steps", o.steps,
+                   "--eval-problems", 100, "--out", folder]  # fmt: skip
+            if o.steps < 100:  # a trial: its warm-ups shrink along
+                new += ["--reasoning-warmup", o.steps // 9, "--self-reward-warmup", o.steps // 6]
             begun = (folder / "config.json").exists()
             run("train.py", *(["--resume", folder] if begun else new))
         results = folder / "results"
@@ -112,15 +112,26 @@ def in_words(folder: Path) -> list[dict]:
     return [row | {"r_s": said.get(key(row)), "r_s_if_ended": None} for row in read(folder)]
 
 
+def last_line(rows: list[dict]) -> list[dict]:
+    """The solutions with what anybody can see in the place of r_s: is nothing left?"""
+    nothing = lambda row: float("=0\n\\boxed{" in row["response"])  # noqa: E731
+    return [row | {"r_s": nothing(row)} for row in rows]
+
+
 def intervals(seeds: list[list[dict]], draws: int) -> dict[str, list[float]]:
-    """Metric -> [mean over the seeds, lowest, highest of 95 % of draws of problems and seeds]."""
+    """Metric -> [mean over the seeds, lowest and highest of 95 % of draws of problems and seeds,
+    then every seed's own number]."""
     eight = [[row for row in rows if row["sample"] < 8] for rows in seeds]
     of = [metrics.statistics(rows, is_equivalent) for rows in eight]
     count = len({row["problem"] for row in eight[0]})
     found = {}
     for name, metric in METRICS.items():
-        statistic = lambda p, s, m=metric: float(np.mean([of[i][m](p) for i in s]))  # noqa: E731
-        found[name] = list(metrics.bootstrap(statistic, count, len(of), draws))
+        def statistic(problems, seeds, metric=metric) -> float | None:
+            values = [of[i][metric](problems) for i in seeds]
+            return None if None in values else float(np.mean(values))
+
+        each = [one[metric](np.arange(count)) for one in of]
+        found[name] = [*metrics.bootstrap(statistic, count, len(of), draws), *each]
     return found
 
 
@@ -173,9 +184,8 @@ def collect(o: Options) -> dict:
                     for s in o.seeds],
         "table": {"before RL, asked in words": intervals([in_words(base)], o.draws),
                   "before RL, r_s": intervals([read(base)], o.draws),
-                  "after RL, r_s": intervals(after, o.draws)},
-        "each": {name: [metrics.statistics([r for r in rows if r["sample"] < 8], is_equivalent)[m](
-            np.arange(o.problems)) for rows in after] for name, m in METRICS.items()},
+                  "after RL, r_s": intervals(after, o.draws),
+                  "after RL, by the last line": intervals(list(map(last_line, after)), o.draws)},
         "curves": {way: np.mean([c[way] for c in each], axis=0).tolist() for way in each[0]},
         "histogram": {"right": bins(True), "wrong": bins(False)},
     }  # fmt: skip
@@ -195,26 +205,32 @@ def equal_accuracy(curves: dict) -> tuple[float, float, float]:
 
 def page(found: dict) -> str:
     """docs/easy-to-check.md."""
-    cell = lambda x: f"{report.percent(x[0])} [{100 * x[1]:.1f}, {100 * x[2]:.1f}]"  # noqa: E731
+    percent = report.percent
+    cell = lambda x: f"{percent(x[0])} [{percent(x[1])}, {percent(x[2])}]"  # noqa: E731
     grid = lambda head, rows: "\n".join(  # noqa: E731
         "| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
     table = grid(["", *METRICS], [[name, *map(cell, row.values())]
                                   for name, row in found["table"].items()])  # fmt: skip
     each = grid(["seed", *METRICS], [
-        [str(seed), *(report.percent(found["each"][name][i]) for name in METRICS)]
-        for i, seed in enumerate(found["seeds"])])  # fmt: skip
+        [str(seed), *(percent(x[i]) for x in found["table"]["after RL, r_s"].values())]
+        for i, seed in enumerate(found["seeds"], start=3)])  # fmt: skip
     ways = {"majority": "majority of k", "best": "best of k by r_s",
             "stopping": "stop at the first believed", "any": "any of k is right"}
     spent = grid(["k", *(f"{w}: tokens, accuracy" for w in ways.values())], [
         [str(2 ** i), *(f"{found['curves'][way][i][0]:.0f}, "
-                        f"{report.percent(found['curves'][way][i][1])}" for way in ways)]
+                        f"{percent(found['curves'][way][i][1])}" for way in ways)]
         for i in range(len(found["curves"]["majority"]))])  # fmt: skip
     accuracy, tokens, enough = equal_accuracy(found["curves"])
-    minutes = " ".join(f"{m:.1f}" for m in found["minutes"])
+    minutes = ", ".join(f"{m:.1f}" for m in found["minutes"])
+    mean = {name: x[0] for name, x in found["table"]["after RL, r_s"].items()}
+    gain, above = (percent(mean["best of 8"] - mean[other])
+                   for other in ("one solution", "majority of 8"))
+    at_most = found["curves"]["stopping"][-1]
     return PAGE.format(
-        table=table, each=each, spent=spent, accuracy=report.percent(accuracy),
+        table=table, each=each, spent=spent, accuracy=percent(accuracy),
         tokens=f"{tokens:.0f}", enough=f"{enough:.0f}", times=f"{tokens / enough:.0f}",
-        minutes=minutes, **{k: found[k] for k in ("steps", "problems")},
+        gain=gain, above=above, mean=f"{at_most[0]:.0f}", most=percent(at_most[1]),
+        minutes=minutes, typical=f"{np.median(found['minutes']):.0f}", **{k: found[k] for k in ("steps", "problems")},
         seeds=", ".join(map(str, found["seeds"])))  # fmt: skip
 
 
@@ -264,11 +280,73 @@ def main() -> None:
 PAGE = """\
 # Hard to find, easy to check
 
-TODO
+In the embedded model's arithmetic, what is left wrong after RL is what the model cannot see, so its
+r_s gains little there. The promise of a self-reward is largest where a solution is hard to find and
+easy to check. Subset sum is the textbook example, and the second embedded model's task: which of
+these numbers make 50?
+
+```
+50 from a7 b10 c14 d16 e17 f18        50-f18=32                50-d16=34
+                                      32-e17=15                34-b10=24
+                                      15-c14=1                 24-e17=7
+                                      \\boxed{{f,e,c}}            7-a7=0
+                                                               \\boxed{{d,b,e,a}}
+```
+
+A solution is one try: numbers are picked, subtracted one after another, and what is left says
+whether the try was right. Which numbers to pick the model cannot see; that nothing is left it can.
+
+```
+python train.py --model tiny-subset-sum      # about {typical} minutes
+python sample.py --model runs/tiny-subset-sum-laser --until 0.5 "50 from a7 b10 c14 d16 e17 f18"
+```
+
+`--until 0.5` draws one solution after another and stops at the first that the model believes.
+
+![r_s of right and wrong solutions; problems solved against tokens](pictures/second.svg)
+
+*  **The best of eight by r_s** is right {gain} points more often than one solution, and {above} more
+   than the majority of the eight: where most tries are wrong, the most frequent one means little.
+*  **Tokens**: the majority of 32 solutions solves {accuracy} % of the problems and takes {tokens}
+   tokens a problem; stopping at the first solution with r_s > 0.5 gets there with {enough}, {times}
+   times fewer. With as many solutions as it likes, up to 32, it solves {most} % with {mean}.
+*  **It can run ahead of a perfect checker** that is shown k solutions at once ("any of k"), because
+   it stops when it has seen enough.
+
+## The numbers
+
+{problems} held-out problems, the first 8 of 32 solutions each at temperature 1, {steps} steps of RL,
+seeds {seeds}; per cent, in brackets the 95 % interval over problems and seeds. F1 and AUROC ask
+whether the score knows right from wrong solutions, "within problem" among those of one problem
+alone.
+
 {table}
+
+Each seed after RL:
+
 {each}
+
+What sampling costs and brings after RL, mean over the seeds. "Any" is what a perfect checker would
+make of the k solutions; a token for r_s is counted with each solution that is scored.
+
 {spent}
-{accuracy} {tokens} {enough} {times} {minutes} {steps} {problems} {seeds}
+
+`python benchmarks/easy_to_check.py` makes all of it anew (training took {minutes} minutes on one
+shared core), `--report` this page and its picture from `easy-to-check.json`.
+
+## What it is not
+
+The last line of a solution says nearly everything, and r_s has to learn little more than to read
+whether it ends in `=0`. (A little more it does learn: the last row of the first table is that rule
+alone, which is fooled by a wrong difference, by a letter used twice, and by a number that is not
+its letter's.) This is not a hard verification problem; it is what a readout of one token can be
+worth where verification is not the hard part.
+
+The base model was trained by supervised learning on tries that are mostly wrong and on checks in
+words (`python -m nanolaser.tiny --task subset-sum`); r_s, like everywhere, was learned in RL alone.
+The rule-based checker compares with the one solution that each problem has;
+`--reward nanolaser/tiny/subset_sum.py:reward` adds up instead, needs no gold answer, and gives the
+same verdicts.
 """
 
 if __name__ == "__main__":

@@ -156,16 +156,16 @@ def questions(r: Record) -> list[tuple[str, str, str, str]]:
          verdict(words, "higher")),
         ("r_s in the advantage helps (tau 0.1 against 0)", "+0.1 to +1.6 accuracy", cell(mixing),
          verdict(mixing, "higher")),
-        ("a constant is as good as the reference model", "accuracy 45.1 / 45.0",
+        ("a constant is as good as the reference model, within a point", "accuracy 45.1 / 45.0",
          cell(d("exact reference", "accuracy")), verdict(d("exact reference", "accuracy"), "same")),
         ("... and for F1", "79.4 / 79.3", cell(d("exact reference", "f1")),
          verdict(d("exact reference", "f1"), "same")),
-        ("SFT in place of MSE disturbs reasoning", "\"clearly interferes\", no number",
+        ("SFT in place of MSE costs accuracy", "\"clearly interferes\", no number",
          cell(d("sft", "accuracy")), verdict(d("sft", "accuracy"), "lower")),
         ("so does BCE", "no number", cell(d("bce", "accuracy")),
          verdict(d("bce", "accuracy"), "lower")),
-        ("r_s as the only reward collapses", "after about 60 steps", cell(tau1),
-         verdict(collapsed, "lower")),
+        ("r_s as the only reward collapses, by 10 points at least", "after about 60 steps",
+         cell(tau1), verdict(collapsed, "lower")),
     ]  # fmt: skip
     for where in SETS:
         gain = r.get("votes", where, "weighted - majority", "32")
@@ -175,10 +175,10 @@ def questions(r: Record) -> list[tuple[str, str, str, str]]:
     found.append(("r_s is calibrated (ECE at most 10)", "9.0", cell(ece),
                   verdict(ece and [ece[0] - 0.1, ece[1] - 0.1, ece[2] - 0.1], "lower")))
     by = {judge: mean(values.get("spearman_length")) for judge, values in (length or {}).items()}
-    found.append(("r_s falls with the length (Spearman)", "-0.42", number(by.get("r_s")),
+    found.append(("r_s falls with the length (Spearman below -0.1)", "-0.42", number(by.get("r_s")),
                   MISSING if by.get("r_s") is None else YES if by["r_s"] < -0.1 else NO))
     spread = r.get("c_ref", "measured")
-    found.append(("c_ref hardly varies", "-23.11 +- 0.04 nats",
+    found.append(("c_ref hardly varies (by less than 0.05 of r_s)", "-23.11 +- 0.04 nats",
                   f"{spread[0][0]:.2f} +- {spread[0][1]:.2f}" if spread else "-",
                   MISSING if not spread else YES if spread[0][1] * 0.1 < 0.05 else NO))
     return found

@@ -14,6 +14,7 @@ trained.  Saving is whole or not at all: the folder takes its name when everythi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -47,14 +48,6 @@ ALIASES = {
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
     "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B",
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B",  # instruct, as the hub has it: Qwen's base is -Base
-    "qwen3-0.6b-base": "Qwen/Qwen3-0.6B-Base",
-    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
-    "qwen3-1.7b-base": "Qwen/Qwen3-1.7B-Base",
-    "qwen3-4b": "Qwen/Qwen3-4B",
-    "qwen3-4b-base": "Qwen/Qwen3-4B-Base",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "qwen3-8b-base": "Qwen/Qwen3-8B-Base",
     "orz-7b": "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
     "octothinker-3b": "OctoThinker/OctoThinker-3B-Short-Base",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
@@ -66,6 +59,9 @@ ALIASES = {
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
+# Qwen3's bare name is the instruct model's, and so is ours.
+ALIASES |= {f"qwen3-{size}{kind}".lower(): f"Qwen/Qwen3-{size}{kind}"
+            for size in ("0.6B", "1.7B", "4B", "8B") for kind in ("", "-Base")}  # fmt: skip
 # The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
 EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
@@ -75,8 +71,6 @@ INDEX = "model.safetensors.index.json"
 # All that is needed of a repository, which may also hold pickles, other formats and pictures.
 # huggingface_hub takes these as shell patterns; vLLM and transformers look for the same names.
 NEEDED = (*TOKENIZER_FILES, "config.json", "laser.json", WEIGHTS, INDEX, "model-*-of-*.safetensors")
-SHARD_BYTES = 5_000_000_000  # larger models are split: what hubs and file systems handle well
-CHUNK_BYTES = 32_000_000  # weights that are mapped at a time while loading
 
 # What to do about a damaged one: the older checkpoints of the run lie beside it.
 OLDER = "resume from an older checkpoint: put its name (step-000080) into checkpoints/latest"
@@ -198,20 +192,20 @@ def _load_model(
     expected = {name: list(t.shape) for name, t in _weights(model).items()}
     found = {name: shape for shapes in files.values() for name, shape in shapes.items()}
     _check_names(folder, expected, found, config.tie_word_embeddings)
-    for path, shapes in files.items():
-        for names in _chunks({n: shape for n, shape in shapes.items() if n in expected}):
-            # Each chunk is mapped, converted and unmapped: the peak is one copy and one chunk.
-            # A copy also where the dtype is right already: a mapped tensor would change with its
-            # file, and starts at an odd address, on which fast kernels round differently.
-            with _open(path) as file:
-                tensors = {n: world.scatter(file.get_tensor(n), device, dtype) for n in names}
-            for name, tensor in tensors.items():
-                _check_finite(path, name, local(tensor))
-            # assign: these tensors become the parameters; there is nothing to copy into.
-            model.load_state_dict(tensors, strict=False, assign=True)
-    for path, shapes in files.items():
-        if config.tie_word_embeddings and "lm_head.weight" in shapes:
-            _check_tied(path, model, world)
+    places, tensors = {n: path for path, shapes in files.items() for n in shapes}, {}
+    for name, path in places.items():
+        if name not in expected:  # not needed, see _check_names
+            continue
+        # Mapped, copied and unmapped, one by one: the peak is the model and one tensor.  A copy
+        # also where the dtype is right already: a mapped tensor would change with its file, and
+        # starts at an odd address, on which fast kernels round differently.
+        with _open(path) as file:
+            tensors[name] = world.scatter(file.get_tensor(name), device, dtype)
+        _check_finite(path, name, local(tensors[name]))
+    # assign: these tensors become the parameters; there is nothing to copy into.
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if config.tie_word_embeddings and "lm_head.weight" in places:
+        _check_tied(places["lm_head.weight"], model, world)
     if lora is not None:
         fill(model, world)
     return model
@@ -268,18 +262,6 @@ def _read_header(path: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _chunks(shapes: dict[str, list[int]]) -> Iterator[list[str]]:
-    """The names of some tensors, in portions of about CHUNK_BYTES."""
-    chunk, size = [], 0
-    for name, shape in shapes.items():
-        chunk.append(name)
-        size += 4 * math.prod(shape)  # as fp32, the largest that it may become
-        if size > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
-
-
 def _check_names(folder: Path, expected: dict, found: dict, tied: bool) -> None:
     """ValueError unless the tensors are the model's; names three of each kind, and counts."""
     # Two kinds of tensor may be there and are not needed: the duplicate of a tied output matrix,
@@ -328,9 +310,15 @@ def _check_tied(path: Path, model: CausalLM, world: World) -> None:
 # What each family is called, and the size of a head where config.json does not say (None: C / H).
 FAMILIES = {"qwen2": ("Qwen2ForCausalLM", None), "qwen3": ("Qwen3ForCausalLM", 128),
             "llama": ("LlamaForCausalLM", None)}  # fmt: skip
-# Far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
-LARGEST = {"vocab_size": 16_777_216, "hidden_size": 1_048_576, "intermediate_size": 1_048_576,
-           "num_hidden_layers": 1024, "num_attention_heads": 65_536}  # fmt: skip
+# The numbers: their type, the default (REQUIRED: none), and the largest that is believed.  That is
+# far above any published model: with 2^62 rows the arithmetic of sizes itself fails.
+REQUIRED = object()
+NUMBERS = {
+    "vocab_size": (int, REQUIRED, 16_777_216), "hidden_size": (int, REQUIRED, 1_048_576),
+    "intermediate_size": (int, REQUIRED, 1_048_576), "num_hidden_layers": (int, REQUIRED, 1024),
+    "num_attention_heads": (int, REQUIRED, 65_536), "rms_norm_eps": (float, 1e-6, 1.0),
+    "max_position_embeddings": (int, 2048, 2**31), "initializer_range": (float, 0.02, 1000.0),
+}  # fmt: skip
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -358,32 +346,30 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     ):
         if unsupported:
             raise ValueError(f"config.json: {what} is not supported")
-    sizes = {name: _number(raw, name, most=most) for name, most in LARGEST.items()}
-    heads = sizes["num_attention_heads"]
+    numbers = {name: _number(raw, name, *accepted) for name, accepted in NUMBERS.items()}
+    heads, head_dim = numbers["num_attention_heads"], FAMILIES[kind][1]
+    head_dim = head_dim or numbers["hidden_size"] // heads
     theta, scaling = _rope_from_hf(raw)
     eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
     # Qwen2 has q, k, v biases by construction and never an output bias; the one switch of the other
     # families means all four.  transformers leaves out what equals the family's default: no.
-    qwen2, bias = kind == "qwen2", bool(raw.get("attention_bias"))
-    head_dim = FAMILIES[kind][1] or sizes["hidden_size"] // heads
+    bias = bool(raw.get("attention_bias"))
     config = ModelConfig(
         model_type=kind,
-        **sizes,
-        num_key_value_heads=_number(raw, "num_key_value_heads", heads, most=heads),
-        head_dim=_number(raw, "head_dim", head_dim, most=65_536),
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, float, 1.0),
+        **numbers,
+        num_key_value_heads=_number(raw, "num_key_value_heads", int, heads, heads),
+        head_dim=_number(raw, "head_dim", int, head_dim, 65_536),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=_number(raw, "max_position_embeddings", 2048, most=2**31),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        attention_bias=qwen2 or bias,
-        attention_output_bias=bias and not qwen2,
+        attention_bias=bias or kind == "qwen2",
+        attention_output_bias=bias and kind != "qwen2",
         qk_norm=kind == "qwen3",
         mlp_bias=bool(raw.get("mlp_bias")) and kind == "llama",
-        initializer_range=_number(raw, "initializer_range", 0.02, float, 1000.0),
         eos_token_id=tuple(i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int),
         bos_token_id=bos if type(bos) is int else None,
     )
+    # Turning pairs halves a head; a key-value head serves a whole number of query heads.
     if config.head_dim % 2 or heads % config.num_key_value_heads:
         raise ValueError(
             f"config.json: {heads} heads of head_dim {config.head_dim} (an even number) that share "
@@ -417,13 +403,12 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     return {k: v for k, v in raw.items() if v is not None or k == "rope_scaling"}
 
 
-def _number(raw: dict, name: str, default: Any = None, kind: type = int, most: float = 1e12) -> Any:
+def _number(raw: dict, name: str, kind: type, default: Any = REQUIRED, most: float = 1e12) -> Any:
     """A number above 0 from the config; absent or null stands for the default."""
     value = default if raw.get(name) is None else raw[name]
-    if kind is float and type(value) is int:
-        value = float(value)
+    value = float(value) if kind is float and type(value) is int else value
     if type(value) is not kind or not 0 < value <= most:
-        what = "whole number" if kind is int else "number"
+        value, what = raw.get(name), "whole number" if kind is int else "number"
         raise ValueError(
             f"config.json: {name} is {value!r:.40}, but has to be a {what} above 0, at most {most}"
         )
@@ -435,7 +420,7 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     if not isinstance(new, dict) or not isinstance(old, dict):
         raise ValueError("config.json: rope_parameters or rope_scaling is no JSON object")
-    theta = _number({"rope_theta": raw.get("rope_theta"), **new}, "rope_theta", 10_000.0, float)
+    theta = _number({"rope_theta": raw.get("rope_theta"), **new}, "rope_theta", float, 10_000.0)
     scaling = {k: v for k, v in (old or new).items() if k not in ("rope_theta", "type")}
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor is not supported")
@@ -446,8 +431,8 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
         return theta, None
     # read and not guessed: a wrong one only shows in long texts
     for name in ("factor", "low_freq_factor", "high_freq_factor"):
-        _number(scaling, name, kind=float)
-    _number(scaling, "original_max_position_embeddings")
+        _number(scaling, name, float)
+    _number(scaling, "original_max_position_embeddings", int)
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("config.json: low_freq_factor has to be below high_freq_factor")
     return theta, {**scaling, "rope_type": "llama3"}
@@ -462,7 +447,6 @@ def save_pretrained(
     tokenizer: Tokenizer,
     folder: str | Path,
     state: tuple[dict[str, Tensor], dict] | None = None,
-    shard_bytes: int = SHARD_BYTES,
     world: World = ALONE,
 ) -> None:
     """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
@@ -476,63 +460,42 @@ def save_pretrained(
     Of many ranks each calls this, and the first one writes the same files: it is handed the parts
     of one tensor after the other, and never holds a second model.
     """
-    folder = Path(folder).expanduser().resolve()
     adapter_config, adapters = in_peft(model, world)
-    if not world.is_first:  # no files, but its parts, in the same order
-        with merged(model, world):
-            _write_weights(_weights(model), folder, shard_bytes, world)
-        if adapters:
-            _write_tensors(folder, adapters, world)
-        if state is not None:
-            _write_tensors(folder, state[0], world)
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A fixed name: what a killed process left half-written is found and removed by the next.
-    temporary = folder.with_name(folder.name + ".incomplete.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        dtype = str(model.dtype).removeprefix("torch.")
-        write_atomic(temporary / "config.json", _json(config_to_hf(model.config, dtype)))
-        # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
-        for name, content in tokenizer.files().items():
+    dtype = str(model.dtype).removeprefix("torch.")
+    # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
+    files = {"config.json": _json(config_to_hf(model.config, dtype)), **tokenizer.files()}
+    if adapters:
+        files[str(ADAPTER.with_name("adapter_config.json"))] = _json(adapter_config)
+    with _whole(Path(folder).expanduser().resolve(), world) as temporary:
+        for name, content in files.items() if world.is_first else ():
+            (temporary / name).parent.mkdir(exist_ok=True)
             write_atomic(temporary / name, content)
+        # Here all ranks meet, tensor by tensor, in the same order.
         with merged(model, world):
-            _write_weights(_weights(model), temporary, shard_bytes, world)
+            _write_tensors(temporary / WEIGHTS, _weights(model), world)
         if adapters:
-            (temporary / ADAPTER).parent.mkdir()
-            beside = temporary / ADAPTER.with_name("adapter_config.json")
-            write_atomic(beside, _json(adapter_config))
             _write_tensors(temporary / ADAPTER, adapters, world)
         if state is not None:
             save_state(temporary / "state", *state, world)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path, world: World) -> Iterator[Path]:
+    """A temporary folder that takes the name of `folder` when it is complete, or is gone again; on
+    other ranks than the first nothing is made."""
+    # A fixed name: what a killed process left half-written is found and removed by the next.
+    temporary = folder.with_name(folder.name + ".incomplete.tmp")
+    if not world.is_first:
+        yield temporary
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         sync_folder(temporary)
         _move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
-
-
-def _write_weights(tensors: dict[str, Tensor], folder: Path, limit: int, world: World) -> None:
-    """Write model.safetensors; or, above `limit` bytes, shards of that size and their index."""
-    # Sizes first, then files: their names hold the number of all of them (00001-of-00004).
-    shards: list[list[str]] = [[]]
-    filled = total = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled, total = filled + tensor.nbytes, total + tensor.nbytes
-    if len(shards) == 1:
-        return _write_tensors(folder / WEIGHTS, tensors, world)
-    place = {}
-    for i, names in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_tensors(folder / file, {name: tensors[name] for name in names}, world)
-        place |= dict.fromkeys(names, file)
-    if world.is_first:
-        index = {"metadata": {"total_size": total}, "weight_map": place}
-        write_atomic(folder / INDEX, _json(index))
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
@@ -583,11 +546,9 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
         for file in files:
             (folder / file).parent.mkdir(exist_ok=True)
             os.replace(temporary / file, folder / file)
-        # One file where there were shards, or the other way round: the old weights must go.
-        for pattern in (WEIGHTS, INDEX, "model-*-of-*.safetensors"):
-            for old in folder.glob(pattern):
-                if Path(old.name) not in files:
-                    old.unlink()
+        # The weights are one file now.  vLLM would read an old index and its shards all the same.
+        for old in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+            old.unlink(missing_ok=True)
         sync_folder(folder)
     sync_folder(folder.parent)
 
@@ -609,9 +570,12 @@ def save_state(
     the checksums of both, and of the checkpoint files in the folder above.  ValueError for a NaN
     in meta; OSError as in writing."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
     meta = json.loads(_json(meta))  # as it will be read back: tuples are lists, keys are texts
     _write_tensors(folder / "state.safetensors", tensors, world)
+    if not world.is_first:
+        return
     sums = {name: _sha256(folder / name) for name in _guarded(folder)}
     sums["meta"] = _sha256_of(meta)
     write_atomic(folder / "state.json", _json({"meta": meta, "sha256": sums}))

@@ -10,6 +10,9 @@ Three conventions hold throughout:
 - Ranks are taken of r_s as it is; probabilities and vote weights are r_s clipped to [0, 1].
 - A solution that was cut off has no r_s (None).  It counts as judged wrong, weighs nothing in a
   vote, and is left out where the quality of r_s itself is measured.
+
+Unless a function says otherwise, its arrays are (N,), one number a solution, and it raises
+ValueError where they differ in length or a score is missing.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ DRAWS = 1000
 TIE = 1e-9
 
 NO_ANSWER = -1
+Rows = Sequence[Mapping[str, Any]]  # rollout rows, as in samples.jsonl
+Equivalent = Callable[[str, str], bool]  # checker.is_equivalent, mostly
 
 
 # ---------------------------------------------------------------- is r_s right about the solutions?
@@ -46,21 +51,15 @@ class VerificationF1(NamedTuple):
     accuracy_wrong: float | None
 
 
-_UNKNOWN = VerificationF1(None, None, None)
-
-
 def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> VerificationF1:
-    """Harmonic mean of the verdict's accuracy on right and on wrong solutions (paper, evaluation).
-
-    right, score: (N,); the verdict is "right" where score > threshold, a missing score is "wrong".
-    Not the usual F1: both classes count the same, so always answering "right" gets 0 however
-    accurate the model is.  None where there is no solution of one of the kinds.
-    """
+    """Harmonic mean of the verdict's accuracy on right and on wrong solutions (paper, evaluation);
+    None where there is no solution of one of the kinds.  A missing score is the verdict "wrong"."""
     right, score = _pair(right, score, gaps=True)
     # NaN (no score) compares as False, which is the verdict wanted; numpy need not warn of it.
     with np.errstate(invalid="ignore"):
         verdict = score > threshold
-    # The accuracies are means over each kind alone: how many there are of it does not enter.
+    # Not the usual F1: each accuracy is a mean over its kind alone, so both kinds count the same
+    # however many there are, and always answering "right" gets 0.
     correct, wrong = _mean(verdict[right]), _mean(~verdict[~right])
     if correct is None or wrong is None:
         return VerificationF1(None, correct, wrong)
@@ -68,59 +67,66 @@ def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> Verificat
     return VerificationF1(f1, correct, wrong)
 
 
-def auroc(right: Any, score: Any) -> float | None:
-    """Probability that a right solution scores above a wrong one, ties counting half; in [0, 1].
+def fit_threshold(right: Any, score: Any) -> float:
+    """The threshold with the best F1 on solved problems, the middle one of several; ValueError
+    where one of the kinds is missing.  Scores may be missing."""
+    # r_s is trained towards 0 and 1 on the problems of the training; on harder ones it shrinks, and
+    # 0.5 is no longer where right and wrong part.
+    right, score = _pair(right, score, gaps=True)
+    if right.all() or not right.any():
+        kinds = "no" if not len(right) else "only right" if right.any() else "only wrong"
+        raise ValueError(f"{kinds} solutions: a threshold lies between right and wrong ones")
+    # Scores .2 .4 .9: between them lie .3 and .65; below and above, two more that judge all alike.
+    known = np.unique(score[~np.isnan(score)])  # sorted
+    between = (known[1:] + known[:-1]) / 2
+    candidates = np.array([*(known[:1] - 1), *between, *(known[-1:] + 1)] or [0.5])
+    # Of each kind the share not above each candidate: NaN sorts last, and is above nothing.
+    correct, wrong = (
+        (np.searchsorted(np.sort(score[kind]), candidates, "right") + np.isnan(score[kind]).sum())
+        / kind.sum() for kind in (right, ~right))
+    f1 = 2 * (1 - correct) * wrong / np.maximum(1 - correct + wrong, TIE)
+    best = np.flatnonzero(f1 >= f1.max() - TIE)
+    return float(candidates[best[len(best) // 2]])
 
-    right, score: (N,).  None where one of the kinds is missing.
-    """
-    right, score = _pair(right, score)
+
+def auroc(right: Any, score: Any) -> float | None:
+    """Probability that a right solution scores above a wrong one, ties counting half; in [0, 1]."""
     # By ranks in N log N, not by the N^2 pairs of the definition: benchmarks have 16000 solutions.
     # Right 0.9 0.4, wrong 0.6 0.4: won 0.9 > 0.6, 0.9 > 0.4, half of 0.4 = 0.4: 2.5 of 4 pairs.
-    wins, pairs = _wins(right, score)
+    wins, pairs = _wins(*_pair(right, score))
     return wins / pairs if pairs else None
 
 
 def auroc_within(right: Any, score: Any, problem: Any) -> float | None:
     """AUROC over the pairs of a right and a wrong solution of the same problem; in [0, 1].
 
-    right, score, problem: (N,), problem holds ids.  Every pair counts the same.  Plain AUROC can be
-    high by telling easy problems from hard ones; only this one says that r_s tells solutions
-    apart, which is what a vote needs.  None where no problem has both kinds.
+    Every pair counts the same; `problem` holds ids.  Plain AUROC can be high by telling easy
+    problems from hard ones; only this one says that r_s tells solutions apart, which is what a vote
+    needs.
     """
-    right, score, problem = _as_right(right), _no_gaps(score), np.asarray(problem)
-    _same_length(right, score, problem)
+    right, score = _pair(right, score)
+    _same_length(right, problem)
     # Sums before the division: a problem with 16 pairs says more than one with a single pair, and
     # one without pairs (all right, all wrong) says nothing and drops out by itself.
-    wins, pairs = _wins_by_problem(right, score, problem)
+    wins, pairs = _wins_by_problem(right, score, np.asarray(problem))
     return float(wins.sum() / pairs.sum()) if pairs.sum() else None
 
 
 def reliability(right: Any, score: Any, bins: int = 10) -> list[dict[str, Any]]:
-    """The reliability diagram: per equal-width bin of clipped score its count and two means.
-
-    right, score: (N,).  Returns `bins` dicts {low, high, count, score, accuracy}; the means of an
-    empty bin are None.  Bins are (low, high], the first one also holds 0, so that a score of
-    exactly 0.5 lies on the same side as the verdict `score > 0.5` puts it.
-    """
+    """The reliability diagram: {low, high, count, score, accuracy} of each equal-width bin of
+    clipped score, the last two being means, None in an empty bin."""
     right, score = _pair(right, score)
-    score = _clip(score)
-    edges = np.linspace(0, 1, bins + 1)
-    # Only the inner edges: whatever lies left of the first or right of the last is in that bin.
+    score, edges = _clip(score), np.linspace(0, 1, bins + 1)
+    # Bins are (low, high], so that a score of exactly 0.5 lies on the side on which the verdict
+    # `score > 0.5` puts it.  Only the inner edges: left of the first is bin 0, 0 itself included.
     index = np.searchsorted(edges[1:-1], score, side="left")
-    table = []
-    for b in range(bins):
-        inside = index == b
-        table.append({"low": float(edges[b]), "high": float(edges[b + 1]),
-                      "count": int(inside.sum()), "score": _mean(score[inside]),
-                      "accuracy": _mean(right[inside])})
-    return table
+    return [{"low": float(edges[b]), "high": float(edges[b + 1]), "count": int((index == b).sum()),
+             "score": _mean(score[index == b]), "accuracy": _mean(right[index == b])}
+            for b in range(bins)]
 
 
 def ece(right: Any, score: Any, bins: int = 10) -> float | None:
-    """Expected calibration error of the clipped score: mean |accuracy - score| over bins; [0, 1].
-
-    right, score: (N,); bins are equal in width and weigh by their counts.  None without solutions.
-    """
+    """Expected calibration error: mean |accuracy - score| over bins, weighted by count; [0, 1]."""
     table = [row for row in reliability(right, score, bins) if row["count"]]
     total = sum(row["count"] for row in table)
     # The gap is between two means of one bin, so that errors inside a bin cancel: with few bins
@@ -130,25 +136,18 @@ def ece(right: Any, score: Any, bins: int = 10) -> float | None:
 
 
 def brier(right: Any, score: Any) -> float | None:
-    """Mean squared difference of the clipped score and the truth; in [0, 1], None without any."""
+    """Mean squared difference of the clipped score and the truth; in [0, 1]."""
     # Unlike the ECE it also rewards telling right from wrong: always saying 0.4 where 40 % are
     # right is calibrated perfectly, ECE 0, and has a Brier score of 0.24.
     right, score = _pair(right, score)
-    score = _clip(score)
-    return _mean((score - right) ** 2)
-
-
-COVERAGES = (0.5, 0.8, 0.9)  # at which the accuracy is reported
+    return _mean((_clip(score) - right) ** 2)
 
 
 def coverage_curve(right: Any, score: Any) -> np.ndarray:
-    """Accuracy of the 1, 2, ... N most believed solutions, (N,): what is left to be right if one
-    keeps so many and leaves the others unanswered.
-
-    right, score: (N,).  Equal scores have no order: each of them counts as their mean.
-    """
-    right, score = _pair(right, score)
+    """Accuracy of the 1, 2, ... N most believed solutions, (N,): what is right of what is left if
+    one keeps so many and leaves the others unanswered.  Equal scores count as their mean."""
     # Right 1 0 1 0 of scores .9 .5 .5 .1 count as 1, 1/2, 1/2, 0: the curve is 1, 3/4, 2/3, 1/2.
+    right, score = _pair(right, score)
     order = np.argsort(-score, kind="stable")
     group = np.unique(-score[order], return_inverse=True)[1]
     share = np.bincount(group, weights=right[order]) / np.maximum(np.bincount(group), 1)
@@ -160,42 +159,14 @@ def risk_coverage(right: Any, score: Any) -> dict[str, float | None]:
     share of wrong solutions), and accuracy_at_50, _80, _90: of so many per cent most believed."""
     curve = coverage_curve(right, score)
     # 50 % of 5 solutions are 3: never fewer than asked for.
-    at = {f"accuracy_at_{100 * c:.0f}": _mean(curve[math.ceil(c * len(curve)) - 1 :][:1])
-          for c in COVERAGES}
+    at = {f"accuracy_at_{c}": _mean(curve[-(-c * len(curve) // 100) - 1 :][:1])
+          for c in (50, 80, 90)}
     return {"aurc": _mean(1 - curve), **at}
 
 
-def fit_threshold(right: Any, score: Any) -> float:
-    """The threshold whose verdicts have the best F1 on solved problems; right, score: (N,).
-
-    r_s is trained towards 0 and 1 on the problems of the training; on harder ones it shrinks, and
-    0.5 is no longer where right and wrong part.  Where several thresholds are best, the middle one.
-    ValueError where one of the kinds is missing.
-    """
-    right, score = _pair(right, score, gaps=True)
-    if right.all() or not right.any():
-        raise ValueError("a threshold needs right and wrong solutions to lie between; "
-                         f"all {len(right)} are {'right' if right.any() else 'wrong'}"
-                         if len(right) else "no solutions to fit a threshold on")
-    # Scores .2 .4 .9: between them lie .3 and .65; below and above, two more that judge all alike.
-    known = np.unique(score[~np.isnan(score)])  # sorted
-    between = (known[1:] + known[:-1]) / 2
-    candidates = np.array([*(known[:1] - 1), *between, *(known[-1:] + 1)] or [0.5])
-    # Of each kind the share not above each candidate: NaN sorts last, and is above nothing.
-    correct, wrong = (
-        (np.searchsorted(np.sort(score[kind]), candidates, "right") + np.isnan(score[kind]).sum())
-        / kind.sum() for kind in (right, ~right))
-    correct = 1 - correct
-    f1 = 2 * correct * wrong / np.maximum(correct + wrong, TIE)
-    best = np.flatnonzero(f1 >= f1.max() - TIE)
-    return float(candidates[best[len(best) // 2]])
-
-
 def spearman(x: Any, y: Any) -> float | None:
-    """Rank correlation of x and y, both (N,), ties at their mean rank; in [-1, 1].
-
-    None where one of them does not vary: there is no order to agree with.
-    """
+    """Rank correlation of x and y, ties at their mean rank; in [-1, 1].  None where one of them
+    does not vary: there is no order to agree with."""
     x, y = _midranks(_no_gaps(x)), _midranks(_no_gaps(y))
     _same_length(x, y)
     if len(x) < 2:
@@ -209,22 +180,17 @@ def spearman(x: Any, y: Any) -> float | None:
 
 
 def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, float | None]:
-    """Mean of values (N,) and its standard error, clustered by problem (N,) where given.
-
-    Solutions of one problem are alike: taking 32 of each for independent would make the error up
-    to sqrt(32) times too small.  The clustered error sums the deviations per problem first (the
-    sandwich estimator with the P / (P - 1) correction).  None where there are too few to tell.
-    """
+    """Mean of values and its standard error, clustered by problem where that is given."""
+    # Solutions of one problem are alike: taking 32 of each for independent would make the error up
+    # to sqrt(32) times too small.  So deviations are summed per problem first (the sandwich
+    # estimator with the P / (P - 1) correction).  Without problems every value is a cluster of its
+    # own, and the formula is the ordinary one.
     values = np.asarray(values, dtype=float)
     if not len(values):
         return None, None
-    mean = float(values.mean())
-    if problem is None:
-        # Every value its own cluster: the formula below becomes the ordinary standard error.
-        cluster = np.arange(len(values))
-    else:
-        _same_length(values, problem)
-        cluster = np.unique(np.asarray(problem), return_inverse=True)[1]
+    problem = np.arange(len(values)) if problem is None else np.asarray(problem)
+    _same_length(values, problem)
+    mean, cluster = float(values.mean()), np.unique(problem, return_inverse=True)[1]
     sums = np.bincount(cluster, weights=values - mean)     # (P,)
     if len(sums) < 2:
         return mean, None
@@ -235,8 +201,7 @@ def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, flo
 # ---------------------------------------------------------------- one decision from many solutions
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One distinct answer of a problem: who gave it and what it weighs."""
 
     answer_class: int    # id, NO_ANSWER for the solutions without an answer
@@ -245,11 +210,9 @@ class Candidate:
     first: int           # index of the first of them
 
 
-def safely(equivalent: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """`equivalent`, except that one that raises says "not equal"; `errors` of the result counts.
-
-    A verdict on model output must not end an hour of evaluation, and must not hide either.
-    """
+def safely(equivalent: Equivalent) -> Equivalent:
+    """`equivalent`, except that one that raises says "not equal"; `errors` of the result counts."""
+    # A verdict on model output must not end an hour of evaluation, and must not hide either.
     def ask(answer: str, other: str) -> bool:
         try:
             return equivalent(answer, other)
@@ -261,25 +224,20 @@ def safely(equivalent: Callable[[str, str], bool]) -> Callable[[str, str], bool]
     return ask
 
 
-def answer_classes(answers: Sequence[str | None],
-                   equivalent: Callable[[str, str], bool]) -> np.ndarray:
+def answer_classes(answers: Sequence[str | None], equivalent: Equivalent) -> np.ndarray:
     """Class ids (n,) of the answers of one problem: 0, 1, ... as first seen, -1 for None.
 
-    `equivalent` decides whether an answer is the same as the first of a class, so that 1/2 and 0.5
-    vote together; where it raises, they are not.  Equality is not always transitive (rounded
-    decimals); each answer joins the oldest class that takes it, a definite result for a given
-    order.
+    Equality is not always transitive (rounded decimals): each answer joins the oldest class whose
+    first answer it equals, a definite result for a given order.  Where `equivalent` raises, two
+    answers differ.
     """
     # 8 solutions say 1/2, 0.5, none, 3, 1/2, 1/2, 0.50, 3: the classes are 0 0 -1 1 0 0 0 1, and
     # `equivalent` was asked 0.5 = 1/2?  3 = 1/2?  0.50 = 1/2?  Exact repeats, the common case, cost
     # no comparison.
     equivalent = safely(equivalent)
-    seen: dict[str, int] = {}
+    seen: dict[str | None, int] = {None: NO_ANSWER}
     founders: list[str] = []
-    classes = np.full(len(answers), NO_ANSWER)
-    for i, answer in enumerate(answers):
-        if answer is None:
-            continue
+    for answer in answers:
         if answer not in seen:
             # Lazily: the search ends at the first class that takes the answer, since each
             # comparison may cost a millisecond of parsing.
@@ -287,14 +245,11 @@ def answer_classes(answers: Sequence[str | None],
             seen[answer] = next(matches, len(founders))
             if seen[answer] == len(founders):
                 founders.append(answer)
-        classes[i] = seen[answer]
-    return classes
+    return np.array([seen[answer] for answer in answers], dtype=int)
 
 
-def vote_share(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool]
-               ) -> list[float]:
-    """For each rollout row the share of its problem's solutions that have its answer, in [0, 1]; 0
-    without an answer."""
+def vote_share(rows: Rows, equivalent: Equivalent) -> list[float]:
+    """For each row the share of its problem's solutions that have its answer; 0 without one."""
     samples, share = _group(rows), np.zeros(len(rows))
     for where in samples.where:
         classes = answer_classes([samples.answers[i] for i in where], equivalent)
@@ -304,10 +259,8 @@ def vote_share(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str
 
 
 def tally(classes: Any, score: Any = None) -> list[Candidate]:
-    """The candidates of one problem in the order they were first seen; no answer is one of them.
-
-    classes: (n,) ids; score: (n,) r_s, clipped here; without it every weight is 0.
-    """
+    """The candidates of one problem in the order they were first seen, no answer being one of them;
+    without scores every weight is 0."""
     classes = np.asarray(classes, dtype=int)
     weights = np.zeros(len(classes)) if score is None else _clip(_as_scores(score))
     _same_length(classes, weights)
@@ -323,34 +276,24 @@ def tally(classes: Any, score: Any = None) -> list[Candidate]:
 
 def majority_vote(classes: Any) -> int:
     """The class with the most votes; ties go to the one seen first.  -1 where none has an answer.
-
-    One fixed decision for one set of solutions.  How well such votes do is `votes_at_k`'s matter.
-    """
+    One fixed decision for one set of solutions; how well such votes do is `votes_at_k`'s matter."""
     return _winner(tally(classes), lambda c: (c.votes,))
 
 
 def weighted_vote(classes: Any, score: Any) -> int:
-    """The class with the largest sum of clipped r_s, then of votes, then seen first; -1 if none.
-
-    The second criterion matters when no solution is believed at all (every weight is 0): the vote
-    then falls back to the majority instead of to an arbitrary answer.
-    """
+    """The class with the largest sum of clipped r_s, then of votes, then seen first; -1 if none."""
+    # The second criterion matters when no solution is believed at all (every weight is 0): the vote
+    # then falls back to the majority instead of to an arbitrary answer.
     return _winner(tally(classes, score), lambda c: (round(c.weight / TIE), c.votes))
 
 
-def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int = 2000,
-                            seed: int = 0) -> float:
-    """Estimated probability that `remaining` more solutions would change the weighted vote.
+def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int = 2000) -> float:
+    """Estimated probability that `remaining` more solutions would change the weighted vote of those
+    so far.  Exactly 0 where nothing could change it; 1 while there is no answer to keep.
 
-    classes, score: (n,) of the solutions so far.  Exactly 0 where nothing could change it: each new
-    solution weighs at most 1.  Otherwise the future is drawn from the past (a Bayesian bootstrap:
-    every seen solution, and one that nobody has seen, recurs with a random share).  1 while there
-    is no answer to keep.
-
-    The unseen one is a bad case, so that stopping errs on the side of going on: always the same new
-    answer, and heavy.  How heavy?  If k + 1 answers come in any order, the last is the heaviest of
-    them with probability 1 / (k + 1): so often it weighs 1, the most there is, and else what the
-    heaviest solution so far does.  (Always 1 would never stop where r_s is low throughout.)
+    The future is drawn from the past (a Bayesian bootstrap: every seen solution, and one that
+    nobody has seen, recurs with a random share).  The unseen one is a bad case, so that stopping
+    errs on the side of going on: always the same new answer, and heavy.
     """
     table = [c for c in tally(classes, score) if c.answer_class != NO_ANSWER]
     if not table:
@@ -360,6 +303,7 @@ def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int
     total = np.array([c.weight for c in table] + [0.0])
     ahead = next(i for i, c in enumerate(table) if c.answer_class == leader)
     rivals = np.arange(len(total)) != ahead
+    # Each new solution weighs at most 1.
     if total[ahead] - total[rivals].max() > remaining + TIE or not remaining:
         return 0.0
     classes, weight = np.asarray(classes, dtype=int), _clip(_as_scores(score))
@@ -367,9 +311,12 @@ def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int
     adds = np.zeros((len(classes), len(total)))
     for i, c in enumerate(table):
         adds[:, i] = weight * (classes == c.answer_class)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.ones(len(adds) + 1), size=draws)         # (draws, n + 1)
     copies = rng.multinomial(remaining, shares)                        # (draws, n + 1)
+    # How heavy is the unseen one?  If k + 1 answers come in any order, the last is the heaviest of
+    # them with probability 1 / (k + 1): so often it weighs 1, the most there is, and else what the
+    # heaviest solution so far does.  (Always 1 would never stop where r_s is low throughout.)
     unseen = np.where(rng.random(draws) < 1 / (len(table) + 1), 1.0, weight.max())
     final = total + copies[:, :-1] @ adds                              # (draws, answers + 1)
     final[:, -1] += copies[:, -1] * unseen
@@ -386,10 +333,8 @@ def vote_sizes(n: int) -> list[int]:
 
 
 def pass_at_k(right: Any, k: int) -> float:
-    """Probability that k of the n solutions hold a right one: 1 - C(n - c, k) / C(n, k).
-
-    right: (n,).  The unbiased estimator of Chen et al. (2021), equation 1.  ValueError if k > n.
-    """
+    """Probability that k of the n solutions hold a right one: 1 - C(n - c, k) / C(n, k), the
+    unbiased estimator of Chen et al. (2021), equation 1.  ValueError if k > n."""
     right = _as_right(right)
     # math.comb is exact, and 0 where k > wrong: then every subset holds a right one.
     # 8 solutions, 2 right, k = 4: C(6, 4) = 15 of C(8, 4) = 70 subsets have none, 1 - 15/70 = 0.79.
@@ -399,9 +344,7 @@ def pass_at_k(right: Any, k: int) -> float:
 
 def best_of_at_k(right: Any, score: Any, k: int, classes: Any = None) -> float:
     """Expected accuracy of the highest-scored of k of the n solutions, exact for any n; in [0, 1].
-
-    right, score, classes: (n,).  Solutions of equal score are picked evenly.  ValueError if k > n.
-    """
+    Solutions of equal score are picked evenly.  ValueError if k > n."""
     right, key = _as_right(right), _rank_key(_as_scores(score), classes)
     n = _sized(right, k)
     # The best of a subset has score s if it holds somebody with s and nobody above: of the subsets
@@ -417,20 +360,19 @@ def best_of_at_k(right: Any, score: Any, k: int, classes: Any = None) -> float:
 
 
 def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, float]:
-    """Expected accuracy of the majority and of the weighted vote over k of the n solutions.
+    """Expected accuracy of the majority and of the weighted vote over k of the n solutions of one
+    problem, over all subsets of size k or DRAWS random ones.  ValueError if k > n.
 
-    classes, right, score: (n,).  Over all subsets of size k where there are at most EXACT_SUBSETS,
-    else over DRAWS random ones; both votes see the same subsets, so that their difference is not
-    blurred by the draw.  Tied classes share the win evenly.  That is the expectation of breaking
-    ties at random, and also of taking the first seen (equal counts make every tied class equally
-    often the first): no luck of the order is left, so the mean over subsets is unbiased and k = 1
-    is exactly the accuracy.  ValueError if k > n.
+    Tied classes share the win evenly.  That is the expectation of breaking ties at random, and also
+    of taking the first seen (equal counts make every tied class equally often the first): no luck
+    of the order is left, so the mean over subsets is unbiased and k = 1 is exactly the accuracy.
     """
     classes, right = np.asarray(classes, dtype=int), _as_right(right)
     weight = _clip(_as_scores(score))
     _same_length(classes, right, weight)
     # All subsets at once as matrix products: a loop over 1000 subsets of 500 problems would take
-    # minutes in Python, and this takes a second.
+    # minutes in Python, and this takes a second.  Both votes see the same subsets, so that their
+    # difference is not blurred by the draw.
     subsets = _subsets(_sized(right, k), k)                            # (S, n) of 0 and 1
     ids, column = np.unique(classes, return_inverse=True)
     member = np.eye(len(ids))[column]                                  # (n, M), M answers
@@ -444,34 +386,32 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, flo
     if ids[0] == NO_ANSWER:
         standing[:, 0] = np.where(votes[:, 0] > 0, 0.5, -np.inf)
         weights[:, 0] = np.where(votes[:, 0] > 0, -1.0, -np.inf)
-    # What a class is worth: the share of its members in the subset that are right.  All of them or
-    # none, save where the checker's equality is not transitive.
-    worth = rights / np.maximum(votes, 1)
     # Votes are whole numbers and tie exactly; weights are sums of fractions and need room.
     by_majority = standing == standing.max(axis=1, keepdims=True)
     by_weight = weights >= weights.max(axis=1, keepdims=True) - TIE
     # The same second criterion as in `weighted_vote`.
     second = np.where(by_weight, standing, -np.inf)
     by_weight = second == second.max(axis=1, keepdims=True)
-    return _share(worth, by_majority), _share(worth, by_weight)
+    # What a class is worth: the share of its members in the subset that are right.  All of them or
+    # none, save where the checker's equality is not transitive.
+    worth = rights / np.maximum(votes, 1)
+    majority, weighted = (float(((worth * tied).sum(axis=1) / tied.sum(axis=1)).mean())
+                          for tied in (by_majority, by_weight))
+    return majority, weighted
 
 
 METHODS = ("majority_vote", "weighted_vote", "best_of", "pass_at")
 
 
-def vote_tables(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool]
-                ) -> dict[str, dict[int, np.ndarray]]:
-    """Method -> k -> the expected accuracy on each problem (P,), for k of `vote_sizes`.
-
-    rows: rollout rows of one data set.  One number a problem is what means, standard errors
-    (`mean_and_stderr`) and paired comparisons need.  n is the smallest number of solutions that a
-    problem has, so that every k speaks about the same problems.
-    """
+def vote_tables(rows: Rows, equivalent: Equivalent) -> dict[str, dict[int, np.ndarray]]:
+    """Method -> k -> the expected accuracy on each problem (P,), for k of `vote_sizes`: one number
+    a problem is what means, standard errors and paired comparisons need.  n is the smallest number
+    of solutions that a problem has, so that every k speaks about the same problems."""
     samples = _group(rows)
     return _vote_tables(samples, equivalent, vote_sizes(samples.n))
 
 
-def _vote_tables(samples: _Samples, equivalent: Callable, sizes: Sequence[int]) -> dict:
+def _vote_tables(samples: _Samples, equivalent: Equivalent, sizes: Sequence[int]) -> dict:
     """`vote_tables` for these k alone."""
     # Merging answers is the expensive part (it calls the checker): once a problem, not once a k.
     solutions = [(answer_classes([samples.answers[i] for i in where], equivalent),
@@ -486,12 +426,13 @@ def _vote_tables(samples: _Samples, equivalent: Callable, sizes: Sequence[int]) 
     return tables
 
 
-def right_by_rank(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Share of right solutions among each problem's best by r_s, its second best, ... (n numbers).
+def right_by_rank(rows: Rows) -> list[float]:
+    """Share of right solutions among each problem's best by r_s, its second best, ... (n numbers),
+    those without an answer, then those without r_s, coming last.
 
     The first is best-of-n.  Where r_s tells the solutions of a problem apart the shares fall from
     the first to the last; where the first is lower than the second, the most self-assured solution
-    is not the safest.  Solutions without an answer, then those without r_s, come last.
+    is not the safest.
     """
     # LaSeR on hard arithmetic once gave .58 .71 .72 .73 .70 .66 .59 .36: the last is rightly
     # distrusted, and the first is a solution that looks easier than it is.
@@ -507,7 +448,7 @@ def right_by_rank(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 # -------------------------------------------------------------- a data set's entry in results.json
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool],
+def summarise(rows: Rows, equivalent: Equivalent,
               votes: Mapping[str, Mapping[int, np.ndarray]] | None = None) -> dict[str, Any]:
     """Everything that results.json says about one data set, from its rollout rows.
 
@@ -520,31 +461,29 @@ def summarise(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str]
         equivalent = safely(equivalent)
         votes = vote_tables(rows, equivalent)
     accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
-    entry: dict[str, Any] = {"problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
-                             "accuracy_stderr": stderr}
-    for method in METHODS:
-        # Text keys, as JSON will have them anyway: what is returned equals what is read back.
-        entry[method] = {str(k): _mean(values) for k, values in votes[method].items()}
-    entry["verification"] = verification(rows)
-    entry["mean_response_tokens"] = _mean(samples.tokens)
-    entry["finished_share"] = _mean(samples.finished)
     # What the checker raised, on a solution or where two answers were compared: neither ends an
     # evaluation, and neither may pass unnoticed.
     failed = sum(row.get("checker_error") is not None for row in rows)
-    entry["checker_errors"] = failed + getattr(equivalent, "errors", 0)
-    return entry
+    return {
+        "problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
+        "accuracy_stderr": stderr,
+        # Text keys, as JSON will have them anyway: what is returned equals what is read back.
+        **{m: {str(k): _mean(values) for k, values in votes[m].items()} for m in METHODS},
+        "verification": verification(rows),
+        "mean_response_tokens": _mean(samples.tokens),
+        "finished_share": _mean(samples.finished),
+        "checker_errors": failed + getattr(equivalent, "errors", 0),
+    }
 
 
-def verification(rows: Sequence[Mapping[str, Any]], threshold: float = 0.5
-                 ) -> dict[str, float | None]:
+def verification(rows: Rows, threshold: float = 0.5) -> dict[str, float | None]:
     """How well r_s, or any score that the rows carry as r_s, knows right solutions from wrong.
 
     f1 is f1_all.  The two are those of the authors' evaluation script: f1_all over all solutions,
     one without an answer being judged wrong; f1_filtered over those with an answer.  All else
     measures the score itself, over the solutions that have one.
     """
-    samples = _group(rows)
-    everything = np.arange(len(rows))
+    samples, everything = _group(rows), np.arange(len(rows))
     found = {name: of(everything) for name, of in _measures(samples, threshold).items()}
     return found | risk_coverage(*_scored(samples, everything))
 
@@ -570,7 +509,8 @@ def _measures(samples: _Samples, threshold: float = 0.5) -> dict[str, Callable]:
     asked = known.any() or not np.isnan(judged).all()
 
     def f1(i: np.ndarray) -> VerificationF1:
-        return verification_f1(right[i], judged[i], threshold) if asked else _UNKNOWN
+        f1 = verification_f1(right[i], judged[i], threshold)
+        return f1 if asked else VerificationF1(None, None, None)
 
     def length(i: np.ndarray) -> float | None:
         i = i[known[i]]
@@ -645,22 +585,21 @@ class Difference(NamedTuple):
     high: float | None
 
 
-def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]],
-            equivalent: Callable[[str, str], bool], draws: int = 1000
+def compare(rows_a: Rows, rows_b: Rows, equivalent: Equivalent, draws: int = 1000
             ) -> tuple[int, dict[str, Difference]]:
     """Two runs on one data set: the number of problems both have, and metric -> Difference.
 
     Problems are matched by their text, else by prompt_id.  Votes are over n solutions, the smaller
     n of the two.  ValueError where the runs have no problem in common.
     """
-    groups = [_by_text(rows) for rows in (rows_a, rows_b)]
+    groups = [_members(rows, by_text=True) for rows in (rows_a, rows_b)]
     # In the order of run a, for both: pairing is by position from here on.
     common = [key for key in groups[0] if key in groups[1]]
     if not common:
         raise ValueError("the two runs have no problem in common: nothing to compare")
     n = min(len(group[key]) for group in groups for key in common)
-    a, b = (statistics([row for key in common for row in group[key]], equivalent, n)
-            for group in groups)
+    a, b = (statistics([rows[i] for key in common for i in group[key]], equivalent, n)
+            for rows, group in zip((rows_a, rows_b), groups))
     everything, table = np.arange(len(common)), {}
     for name in a:
         change = bootstrap(lambda problems, _: minus(b[name](problems), a[name](problems)),
@@ -674,8 +613,8 @@ def minus(b: float | None, a: float | None) -> float | None:
     return None if a is None or b is None else b - a
 
 
-def statistics(rows: Sequence[Mapping[str, Any]], equivalent: Callable[[str, str], bool],
-               n: int | None = None) -> dict[str, Callable[[np.ndarray], float | None]]:
+def statistics(rows: Rows, equivalent: Equivalent, n: int | None = None
+               ) -> dict[str, Callable[[np.ndarray], float | None]]:
     """Metric -> statistic (indices of problems, in the order in which the rows first name them ->
     number or None) of one run; votes over n solutions."""
     samples = _group(rows, by_text=True)
@@ -720,43 +659,37 @@ class _Samples:
         return min((len(w) for w in self.where), default=0)
 
 
-def _group(rows: Sequence[Mapping[str, Any]], by_text: bool = False) -> _Samples:
+def _group(rows: Rows, by_text: bool = False) -> _Samples:
     """Rows -> arrays; ValueError names the first row that lacks a key."""
     for i, row in enumerate(rows):
         for key in ("r_v", "r_s", "answer", "finished", "response_tokens"):
             if key not in row or (key == "r_v" and row[key] is None):
                 raise ValueError(f"row {i + 1} has no {key}: metrics need it for every solution")
-    # Grouped by name, not by position: rows written as they finish come in any order.
-    where: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        where.setdefault(_key(row, i, by_text), []).append(i)
+    where = [np.array(members) for members in _members(rows, by_text).values()]
     problem = np.zeros(len(rows), dtype=int)
-    for p, members in enumerate(where.values()):
+    for p, members in enumerate(where):
         problem[members] = p
-    answers = [row["answer"] for row in rows]
+    column = lambda key: [row.get(key) for row in rows]  # noqa: E731
     return _Samples(
-        right=_as_right([row["r_v"] for row in rows]),
-        score=_as_scores([row["r_s"] for row in rows]),
-        if_ended=_as_scores([row.get("r_s_if_ended") for row in rows]),
-        answered=np.array([answer is not None for answer in answers], dtype=bool),
-        tokens=_as_scores([row["response_tokens"] for row in rows]),
-        finished=np.array([bool(row["finished"]) for row in rows], dtype=bool),
-        problem=problem, answers=answers,
-        where=[np.array(members) for members in where.values()])
+        right=_as_right(column("r_v")), score=_as_scores(column("r_s")),
+        if_ended=_as_scores(column("r_s_if_ended")),
+        answered=np.array([answer is not None for answer in column("answer")], dtype=bool),
+        tokens=_as_scores(column("response_tokens")),
+        finished=np.array(column("finished"), dtype=bool),
+        problem=problem, answers=column("answer"), where=where)
 
 
-def _key(row: Mapping[str, Any], i: int, by_text: bool) -> Any:
-    """What tells the problems of a file apart: prompt_id within a run, the text across runs."""
-    for name in ("problem", "prompt_id") if by_text else ("prompt_id", "problem"):
-        if row.get(name) is not None:
-            return row[name]
-    raise ValueError(f"row {i + 1} has neither prompt_id nor problem: whose solution is it?")
-
-
-def _by_text(rows: Sequence[Mapping[str, Any]]) -> dict[Any, list[Mapping[str, Any]]]:
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
+def _members(rows: Rows, by_text: bool) -> dict[Any, list[int]]:
+    """Problem -> the indices of its rows.  prompt_id tells the problems of one run apart, the text
+    those of several; each stands in for the other."""
+    # Grouped by name, not by position: rows written as they finish come in any order.
+    groups: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(_key(row, i, by_text=True), []).append(row)
+        names = [row.get(name) for name in ("problem", "prompt_id")]
+        known = [x for x in (names if by_text else names[::-1]) if x is not None]
+        if not known:
+            raise ValueError(f"row {i + 1} has neither prompt_id nor problem: whose is it?")
+        groups.setdefault(known[0], []).append(i)
     return groups
 
 
@@ -840,8 +773,7 @@ def _wins_by_problem(right: np.ndarray, score: np.ndarray, problem: np.ndarray,
     """Won pairs and pairs of each problem, (P,) each; P is given where ids are 0 .. P-1."""
     ids = np.unique(problem) if problems is None else np.arange(problems)
     order = np.argsort(problem, kind="stable")             # one sort, then slices
-    starts = np.searchsorted(problem[order], ids, side="left")
-    stops = np.searchsorted(problem[order], ids, side="right")
+    starts, stops = (np.searchsorted(problem[order], ids, side=side) for side in ("left", "right"))
     table = [_wins(right[order[i:j]], score[order[i:j]]) for i, j in zip(starts, stops)]
     wins, pairs = np.array(table, dtype=float).reshape(-1, 2).T
     return wins, pairs
@@ -861,18 +793,11 @@ def _winner(candidates: Iterable[Candidate], rank: Callable[[Candidate], tuple])
     return max(answered, key=rank).answer_class if answered else NO_ANSWER
 
 
-def _share(worth: np.ndarray, tied: np.ndarray) -> float:
-    """Mean over subsets of the mean worth of the tied winners; worth, tied: (S, M)."""
-    return float(((worth * tied).sum(axis=1) / tied.sum(axis=1)).mean())
-
-
 @functools.lru_cache(maxsize=64)
 def _subsets(n: int, k: int) -> np.ndarray:
-    """(S, n) of 0 and 1, a row a subset of size k: all of them, or DRAWS random ones.
-
-    Problems share the subsets: the solutions of each are drawn independently, so the errors of
-    two problems are independent all the same, and the table is built once.
-    """
+    """(S, n) of 0 and 1, a row a subset of size k: all of them, or DRAWS random ones."""
+    # Problems share the subsets: the solutions of each are drawn independently, so the errors of
+    # two problems are independent all the same, and the table is built once.
     if math.comb(n, k) <= EXACT_SUBSETS:
         chosen = np.array(list(itertools.combinations(range(n), k)))
     else:

@@ -156,9 +156,10 @@ def evaluation(title: str, rows: Sequence[Mapping[str, Any]],
     """One data set in four panels: what votes bring, whether r_s = 0.8 means right in 80 % of the
     cases, how far apart right and wrong solutions are, and whether r_s only looks at the length."""
     right, score, tokens = scored(rows)
-    return picture([votes_panel(votes), reliability_panel(right, score),
-                    histogram_panel(right, score, "r_s"), _lengths(right, score, tokens)],
-                   title=title)  # fmt: skip
+    return picture([
+        votes_panel(votes, f"{title}: accuracy of votes"), reliability_panel(right, score),
+        histogram_panel(right, score, "r_s"), _lengths(right, score, tokens),
+    ])  # fmt: skip
 
 
 def histograms(kinds: Mapping[str, Sequence[Mapping[str, Any]]], columns: int = 2) -> str:
@@ -384,19 +385,12 @@ def page(folders: Mapping[str, Path]) -> str:
 
 def _samples_json(runs: Mapping[str, Sequence[dict]]) -> tuple[str, str]:
     """(the solutions as JSON for the page, a sentence on what is not among them)."""
-    keys = ("step", "problem", "gold", "response", "answer", "r_v", "r_s", "advantage",
-            "response_tokens", "finished")  # fmt: skip
     by_step: dict[tuple, list[str]] = {}
     for name, rows in runs.items():
         for row in rows:
-            row = {"run": name} | {key: finite(row.get(key)) for key in keys}
-            text = str(row["response"])
-            if len(text) > LONGEST:  # of a long chain of thought its beginning and its end
-                left_out = f"\n[... {len(text) - LONGEST} characters ...]\n"
-                row["response"] = text[: LONGEST // 2] + left_out + text[-LONGEST // 2 :]
             # What a model writes is anything, HTML and scripts included.  In JSON no tag can begin,
             # once "<" is written as its number; the page's script shows it as text (report.html).
-            line = json.dumps(row).replace("<", "\\u003c")
+            line = json.dumps({"run": name} | finite(row)).replace("<", "\\u003c")
             by_step.setdefault((name, row["step"]), []).append(line)
     # A long run has more solutions than a page can hold: every second step, every third ...
     sizes, every = [sum(map(len, lines)) for lines in by_step.values()], 1
@@ -408,16 +402,29 @@ def _samples_json(runs: Mapping[str, Sequence[dict]]) -> tuple[str, str]:
 
 
 def read_run(folder: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
-    """(metrics.jsonl, evals.jsonl, samples.jsonl) of a run's folder; ValueError, one line, if it is
-    none."""
+    """(metrics.jsonl, evals.jsonl, what is shown of samples.jsonl) of a run's folder; ValueError,
+    one line, if it is none."""
     logs = [Path(folder) / f"{name}.jsonl" for name in ("metrics", "evals", "samples")]
     if not logs[0].is_file():
         raise ValueError(f"{folder} is no training run: there is no metrics.jsonl in it")
-    # `cut`: a run that is being trained, or was killed, may end within a line.
     solution = {"r_v": NUMBER, "r_s": (*NUMBER, type(None)), "response_tokens": int}
-    fields = ({"step": int}, {"step": int}, {"step": int, **solution})
-    return tuple([row for _, row in read_jsonl(log, kind, cut=True)] if log.exists() else []
-                 for log, kind in zip(logs, fields))  # fmt: skip
+    # `cut`: a run that is being trained, or was killed, may end within a line.
+    metrics, evals, samples = (
+        (row for _, row in read_jsonl(log, {"step": int, **more}, cut=True)) if log.exists() else ()
+        for log, more in zip(logs, ({}, {}, solution))
+    )
+    return list(metrics), list(evals), [_shown(row) for row in samples]
+
+
+def _shown(row: Mapping[str, Any]) -> dict:
+    """What a page shows of a solution: of a long chain of thought its beginning and its end."""
+    keys = "step problem gold response answer r_v r_s advantage response_tokens finished".split()
+    row = {key: row.get(key) for key in keys}
+    text = str(row["response"])
+    if len(text) > LONGEST:
+        left_out = f"\n[... {len(text) - LONGEST} characters ...]\n"
+        row["response"] = text[: LONGEST // 2] + left_out + text[-LONGEST // 2 :]
+    return row
 
 
 def main() -> None:

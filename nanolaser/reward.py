@@ -1,102 +1,70 @@
 """
-A reward of the user's own in place of the checker: --reward my_reward.py:function.
+A reward of the user's own in the checker's place: --reward my_reward.py:function.
 
     def function(problem, response, answer): ...       # texts -> a number in [0, 1]
-    def function(problems, responses, answers): ...    # lists of texts -> a list of numbers
+    def function(problems, responses, answers): ...    # lists of texts -> as many numbers
 
-The names of the arguments say which of the two it is.  What it returns is r_v, in training and in
-evaluation alike; a solution counts as right where r_v > 0.5.
-
-Only the file that the command line names is ever executed: never one out of a checkpoint, a data
-set or, when a run is resumed, its config.json (see run.reopen).
+What it returns is r_v, in training and in evaluation alike; right is r_v > 0.5.  Only the file that
+the command line names is executed: none from a checkpoint, from a data set or, when a run is
+resumed, from its config.json (see run.reopen).
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import inspect
+import numbers
+import runpy
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-Reward = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
 
+@functools.cache  # a file is executed once
+def load_reward(name: str | None) -> Callable[..., list[float]] | None:
+    """The function behind FILE.py:FUNCTION, as one of lists (problems, responses, answers) to as
+    many r_v; None for None.  ValueError for what is wrong with the file, or later with a reward."""
+    if name is None:
+        return None
+    file, _, attribute = name.rpartition(":")
+    path = Path(file).expanduser().absolute()
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"--reward {name}: give it as FILE.py:FUNCTION, a file that is there")
 
-def load_reward(name: str) -> Reward:
-    """The function that FILE.py:FUNCTION names, as one of lists of problems, responses and gold
-    answers to as many r_v; ValueError for what is wrong with the file, or later with a reward."""
-    path, attribute = reward_file(name), name.rpartition(":")[2]
-    spec = importlib.util.spec_from_file_location("own_reward", path)
-    module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
+    def ask(problem: str, function, *arguments):
+        try:
+            return function(*arguments)
+        except Exception as error:  # where in the user's file?  A SyntaxError alone knows it itself
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f.lineno for f in frames if f.filename == str(path)]
+            line, what = (lines or [getattr(error, "lineno", 1)])[-1], type(error).__name__
+            raise ValueError(f"{file}:{line}: {what}: {error}{problem}") from None
+
     sys.path.append(str(path.parent))  # it may import what lies beside it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{_where(error, path)}: {_said(error)}") from None
-    function = getattr(module, attribute, None)
+    function = ask("", runpy.run_path, str(path)).get(attribute)
     try:
         arguments = inspect.signature(function)
         arguments.bind("problem", "response", "answer")
     except (TypeError, ValueError):
-        raise ValueError(f"--reward: {attribute} of {path} is no function of three arguments: "
-                         "(problem, response, answer), or lists of them") from None  # fmt: skip
+        raise ValueError(f"--reward {name}: in {file} there is no function {attribute} of three "
+                         "arguments (problem, response, answer)") from None  # fmt: skip
     batched = next(iter(arguments.parameters)) == "problems"
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    line = f"{path}:{code.co_firstlineno if code else attribute}"
+    line = getattr(getattr(function, "__code__", None), "co_firstlineno", 1)
 
-    def rewards(problems, responses, answers) -> list[float]:
-        rows = list(zip(problems, responses, answers))
+    def rewards(*lists: list) -> list[float]:
+        rows = list(zip(*lists))
+        said = [f", for {problem!r:.200}" for problem, *_ in rows]
         if batched:
-            values = _ask(function, path, rows[0][0] if rows else "", *map(list, zip(*rows)))
+            values = ask(said[0], function, *map(list, lists))
             if not hasattr(values, "__len__") or len(values) != len(rows):
-                raise ValueError(f"{line}: {len(rows)} solutions, but not as many rewards: "
-                                 f"{values!r:.80}")  # fmt: skip
+                raise ValueError(f"{file}:{line}: {len(rows)} rewards are due, not {values!r:.80}")
         else:
-            values = [_ask(function, path, row[0], *row) for row in rows]
-        return [_checked(value, line, row[0]) for value, row in zip(values, rows)]
+            values = [ask(problem, function, *row) for problem, row in zip(said, rows)]
+        for value, problem in zip(values, said):
+            # Refused, not clipped: what was not meant would be learned for days.  (nan is not >= 0)
+            if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+                raise ValueError(f"{file}:{line}: {value!r:.80} is no number in [0, 1]{problem}")
+        return [float(value) for value in values]
 
     return rewards
-
-
-def reward_file(name: str) -> Path:
-    """The file of FILE.py:FUNCTION; ValueError or FileNotFoundError where it names none."""
-    path = Path(name.rpartition(":")[0]).expanduser()
-    if path.suffix != ".py":
-        raise ValueError(f"--reward {name}: give it as FILE.py:FUNCTION")
-    if not path.is_file():
-        raise FileNotFoundError(f"--reward: no such file: {path}")
-    return path
-
-
-def _ask(function, path: Path, problem: str, *arguments):
-    """What the user's function returns; ValueError names the line that raised, and the problem."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        raise ValueError(f"{_where(error, path)}: {_said(error)}, for {problem!r:.200}") from None
-
-
-def _checked(value, line: str, problem: str) -> float:
-    """A reward as a float in [0, 1]."""
-    # Refused and not clipped: what was not meant would be learned for days.  A NaN fails both.
-    try:
-        if not isinstance(value, str) and 0 <= float(value) <= 1:
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"{line}: a reward must be a number in [0, 1], not {value!r:.80}, "
-                     f"for {problem!r:.200}")  # fmt: skip
-
-
-def _where(error: Exception, path: Path) -> str:
-    """FILE:LINE of the user's file, where an exception came out of it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if f.filename == str(path.absolute())]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)  # a SyntaxError knows it
-    return f"{path}:{line}"
-
-
-def _said(error: Exception) -> str:
-    """What an exception says, in a line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -70,6 +70,7 @@ def judge(
     # In a group many solutions end in the same answer: each distinct one is judged once.
     verdicts: dict[tuple[str, str], tuple[bool | None, str | None]] = {}
     for r in rollouts:
+        # Text is for the checker and for people; what is learned from are the tokens.
         problem = problems[r.prompt_id]
         r.problem, r.gold = problem.problem, problem.answer
         r.response = tokenizer.decode(r.response_tokens)
@@ -77,6 +78,7 @@ def judge(
         # A model that repeats the instruction leaves its \boxed{} empty: that is no answer, and
         # must not win a vote.
         r.answer = answer or None
+        # Without a gold answer (sample.py) there is no verdict, only an answer to vote with.
         if r.gold is None or reward is not None:
             continue
         pair = r.answer, r.gold
@@ -84,9 +86,10 @@ def judge(
             verdicts[pair] = _without_raising(is_equivalent, *pair)
         correct, error = verdicts.get(pair, (False, r.checker_error))
         r.r_v, r.checker_error = float(bool(correct)), error
-    if reward is not None:
+    # All solutions at once: a reward may be a model of its own, and batches are cheaper.
+    if reward is not None and rollouts:
         texts = zip(*((r.problem, r.response, r.gold) for r in rollouts))
-        for r, r_v in zip(rollouts, reward(*texts) if rollouts else ()):
+        for r, r_v in zip(rollouts, reward(*texts)):
             r.r_v = r_v
 
 

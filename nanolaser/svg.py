@@ -87,19 +87,16 @@ def panel(
     return "\n".join(parts)
 
 
-def picture(panels: Sequence[str], columns: int = 2, title: str = "") -> str:
+def picture(panels: Sequence[str], columns: int = 2) -> str:
     """Panels in rows of so many columns, as one SVG text."""
-    top = 28 if title else 0
     columns = min(columns, len(panels)) or 1
-    width, height = WIDTH * columns, HEIGHT * math.ceil(len(panels) / columns) + top
-    placed = [f'<g transform="translate({i % columns * WIDTH} {i // columns * HEIGHT + top})">'
-              f"{p}</g>" for i, p in enumerate(panels)]  # fmt: skip
-    head = _text(LEFT, 20, title, size=16) if title else ""
+    width, height = WIDTH * columns, HEIGHT * math.ceil(len(panels) / columns)
+    placed = [f'<g transform="translate({i % columns * WIDTH} {i // columns * HEIGHT})">{p}</g>'
+              for i, p in enumerate(panels)]  # fmt: skip
     # The white ground is drawn: on a dark page dark letters would stand on nothing.
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             f'width="{width}" height="{height}" font-family="sans-serif" role="img">'
-            f'<rect width="100%" height="100%" fill="#fff"/>{head}' + "\n".join(placed)
-            + "</svg>\n")  # fmt: skip
+            '<rect width="100%" height="100%" fill="#fff"/>' + "\n".join(placed) + "</svg>\n")
 
 
 def _text(x, y, text, anchor="start", colour="#222", size=12, turn=0) -> str:

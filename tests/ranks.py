@@ -154,9 +154,8 @@ def check(folders: list[Path]) -> None:
             # saved by all ranks, it is a folder like any other; and a state for any number of them
             out = folder / f"saved-{dtype}-{len(options)}"
             state = (optimizer.state(), {"step": 3})
-            save_pretrained(spread, tokenizer, out, state, shard_bytes=40_000, world=world)
+            save_pretrained(spread, tokenizer, out, state, world=world)
             world.gather([])  # the first rank has written it by now
-            assert list(out.glob("model-*"))
             again, _ = load_pretrained(out, dtype=dtype)
             for p, q in zip(again.parameters(), everything.parameters()):
                 assert torch.equal(p, q)

@@ -98,17 +98,25 @@ def test_any_dtype_on_disk_into_the_dtype_asked_for(tiny, tmp_path, disk, asked)
     assert torch.equal(loaded.model.norm.weight, expected)
 
 
-def test_shards_and_their_index(tiny, tmp_path):
+def shard(folder: Path) -> None:
+    """Cut the weights of a checkpoint into three files with an index, as large models come."""
+    tensors, place = load_file(folder / WEIGHTS), {}
+    for i in range(3):
+        part = {n: t for j, (n, t) in enumerate(tensors.items()) if j % 3 == i}
+        save_file(part, folder / f"model-0000{i + 1}-of-00003.safetensors")
+        place |= dict.fromkeys(part, f"model-0000{i + 1}-of-00003.safetensors")
+    index = {"metadata": {"total_size": 5}, "weight_map": place}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / WEIGHTS).unlink()
+
+
+def test_shards_are_read_and_replaced_by_one_file(copy, tiny):
     model, tokenizer = tiny
-    save_pretrained(model, tokenizer, tmp_path / "out", shard_bytes=20_000)
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    shards = sorted(set(index["weight_map"].values()))
-    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
-    # one tensor may be larger than the limit; otherwise it holds
-    sizes = [[t.nbytes for t in load_file(tmp_path / "out" / s).values()] for s in shards]
-    assert all(sum(s) <= 20_000 or len(s) == 1 for s in sizes)
-    assert same_weights(model, load_pretrained(tmp_path / "out")[0])
+    shard(copy)
+    assert same_weights(load_pretrained(copy)[0], model)
+    save_pretrained(model, tokenizer, copy)
+    assert not list(copy.glob("model-*")) and not list(copy.glob("*.index.json"))
+    assert same_weights(load_pretrained(copy)[0], model)
 
 
 def test_weights_are_no_view_of_the_file(copy):
@@ -121,12 +129,6 @@ def test_weights_are_no_view_of_the_file(copy):
     assert torch.equal(model.model.norm.weight, before)
     # 64 bytes is what allocators give and vector units like; a file's offsets are any
     assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
-
-
-def test_small_chunks_give_the_same_weights(tiny_checkpoint, monkeypatch):
-    whole, _ = load_pretrained(tiny_checkpoint)
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
-    assert same_weights(whole, load_pretrained(tiny_checkpoint)[0])
 
 
 def test_z_c_by_argument(tiny_checkpoint):
@@ -271,7 +273,8 @@ def test_folders_without_weights(copy):
 
 
 def test_a_truncated_and_a_missing_shard_and_a_hostile_index(tiny, tmp_path):
-    save_pretrained(*tiny, tmp_path / "out", shard_bytes=20_000)
+    save_pretrained(*tiny, tmp_path / "out")
+    shard(tmp_path / "out")
     victim = sorted((tmp_path / "out").glob("model-*"))[1]
     victim.write_bytes(victim.read_bytes()[:-100])
     assert str(victim) in refused(tmp_path / "out", "truncated or corrupt")
@@ -418,17 +421,13 @@ def test_a_killed_save_is_cleared_away_by_the_next(tiny, tmp_path):
 def test_saving_again_replaces_files_and_keeps_foreign_ones(tiny, tmp_path):
     model, tokenizer = tiny
     out = tmp_path / "out"
-    save_pretrained(model, tokenizer, out, shard_bytes=20_000)
+    save_pretrained(model, tokenizer, out)
     (out / "notes.txt").write_text("mine")
     with torch.no_grad():
         model.model.norm.weight += 1
-    save_pretrained(model, tokenizer, out)  # in one file now: the shards and index must go
+    save_pretrained(model, tokenizer, out)
     assert same_weights(load_pretrained(out)[0], model)
-    assert not list(out.glob("model-*")) and (out / "notes.txt").read_text() == "mine"
-    with torch.no_grad():
-        model.model.norm.weight += 1
-    save_pretrained(model, tokenizer, out, shard_bytes=20_000)  # and back
-    assert same_weights(load_pretrained(out)[0], model) and not (out / WEIGHTS).exists()
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_files_are_readable_by_others_as_the_umask_has_it(tiny, tmp_path):
@@ -525,7 +524,6 @@ def memory(what):  # bytes; not ru_maxrss, which a child inherits from the proce
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
 
-checkpoint.CHUNK_BYTES = 4_000_000
 checkpoint.load_pretrained(sys.argv[1])  # a small one first: libraries and their pools
 before = memory("VmRSS")
 model, _ = checkpoint.load_pretrained(sys.argv[2], dtype=sys.argv[3])
@@ -534,7 +532,7 @@ print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_loading_needs_one_copy_and_a_chunk(tiny, tmp_path):
+def test_loading_needs_one_copy_and_a_tensor(tiny, tmp_path):
     large = {**TINY, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 7}
     with torch.device("meta"):
         model = CausalLM(ModelConfig(**large)).bfloat16()

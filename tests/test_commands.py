@@ -263,7 +263,7 @@ def test_help(call, script):
     options = runpy.run_path(str(ROOT / script))["Options"]
     positional = {"sample.py": "problem"}.get(script)
     for name in options.__dataclass_fields__:
-        assert (name if name == positional else f"--{name.replace('_', '-')} ") in out
+        assert (name if name == positional else f"  --{name.replace('_', '-')}") in out
     assert code == 0 and max(map(len, out.splitlines())) <= 100
 
 

@@ -213,10 +213,10 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(run, call):
     before = (run / "metrics.jsonl").read_bytes()
     code, _, err = call("train.py", "--resume", run, "--lr", "0.5", "--steps", 9)
     assert code == 2
-    one_line(err, "--lr 0.5", "0.0004", "--steps 9")
+    one_line(err, "--lr 0.5", "0.0006", "--steps 9")
     code, _, err = call("train.py", *SHORT, "--lr", "0.5", "--out", run)
     assert code == 2
-    one_line(err, "lr 0.0004", "0.5", f"--resume {run}")
+    one_line(err, "lr 0.0006", "0.5", f"--resume {run}")
     assert (run / "metrics.jsonl").read_bytes() == before
     config = run / "config.json"
     for content in ('{"options": {"nope": 1}}', '{"evaluation": {}}', '{"options": [1]}'):

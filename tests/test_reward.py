@@ -36,11 +36,13 @@ def here(tmp_path, monkeypatch):
     for name, text in examples().items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
+    load_reward.cache_clear()  # another test's own.py is another one
     return tmp_path
 
 
 def write(here, text):
     (here / "own.py").write_text(text)
+    load_reward.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["my_reward.py:shows_work", "unit_tests.py:passed"])
@@ -125,8 +127,8 @@ def test_lists_must_be_answered_by_as_many_numbers(here, call):
 
 @pytest.mark.parametrize("name, text, said", [
     ("own.py", "", "FILE.py:FUNCTION"), ("own.txt:f", "", "FILE.py:FUNCTION"),
-    ("gone.py:f", "", "gone.py"), ("own.py:f", "g = 1", "f of own.py"),
-    ("own.py:f", "f = 1", "f of own.py"), ("own.py:f", "def f(x): return 1", "three arguments"),
+    ("gone.py:f", "", "gone.py"), ("own.py:f", "g = 1", "function f"),
+    ("own.py:f", "f = 1", "function f"), ("own.py:f", "def f(x): return 1", "three"),
     ("own.py:f", "x = 1\n\ndef f(:", "own.py:3"), ("own.py:f", "\nimport nowhere", "own.py:2"),
 ])  # fmt: skip
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])

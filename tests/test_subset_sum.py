@@ -1,6 +1,7 @@
 """The second task of an embedded model: its problems, its reward, the texts it was trained on."""
 
 import itertools
+import json
 import random
 import re
 
@@ -10,6 +11,7 @@ from nanolaser.checker import is_correct
 from nanolaser.problems import load_problems, made_up_problems
 from nanolaser.tiny import __main__ as recipe
 from nanolaser.tiny import subset_sum
+from tests.conftest import ROOT
 
 PROBLEM = "84 from a5 b9 c14 d23 e31 f47"  # of larger numbers than there are
 
@@ -73,3 +75,35 @@ def test_checks_in_the_recipe_say_what_the_reward_says():
         ways |= {"left over"} if not right and "=0\n" not in solution else set()
     assert ways == {"off", "not there", "twice", "left over"}
     assert 0.25 < sum(verdicts) / len(verdicts) < 0.45
+
+
+def test_its_own_reward_trains_as_the_checker_does(call, tmp_path):
+    """Through the door of any reward, and to the same last digit."""
+    short = """--model tiny-subset-sum --steps 2 --problems-per-step 4
+        --group-size 4 --eval-problems 2 --eval-n 2 --reasoning-warmup 0 --self-reward-warmup 1
+        --max-new-tokens 64 --c-ref -22""".split()
+    door = ["--reward", f"{ROOT / 'nanolaser' / 'tiny' / 'subset_sum.py'}:reward"]
+    learned = []
+    for name, more in (("checked", []), ("added up", door)):
+        code, _, err = call("train.py", *short, *more, "--out", tmp_path / name)
+        assert code == 0, err
+        rows = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+        learned.append([(row["reward"], row["loss"], row["grad_norm"]) for row in rows])
+    assert learned[0] == learned[1]
+    assert any(reward > 0 for reward, _, _ in learned[0])
+
+
+def test_the_shipped_model_checks_better_than_it_solves(tmp_path, call):
+    """In words, before any RL: what the self-reward can build on."""
+    code, _, err = call("evaluate.py", "--model", "tiny-subset-sum", "--data", "subset-sum",
+                        "--max-problems", 40, "--n", 4, "--max-new-tokens", 64, "--generative",
+                        "--output", tmp_path)  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "results.json").read_text())["subset-sum"]
+    assert 0.08 < found["accuracy"] < 0.3
+    said = [json.loads(line) for line in open(tmp_path / "judgements.jsonl")]
+    samples = [json.loads(line) for line in open(tmp_path / "samples.jsonl")]
+    right = {(r["prompt_id"], r["sample"]): r["r_v"] > 0.5 for r in samples}
+    agreed = [right[r["prompt_id"], r["sample"]] == (r["score"] > 0.5) for r in said
+              if r["score"] is not None]  # fmt: skip
+    assert sum(agreed) / len(agreed) > 0.85

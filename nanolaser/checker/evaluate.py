@@ -51,23 +51,16 @@ _INTEGER_LETTERS = set("ijklmnpqdrstNMKLT")  # in a floor or above -1, these mea
 def letters_of(node) -> set:
     """The free letters of an expression."""
     # A name counts whole: x_1 and x_2 are two letters, and the index is no letter by itself.
-    if node[0] == "sym":
+    kind = node[0] if node else ""
+    if kind == "sym":
         return {node[1]}
-    if node[0] in ("num", "const"):
-        return set()
     found: set = set()
-    for part in node[1:]:
-        if isinstance(part, tuple) and part:
-            # A child is a node (its first entry names a kind) or a tuple of
-            # nodes, such as add's terms.
-            if isinstance(part[0], str):
-                found |= letters_of(part)
-            else:
-                for item in part:
-                    if isinstance(item, tuple):
-                        found |= letters_of(item)
+    # A child is a node or a tuple of nodes, such as add's terms; both are walked alike.
+    for part in node:
+        if isinstance(part, tuple):
+            found |= letters_of(part)
     # The k of a sum is bound: given a value from outside, sum k and sum j would differ.
-    if node[0] in ("sum", "prod"):
+    if kind in ("sum", "prod"):
         found.discard(node[1])
     return found
 
@@ -406,6 +399,7 @@ class Evaluator:
         self.point, self.precision, self.work, self.need = point, precision, work, 0
         # Are we inside a sine or the like? Only there does a degree sign mean pi/180.
         self.in_trig = False
+        self.angles: dict = {}  # angle -> (cos, sin), since a tangent asks four times
         # Under- and overflow must not pass silently as 0 and infinity.
         # Widest exponents, so that 10^-900 stays a number, and traps instead of quiet infinities or
         # NaNs: a NaN that compared equal to something would be a reward for nonsense.
@@ -506,9 +500,7 @@ class Evaluator:
         if not isinstance(value, Ball):
             if value == 0:
                 raise CannotDecide("a division by zero")
-            # Fraction wants a positive denominator, so a sign moves up.
-            return Fraction(value.denominator, value.numerator) if value > 0 else Fraction(
-                -value.denominator, -value.numerator)
+            return 1 / Fraction(value)
         # The factor 2 covers that err bounds each part of a complex number, not its modulus.
         low = value.floor_size() - 2 * value.err
         if low <= 0:
@@ -617,12 +609,14 @@ class Evaluator:
     def exp(self, value) -> Ball:
         """e^z; an error e in z becomes about |e^z| e."""
         value = self.ball(value)
-        self.heavy()
         # 3 |e^z| err below holds for small errors only; a wide ball has no digits to offer anyway.
         if value.err > Decimal("1e-10"):
             raise CannotDecide("not enough digits left")
         self.tiny(value)
-        size = value.re.exp()
+        size = _ONE
+        if value.re:
+            self.heavy()
+            size = value.re.exp()
         #   e^(a + bi) = e^a (cos b + i sin b)
         if value.im:
             cosine, sine = self.cos_sin(value.im)
@@ -661,20 +655,24 @@ class Evaluator:
 
     # -- angles -------------------------------------------------------------------------------
     def cos_sin(self, angle: Decimal) -> tuple[Decimal, Decimal]:
-        """cos and sin of a real number: reduce to an eighth of a turn, halve, Taylor, double."""
+        """cos and sin of a real number: take whole turns away, halve, Taylor, double."""
         #   angle 1e30: its last turn is only known with 30 digits more; 1e100 is past any meaning
         shift = max(angle.adjusted(), 0)
         if shift > 100:
             raise CannotDecide("an angle too large")
+        if angle < 0:
+            cosine, sine = self.cos_sin(-angle)
+            return cosine, -sine
+        if angle in self.angles:
+            return self.angles[angle]
         self.work.spend(30 + self.precision * self.precision // 300)
         with decimal.localcontext(self.context) as context:
-            # The digits before the point are lost in the reduction, and the eight
+            # The digits before the point are lost in the reduction, and the ten
             # doublings lose some more.
             context.prec = self.precision + shift + 12
-            half_pi = _pi(context.prec) / 2
-            quarters = int((angle / half_pi).to_integral_value())
-            # Divided by 2^8: at most 0.0031 is left, where each Taylor term brings five digits.
-            rest = (angle - quarters * half_pi) / 256
+            turn = 2 * _pi(context.prec)
+            # Divided by 2^10: at most 0.0031 is left, where each Taylor term brings five digits.
+            rest = (angle - (angle / turn).to_integral_value() * turn) / 1024
             square, term, sine, cosine, k = rest * rest, rest, rest, _ONE, 1
             limit = Decimal(10) ** -context.prec
             even = -square / 2
@@ -684,59 +682,23 @@ class Evaluator:
                 sine += term
                 k += 2
                 even = -even * square / (k * (k + 1))
-            #   cos 2x = 2 cos^2 x - 1,   sin 2x = 2 sin x cos x, eight times
-            for _ in range(8):
+            #   cos 2x = 2 cos^2 x - 1,   sin 2x = 2 sin x cos x, ten times
+            for _ in range(10):
                 cosine, sine = 2 * cosine * cosine - 1, 2 * sine * cosine
-        # Back from the quarter turns that were taken away: (cos, sin) of x,
-        # x + 90, 180, 270 degrees.
-        turned = ((cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine))
-        re, im = turned[quarters % 4]
         # Unary plus rounds to the precision outside, that of the caller.
-        return +re, +im
+        self.angles[angle] = +cosine, +sine
+        return self.angles[angle]
 
     def atan2(self, y: Decimal, x: Decimal) -> Decimal:
-        """The angle of x + iy in (-pi, pi], by halving the angle and a Taylor series."""
-        self.work.spend(30 + self.precision * self.precision // 300)
-        with decimal.localcontext(self.context) as context:
-            context.prec = self.precision + 10
-            # Steep angles are measured from the other axis, so that the ratio is at most 1 in size.
-            if abs(y) > abs(x):
-                ratio, base = -x / y, _pi(context.prec) / 2 * (1 if y > 0 else -1)
-            else:
-                ratio, base = y / x, _ZERO if x > 0 else _pi(context.prec) * (1 if y >= 0 else -1)
-            # Five halvings, tan(a/2) = tan a / (1 + sqrt(1 + tan^2 a)): the
-            # ratio falls below 0.025.
-            for _ in range(5):
-                ratio = ratio / (1 + (1 + ratio * ratio).sqrt())
-            square, term, total, k = ratio * ratio, ratio, ratio, 1
-            limit = Decimal(10) ** -context.prec
-            while abs(term) > limit:
-                term = -term * square
-                k += 2
-                total += term / k
-            #   32 = 2^5 undoes the halvings
-            result = base + 32 * total
-        return +result
-
-    def cosine_sine(self, value):
-        """cos and sin as balls, of real or complex numbers."""
-        value = self.ball(value)
-        if value.err > Decimal("1e-10"):
-            raise CannotDecide("not enough digits left")
-        #   cos z = (e^iz + e^-iz)/2,   sin z = (e^iz - e^-iz)/2i
-        if value.im:
-            # i (a + bi) = -b + ai, put together by hand: no rounding.
-            turn = self.exp(Ball(-value.im, value.re, value.err))
-            back = self.inverse(turn)
-            half, half_i = Fraction(1, 2), Ball(_ZERO, Decimal("-0.5"), _ZERO)
-            return (self.mul(half, self.add(turn, back)),
-                    self.mul(half_i, self.add(turn, self.neg(back))))
-        # cos(10^-50) is 1 to a hundred digits: `need` must hear of it.
-        self.tiny(value)
-        cosine, sine = self.cos_sin(value.re)
-        # The absolute error of both is that of the angle, however small they are themselves.
-        error = 2 * value.err + self.ulp(_ONE)
-        return Ball(cosine, _ZERO, error), Ball(sine, _ZERO, error)
+        """The angle of x + iy in (-pi, pi], by Newton's method."""
+        size = (x * x + y * y).sqrt()
+        # The only floats of the checker: a first guess of 15 digits. What sin(angle - guess) says
+        # of the rest is right but for its cube, so the digits triple: 15, 45, 135, 405, 1215.
+        guess, digits = Decimal(math.atan2(y / size, x / size)), 15
+        while digits < self.precision:
+            cosine, sine = self.cos_sin(guess)
+            guess, digits = guess + (y * cosine - x * sine) / size, 3 * digits
+        return guess
 
     # -- one method a kind of node ------------------------------------------------------------
     def do_num(self, value, places):
@@ -943,20 +905,14 @@ class Evaluator:
         return self.do_sum(name, low, high, body, multiply=True)
 
     def do_fn(self, name, args):
-        """sin and cos by their series, gcd, lcm, max, min of many; the others by a formula."""
+        """gcd, lcm, max, min of many; the others by a formula."""
         if name in ("gcd", "lcm", "max", "min"):
             return self.several(name, [self.evaluate(arg) for arg in args])
         # Saved and restored, for a sine can stand in a sine: the inner one ends, the outer goes on.
         outer = self.point, self.in_trig
         self.in_trig = name in CIRCULAR
-        value = self.evaluate(args[0])
-        if name in ("sin", "cos"):
-            # sin 0 is exactly 0: as a ball around zero it could not be divided, counted or raised.
-            exact = _is_exact_zero(value)
-            value = int(name == "cos") if exact else self.cosine_sine(value)[name == "sin"]
-        else:
-            self.point, self.in_trig = {"x": value}, False
-            value = self.evaluate(_formula(name))
+        self.point, self.in_trig = {"x": self.evaluate(args[0])}, False
+        value = self.evaluate(_formula(name))
         self.point, self.in_trig = outer
         return value
 
@@ -973,11 +929,12 @@ class Evaluator:
 
 
 CIRCULAR = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
-# By complex logarithms, which hold for real and complex x, and beyond 1, where arcsin is complex;
-# arcsin and arctan of a real argument come out real within error.
+# By complex exponentials and logarithms, which hold for real and complex x, and beyond 1, where
+# arcsin is complex; the results of real arguments come out real within error.
 _FORMULAS = {
+    "sin": r"\frac{e^{ix} - e^{-ix}}{2i}", "cos": r"\frac{e^{ix} + e^{-ix}}{2}", "cis": "e^{ix}",
     "tan": r"\frac{\sin x}{\cos x}", "cot": r"\frac{\cos x}{\sin x}", "sec": r"\frac{1}{\cos x}",
-    "csc": r"\frac{1}{\sin x}", "cis": r"\cos x + i \sin x", "sinh": r"\frac{e^x - e^{-x}}{2}",
+    "csc": r"\frac{1}{\sin x}", "sinh": r"\frac{e^x - e^{-x}}{2}",
     "cosh": r"\frac{e^x + e^{-x}}{2}", "tanh": r"\frac{e^x - e^{-x}}{e^x + e^{-x}}",
     "coth": r"\frac{e^x + e^{-x}}{e^x - e^{-x}}", "arcsin": r"-i \ln(ix + \sqrt{1 - x^2})",
     "arccos": r"\frac{\pi}{2} - \arcsin x", "arctan": r"\frac{i}{2}(\ln(1 - ix) - \ln(1 + ix))",
