@@ -181,9 +181,8 @@ def accumulate_gradients(
     """Add the gradient of the whole batch's loss to the parameters' .grad, micro-batch by
     micro-batch; returns the statistics of the batch, under the names of metrics.jsonl.
 
-    advantages and weights: (N,).  old_logprobs maps rows to log-probs of their responses under the
-    policy that sampled.  A row that is not there is learned from for the first time: the model
-    still IS that policy, and what is read is put in.  None: there will be no second time.
+    advantages and weights: (N,).  old_logprobs: {row: log-probs of its response under the policy
+    that sampled}; a row that is not there yet, the model still being that policy, is put in.
     """
     M = sum(len(r.response_tokens) for r in rollouts)
     N = max(sum(r.finished for r in rollouts), 1)
@@ -206,8 +205,7 @@ def accumulate_gradients(
         packing = Packing([rollouts[i] for i in rows], model.device, model.dtype)
         hidden = model(packing.tokens, packing)[0]  # (tokens, C)
 
-        # 3. What is read of them, and what it is to learn: nothing, where a rank without rows of
-        #    its own computes along with another's.
+        # 3. What is read, and what it is to learn: nothing, if a rank only computes along.
         these = [(rollouts[i], A[i], w[i], c_ref[i], (old_logprobs or {}).get(i)) for i in rows]
         t = targets(these, packing.texts, c, model.device)
         t = t._replace(advantage=counts * t.advantage, weight=counts * t.weight)
@@ -232,7 +230,7 @@ def accumulate_gradients(
             read = [len(r.response_tokens) * bool(a) + bool(b) for r, a, b, *_ in these]
             for i, part in zip(rows, logprobs.cpu().split(read)):
                 old_logprobs[i] = part[: len(rollouts[i].response_tokens)]
-    # Here the host waits for the device, once for all micro-batches.
+    # The host waits for the device here, once for all micro-batches.
     parts = [row + list(size) for row, size in zip(torch.stack(sums).tolist(), sizes)]
     return total(world.gather(parts), c, M, N)
 
