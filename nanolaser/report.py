@@ -263,6 +263,7 @@ def _lengths(right: np.ndarray, score: np.ndarray, tokens: np.ndarray) -> str:
     the length, two level ones apart that it does not."""
     # More points than this are a blob, and a large file: a random part shows the same.
     some = np.random.default_rng(0).permutation(len(score))[:2000]
+    some = some[np.isfinite(tokens[some])]  # of solutions sampled elsewhere nobody counted them
     marks = [dots([(tokens[i], score[i]) for i in some if right[i] == kind], colour, 3.5,
                   opacity=0.45, stroke_linecap=cap)
              for kind, colour, cap in ((False, WRONG, "square"), (True, RIGHT, "round"))]
