@@ -312,6 +312,9 @@ python sample.py --model runs/tiny-subset-sum-laser --until 0.5 "50 from a7 b10 
    times fewer. With as many solutions as it likes, up to 32, it solves {most} % with {mean}.
 *  **It can run ahead of a perfect checker** that is shown k solutions at once ("any of k"), because
    it stops when it has seen enough.
+*  **What RL does not bring**: one solution is right about twice as often as before, but any of
+   eight is not. And the best of 32 by r_s is hardly better than that of 16: among so many tries
+   there is one that is wrong and believed.
 
 ## The numbers
 
