@@ -56,7 +56,7 @@ from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
 from nanolaser.cli import Progress, main_guard, option, parse_args, warn
-from nanolaser.files import RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
+from nanolaser.files import NUMBER, RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
 from nanolaser.judge import (
     OWN_SCORES, SamplingOptions, ask_checker, check_prompts, confidences, fitted_threshold, judge,
     open_model, own_scores, score_rows, tokens_of,
@@ -169,6 +169,7 @@ def main() -> int:
 
 def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # noqa: B006
     """Numbers, from the files alone: the same ones however often the run was interrupted."""
+    # `more` holds what other verifiers said: {"log_ratio": {data set: entry}}.
     results, votes = {}, {}
     for name, rows in samples_of(run).items():
         results[name], votes[name] = entry_of(name, rows)
@@ -264,8 +265,8 @@ def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
 
 def open_results(o: Options, mine: dict, name: str) -> RunFolder:
     """The results' folder, new or to go on with; ValueError shows how an existing one differs."""
+    # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
     for tried in itertools.count(1):
-        # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
         path = Path(o.output or f"results/{name}" + f"-{tried}" * (tried > 1))
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output {path} is a file, not a folder")
@@ -275,6 +276,7 @@ def open_results(o: Options, mine: dict, name: str) -> RunFolder:
             versions = {"python": platform.python_version(), "torch": torch.__version__}
             run.write_json("config.json", {"evaluation": mine, "versions": versions})
             return run
+        # The same evaluation goes on; another one must not be mixed with it.
         differ = [f"{k} {there.get(k)} there, {mine[k]} here"
                   for k in mine if there.get(k) != mine[k]]
         if not differ:
@@ -304,7 +306,9 @@ def read_identity(path: Path) -> dict | None:
 # sampling
 
 # What every line of the files must hold; anything else is a damaged line, and is named.
-NUMBER, SOME_NUMBER = (int, float), (int, float, type(None))
+#     {"dataset": "arithmetic", "prompt_id": 0, "sample": 3, "problem": "2+3=?", "gold": "5",
+#      "response": "\\boxed{5}", "answer": "5", "r_v": 1.0, "r_s": 0.93, "finished": true, ...}
+SOME_NUMBER = (*NUMBER, type(None))
 KEYS = {"dataset": str, "prompt_id": int, "sample": int}  # which solution of which problem
 SAMPLE = KEYS | {"problem": str, "response": str, "answer": (str, type(None)), "r_v": NUMBER,
                  "r_s": SOME_NUMBER, "finished": bool, "response_tokens": (int, type(None))}
@@ -387,6 +391,7 @@ def take_in(o: Options, model_given: bool) -> RunFolder:
 
     ValueError names the line of a solution of which nobody says whether it is right.
     """
+    # 1. Read, strictly: accuracy over the rows that happen to be whole is that of another data set.
     model, tokenizer = open_model(o) if model_given else (None, None)
     rows = []
     for line, row in read_solutions(o.samples):
@@ -400,6 +405,7 @@ def take_in(o: Options, model_given: bool) -> RunFolder:
         rows.append(row)
     if not rows:
         raise ValueError(f"{o.samples}: no solutions in it")
+    # 2. Check, and read r_s where there is somebody to ask.
     if model_given:
         with Progress("reading r_s", len(rows), "solution") as progress:
             rows = score_rows(model, tokenizer, rows, on_scored=progress.update)
@@ -407,7 +413,8 @@ def take_in(o: Options, model_given: bool) -> RunFolder:
         # How long they are in tokens only a tokenizer knows.
         known = {"r_s": None, "finished": True, "response_tokens": None}
         rows = [known | row | ask_checker(row) for row in rows]
-    # Solutions of one problem are found by its text, and numbered as they come.
+    # 3. Solutions of one problem are found by its text, and numbered as they come:
+    #    problems a b a  ->  prompt_id 0 1 0, sample 0 0 1
     places, counts, name = {}, Counter(), set_name(o.samples)
     for row in rows:
         place = places.setdefault(row["problem"], len(places))
@@ -499,6 +506,8 @@ def judge_all(model, tokenizer, run: RunFolder, how: dict) -> None:
 
 def generative_entries(run: RunFolder) -> dict[str, dict]:
     """`generative_verification` of each data set: how good the judgements are, and their cost."""
+    # A judgement is a score like any other: 1.0 yes, 0.0 no, None where it does not commit itself.
+    # Put in the place of r_s, it goes through the same metrics and the same votes.
     judgements = {key_of(row): row for row in run.read("judgements.jsonl", JUDGEMENT)}
     entries = {}
     for name, rows in samples_of(run).items():
@@ -519,6 +528,7 @@ def generative_entries(run: RunFolder) -> dict[str, dict]:
 def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Options) -> dict:
     """`log_ratio` of each data set: how well log pi(y|x) - log pi_ref(y|x), summed over the tokens
     of a solution, knows right from wrong, and how much it follows the length."""
+    # The implicit reward of DPO (Rafailov et al. 2023) without its factor, which orders nothing.
     before, cutter = load_pretrained(reference, device=o.device, dtype=o.dtype)
     entries = {}
     for name, rows in samples_of(run).items():
@@ -557,9 +567,11 @@ def read_samples(folder: str) -> list[dict]:
 
 def other_scores(o: Options, model_given: bool) -> int:
     """The same metrics for other scores of the same solutions, beside those of r_s."""
+    # 1. r_s first: it is what the others are compared with.
     rows = read_samples(o.output)
     shown = {f"{name}: r_s": metrics.verification(mine) for name, mine in by_set(rows).items()}
     found, names = {}, [name for name in o.scores if name in OWN_SCORES]
+    # 2. Scores that a model has to be asked for, all of them in one go.
     if names:
         # The model that wrote the solutions, unless another one is asked for.
         wrote = o.model if model_given else read_identity(Path(o.output)).get("model")
@@ -570,6 +582,7 @@ def other_scores(o: Options, model_given: bool) -> int:
         for name, x in own_scores(model, tokenizer, [rows[i] for i in ended], names).items():
             mine = dict(zip(ended, x))
             found[name] = [mine.get(i) for i in range(len(rows))]
+    # 3. Each verifier's scores in the place of r_s, its votes, its line in the table.
     for source in o.scores:
         scale, label = o.score_scale, Path(source).stem
         if source == "vote-share":
@@ -618,6 +631,7 @@ def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
 def read_scores(name: str, rows: list[dict]) -> tuple[list[float | None], bool]:
     """One score (None: has none) for each row, and whether they are r_s; ValueError names the line
     that does not fit."""
+    # {"dataset": "math500", "prompt_id": 7, "sample": 0, "score": 0.83}, or {"score": 0.83}
     keys = {tuple(map(str, key_of(row))): i for i, row in enumerate(rows)}
     scores, own = {}, True
     for place, (number, line) in enumerate(read_jsonl(name)):

@@ -72,7 +72,7 @@ def main() -> int:
         o = apply_preset(o, given, dict(adaptive=True, batch=1))
     problem = Problem(id="0", problem=read_problem(o.problem), answer=o.gold)
     vote = o.vote or o.adaptive
-    n = o.n or (32 if o.adaptive else 8 if vote else 1)
+    n = o.n or (32 if o.adaptive else 8 if vote else 1)  # a vote needs voters
     model, tokenizer = open_model(o)
     check_prompts(model, tokenizer, [problem.problem])
 
@@ -104,6 +104,7 @@ def read_problem(text: str | None) -> str:
 def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
     """Rollout rows of n solutions; fewer with --adaptive, where no more are needed.  People see
     each of them when it is there."""
+    # One solution is shown token by token, several as they end, which they do in any order.
     alone = n == 1 and not (o.vote or o.adaptive or o.json)
     streamer, shown, rows = tokenizer.streamer(), 0, []
 
@@ -138,6 +139,8 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
             )  # fmt: skip
             # Tokens go along for programs: verify.py then scores exactly what was sampled.
             rows += judged_rows(new, [problem], tokenizer, token_ids=o.json)
+            # Settled?  The question is not how sure the winner is, but whether those left can still
+            # make another answer win.
             if o.until is not None:
                 if believed(rows, o.until):
                     break
@@ -186,6 +189,7 @@ def weights(rows: list[dict]) -> list[float | None]:
 
 def decide(rows: list[dict], budget: int, o: Options) -> dict:
     """The vote, ready for JSON: the candidates, both winners and how sure they are."""
+    # Answers 5, 5, none, 4 of r_s .9 .7 .8 .2 are classes 0 0 -1 1: 5 has two votes that weigh 1.6.
     answers = [row["answer"] for row in rows]
     classes = metrics.answer_classes(answers, is_equivalent)
     scores = weights(rows)
@@ -211,6 +215,7 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
     if o.until is not None:
         row = believed(rows, o.until)
         decision |= {"believed": row and row["answer"]}
+    # And what would those that --adaptive has not drawn have done?
     if o.adaptive:
         left = budget - len(rows)
         decision |= {"budget": budget, "saved": left}
@@ -220,6 +225,8 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
 
 def print_vote(rows: list[dict], d: dict) -> None:
     """The table answer / votes / summed r_s, both winners, and how sure they are."""
+    #     answer    votes  sum of r_s
+    #     69            5        4.31    <- majority, weighted
     lines = []
     for c in d["candidates"]:
         wins = [kind for kind in ("majority", "weighted") if c["answer"] == d[kind] is not None]

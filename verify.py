@@ -103,6 +103,7 @@ def verify_one(o: Options, threshold: float) -> int:
 
 def verify_file(o: Options, threshold: float) -> int:
     """Score every readable row of --input into --output; 1 if some could not be read."""
+    # 1. Read.  What is wrong with a row is said with its line, and the others go on.
     bad: list[tuple[int, str]] = []
     data = standard_input() if o.input == "-" else None
     read = read_solutions(o.input, data=data, on_damage=lambda *what: bad.append(what))
@@ -113,11 +114,11 @@ def verify_file(o: Options, threshold: float) -> int:
         raise ValueError(f"{o.input}: " + ("no row can be read" if bad else "no rows in it"))
     if o.output != "-":
         check_output(o.output)  # found out now, not after an hour of scoring
+    # 2. Score.  All that is for people goes to stderr: standard output may be the data.
     model, tokenizer = open_model(o)
-    # All that is for people goes to stderr: standard output may be the data.
     with Progress("scored", len(rows), "solution") as progress:
         rows = score_rows(model, tokenizer, rows, threshold, o.batch_tokens, progress.update)
-    # At the end and at once: whoever sees the file sees all of it.
+    # 3. Write, at the end and at once: whoever sees the file sees all of it.
     if o.output == "-":
         sys.stdout.write(to_jsonl(rows))
     else:

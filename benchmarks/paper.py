@@ -210,8 +210,9 @@ class Clock:
                 total += max(0.0, expected - running.get(task.name, 0.0))
             else:
                 unknown.add(kind)
-        blind = f" (and {', '.join(sorted(unknown))}: not timed yet)" if unknown else ""
-        return f"{len(missing)} commands left, {total / jobs / 60:.0f} min{blind}"
+        blind = f"; not timed yet: {', '.join(sorted(unknown))}" if unknown else ""
+        minutes = f"{'at least ' if unknown else ''}{total / jobs / 60:.0f} min"
+        return f"{len(missing)} commands left, {minutes}{blind}"
 
 
 def work(todo: list[Task], o: Options) -> None:
@@ -329,7 +330,7 @@ def collect(o: Options) -> dict:
     if len(steps) > 1:  # a table of runs that are not alike would be worth nothing
         raise ValueError(f"the runs in {o.runs} have {sorted(steps)} steps: not to be mixed")
     record: dict = {"steps": steps.pop(), "problems": o.problems, "draws": o.draws,
-                    "seeds": finished, "minutes": minutes(o, finished), "table": {},
+                    "seeds": finished, "table": {},
                     "minus laser": {}, "minus words": {}, "rank": {}, "threshold": {}}  # fmt: skip
     for where, data in SETS.items():
         found = methods(o, finished, data)
@@ -482,12 +483,6 @@ def lengths(o: Options, seeds: list[int]) -> dict:
                     place = table.setdefault(where, {}).setdefault(judge, {}).setdefault(m, [])
                     place.append(entry.get(key, {}).get(m))
     return rounded(table)
-
-
-def minutes(o: Options, finished: dict) -> dict:
-    """Of one training run, mean over seeds."""
-    return {v: round(float(np.mean([read_json(folder(o, v, s) / "summary.json")["seconds"]
-                                    for s in seeds])) / 60, 1) for v, seeds in finished.items()}
 
 
 # ---------------------------------------------------------------------------------------------

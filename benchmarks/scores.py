@@ -2,7 +2,7 @@
 Nine ways to know whether an answer is right, judged on the same solutions.
 
     python benchmarks/scores.py                    # three runs of 6 min each, 5 min of scoring
-    python benchmarks/scores.py --runs FOLDER      # laser-seed0, grpo-seed0, two-token-seed0 there
+    python benchmarks/scores.py --runs FOLDER      # laser-seed0, grpo-seed0, sft-seed0 there
     python benchmarks/scores.py --no-two-token     # without the run that only this row needs
     python benchmarks/scores.py --text             # the page and its picture anew, in seconds
 
@@ -64,7 +64,7 @@ METHODS = {"r_s": True, "two tokens": True, "linear probe": True, "BCE head": Tr
            "lowest group": False, "share of votes": True}  # fmt: skip
 # How train.py makes each model.
 RUNS = {"laser": [], "grpo": ["--algorithm", "grpo"],
-        "two-token": ["--self-reward-loss", "sft"]}  # fmt: skip
+        "sft": ["--self-reward-loss", "sft"]}  # fmt: skip
 
 
 @dataclass
@@ -192,7 +192,7 @@ def all_scores(rows: list[dict], writer: str, models: dict, heads: dict, o: Opti
         return [[self_reward(x, t) for x in logp_zc]]
 
     def two_tokens() -> list:
-        m, t = models["two-token"]
+        m, t = models["sft"]
         high, low = read_last(m, prompts, responses, [t.z_c_id, t.unused_special_ids()[0]]).T
         return [(high - low).sigmoid().tolist()]
 
@@ -202,7 +202,7 @@ def all_scores(rows: list[dict], writer: str, models: dict, heads: dict, o: Opti
 
     # The stop token has to pass the model for what is read after it: one token.
     measure(["r_s"], 1, r_s)
-    if "two-token" in models:
+    if "sft" in models:
         measure(["two tokens"], 1, two_tokens)
     for name, head in heads.items():
         states = lambda: last_states(models["grpo"][0], prompts, responses)  # noqa: E731
@@ -270,7 +270,7 @@ def fit_line(score: np.ndarray, right: np.ndarray) -> Callable[[np.ndarray], np.
 
 def measure_all(o: Options) -> dict:
     """Everything that the page and the picture say."""
-    models = {kind: model_of(kind, o) for kind in RUNS if kind != "two-token" or o.two_token}
+    models = {kind: model_of(kind, o) for kind in RUNS if kind != "sft" or o.two_token}
     heads = probes(*models["grpo"], o)
     record: dict[str, Any] = {"seed": o.seed, "problems": o.problems, "n": o.n, "solved": o.solved,
                               "probe_problems": o.probe_problems,
@@ -323,6 +323,7 @@ the draws of problems. Only solutions that came to an end are judged.
   accuracy of the 50, 80 and 90 % most believed. `tokens` and `ms` are what a solution costs beyond
   its own sampling, ms measured in batches on {record["threads"]} thread(s) after the fact.
 """]
+    parts.append(overview(record))
     for key, entry in record["sets"].items():
         writer, where = key.split(", ")
         own = "at home: r_s" if writer == "laser" else "at home: the probes"
@@ -332,7 +333,7 @@ the draws of problems. Only solutions that came to an end are judged.
                      f"{entry['milliseconds_to_sample']:.0f} ms to sample one.\n")
         parts.append(order_table(entry))
         parts.append(verdict_table(entry, record["solved"]))
-    return "".join(parts) + "\n" + findings(record)
+    return "".join(parts)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -371,23 +372,26 @@ def verdict_table(entry: dict, solved: int) -> str:
                            rows)
 
 
-def findings(record: dict) -> str:
-    """What the tables say, in words that follow from the numbers."""
-    lines = ["## What it says\n"]
-    for key, entry in record["sets"].items():
-        writer, where = key.split(", ")
-        ranked = lambda k: sorted(entry["methods"], reverse=True,  # noqa: E731
-                                  key=lambda name: entry["methods"][name][k][0])
-        place = {k: ranked(k) for k in ("auroc", "auroc_within")}
-        m = entry["methods"]["r_s"]
+def overview(record: dict) -> str:
+    """Every way on every set, and what that says, in words that follow from the numbers."""
+    sets = {key: entry["methods"] for key, entry in record["sets"].items()}
+
+    def pair(m: dict | None) -> str:
+        return f"{m['auroc'][0]:.3f} / {m['auroc_within'][0]:.3f}" if m else "not trained"
+
+    names = [key.replace("laser", "LaSeR").replace("grpo", "GRPO") for key in sets]
+    table = markdown(("AUROC / within problems", *names),
+                     [[name, *(pair(m.get(name)) for m in sets.values())] for name in METHODS])
+    lines = []
+    for name, (key, m) in zip(names, sets.items()):
+        best = {k: max(m, key=lambda x: m[x][k][0]) for k in ("auroc", "auroc_within")}
+        ahead = [x for x in m if m[x]["auroc"][0] > m["r_s"]["auroc"][0]]
         lines.append(
-            f"- {WRITERS[writer]}'s solutions, {where}: first by AUROC is "
-            f"{place['auroc'][0]}, within problems {place['auroc_within'][0]}; r_s is "
-            f"{1 + place['auroc'].index('r_s')}. and {1 + place['auroc_within'].index('r_s')}. of "
-            f"{len(entry['methods'])}. Fitting its threshold on {record['solved']} solved problems "
-            f"turns its F1 from {report.percent(m['f1'])} into {report.percent(m['f1_fitted'])}."
-        )
-    return "\n".join(lines) + "\n"
+            f"- {name}: highest AUROC {best['auroc']}, within problems {best['auroc_within']}; "
+            f"above r_s by AUROC: {', '.join(ahead) or 'none'}. F1 of r_s: "
+            f"{report.percent(m['r_s']['f1'])} at 0.5, {report.percent(m['r_s']['f1_fitted'])} at "
+            f"{m['r_s']['threshold']:.2f}, fitted on {record['solved']} solved problems.\n")
+    return f"\n## All of it\n{table}\n" + "".join(lines)
 
 
 def picture(record: dict) -> str:

@@ -88,11 +88,11 @@ def sampled(w, config, tokenizer) -> list[plain.Solution]:
 
     section("tokens of solution 7")
     s = group[7]
-    shown = [repr(tokenizer.decode([t])) if t not in tokenizer.stop_ids else "the end" for t in s.y]
-    for first in range(0, len(s.y), 9):
-        part = slice(first, first + 9)
-        print("".join(f"{t:>8s}" for t in shown[part]))
-        print("".join(f"{x:8.2f}" for x in s.logprobs[part]))
+    shown = [tokenizer.decode([t]).replace("\n", "newline") or "the end" for t in s.y]
+    for first in range(0, len(s.y), 7):
+        part = slice(first, first + 7)
+        print("".join(f"{t:>10s}" for t in shown[part]))
+        print("".join(f"{x:10.2f}" for x in s.logprobs[part]))
     print(f"\n{len(s.x)} tokens of prompt, {len(s.y)} of response; after the last one:")
     print(f"log pi({tokenizer.z_c}) = {s.logp_zc:.3f}")
     return group
@@ -207,9 +207,8 @@ def write(page: Path, printed: str) -> None:
     page.write_text(BLOCK.sub(fill, page.read_text("utf-8")), "utf-8")
 
 
-def pictures(run: str, results: str) -> None:
+def pictures(run: str, results: str, folder: Path = ROOT / "docs" / "pictures") -> None:
     """A training run and the evaluation of its model, in pictures for the page."""
-    folder = ROOT / "docs" / "pictures"
     steps, evals, samples = report.read_run(run)
     print(report.save(folder / "phases.svg", report.curves({"": (steps, evals)})))
     kinds = report.by_phase(steps, samples)

@@ -177,6 +177,7 @@ def _specs(cls: type) -> dict[str, types.SimpleNamespace]:
 
 def _help(specs: Mapping[str, Any], description: str, positional: str | None) -> str:
     """What --help prints: the flags under their headings, each with its meaning and default."""
+    #     --steps N                       updates to make (default: 360; 800 with other models)
     usage = f"usage: {Path(sys.argv[0]).name} [options]" + f" [{positional}]" * bool(positional)
     lines = [usage, "", *textwrap.wrap(description.strip(), 100)]
     groups: dict[str, list[tuple[str, str]]] = {}  # in the order in which they appear
@@ -222,6 +223,8 @@ def _text(value: Any) -> str:
 
 def _read(argv: list[str], specs: Mapping[str, Any], positional: str | None) -> dict | None:
     """{name: value} of a command line, None where it asks for help; ValueError with the reason."""
+    # --vote --n 8 "2+3=?"  ->  {"vote": True, "n": 8, "problem": "2+3=?"}, word by word.  The value
+    # of an option with choices or bounds is checked when it is read: the first mistake is said.
     flags = {s.flag: s for s in specs.values() if s.name != positional}
     flags |= {f"--no-{s.flag[2:]}": s for s in specs.values() if s.kind is bool}
     values, loose, rest = {}, [], list(argv)
@@ -301,6 +304,7 @@ def _check_one(value: Any, spec: Any) -> Any:
     fits = type(value) is spec.kind and (spec.kind is not float or math.isfinite(value))
     if value in spec.words and (fits or isinstance(value, str)):
         return value
+    # The first of these that is broken is the message: "must be auto or at least 1, got 0".
     kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     for broken, wanted in (
         (lambda: not fits, kind[spec.kind]),

@@ -55,6 +55,7 @@ def parse_json(data: bytes, where: str | Path, kind: type = dict, **hooks: Calla
             return float(text)
         raise ValueError(f"{text} is no number")  # NaN, 1e999: Python's reader takes them
 
+    # Every way in which bytes can fail to be JSON ends in the same kind of line.
     hooks = {"parse_float": number, "parse_constant": number} | hooks
     try:
         value = json.loads(data.decode("utf-8-sig"), **hooks)
@@ -78,14 +79,10 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 
 
 def read_jsonl(
-    path: str | Path,
-    fields: Mapping[str, type | tuple[type, ...]] | None = None,
-    *,
-    data: bytes | None = None,
-    cut: bool = False,
-    on_damage: Callable[[int, str], None] | None = None,
-    **hooks: Callable,
-) -> Iterator[tuple[int, dict]]:
+    path: str | Path, fields: Mapping[str, type | tuple[type, ...]] | None = None, *,
+    data: bytes | None = None, cut: bool = False,
+    on_damage: Callable[[int, str], None] | None = None, **hooks: Callable,
+) -> Iterator[tuple[int, dict]]:  # fmt: skip
     """(line number from 1, row) of each JSON object, a line each, read as they are asked for.
 
     `fields` are keys that every row must have, with the types allowed: {"step": int, "lr": (float,
@@ -102,7 +99,12 @@ def read_jsonl(
             where = f"{path}:{number}"
             try:
                 row = parse_json(line, where, **hooks)
-                _check_fields(row, fields or {}, where)
+                for name, types in (fields or {}).items():
+                    if name not in row:
+                        raise ValueError(f"{where} is damaged: no {name}")
+                    # by type, not isinstance: True is an int to Python, and to nobody else
+                    if type(row[name]) not in (types if isinstance(types, tuple) else (types,)):
+                        raise ValueError(f"{where} is damaged: {name} is {row[name]!r:.60}")
             except ValueError as error:
                 if cut and not line.endswith(b"\n"):
                     return  # nothing can follow
@@ -111,16 +113,6 @@ def read_jsonl(
                 on_damage(number, str(error).removeprefix(f"{where} is damaged: "))
                 continue
             yield number, row
-
-
-def _check_fields(row: dict, fields: Mapping[str, Any], where: str) -> None:
-    """ValueError unless the row has all the fields, of their types."""
-    for name, types in fields.items():
-        if name not in row:
-            raise ValueError(f"{where} is damaged: no {name}")
-        # by type, not isinstance: True is an int to Python, and to nobody else
-        if type(row[name]) not in (types if isinstance(types, tuple) else (types,)):
-            raise ValueError(f"{where} is damaged: {name} is {row[name]!r:.60}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,7 +237,7 @@ class RunFolder:
             path = Path("runs") / f"{name}-{count}"
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {path} is a file, not a folder")
-        run = cls(path)
+        run = cls(path)  # locked: now nobody else can be about to do the same
         if (path / "config.json").exists():
             raise ValueError(
                 f"{path} holds a run already{_difference(path, config)}; --resume {path} "
@@ -408,32 +400,24 @@ def fetch(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
     # version; so do time-outs and broken connections, which it does not always wrap.
     failures = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                match["repo"],
-                repo_type=kind,
-                revision=match["revision"],
-                allow_patterns=list(patterns),
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(
+            match["repo"], repo_type=kind, revision=match["revision"],
+            allow_patterns=list(patterns)))  # fmt: skip
     except failures as error:
-        raise OSError(_explain(name, kind, error, errors)) from None
-
-
-def _explain(name: str, kind: str, error: Exception, errors) -> str:
-    """One line: what went wrong with this repository, and what to do about it."""
-    place = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name.split('@')[0]}"
-    # from the narrow class to the wide one: a gated repository is also one that is not found
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} is gated: accept its terms at {place}, then `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{name}: no such {kind} on the hub (or a private one: `hf auth login`)"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name}: the repository has no such revision"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            f"{name} is not in the cache and the hub cannot be reached (offline, or no network): "
-            "connect once, point HF_HUB_CACHE at a cache that has it, or name a local path"
-        )
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{name}: the download failed; repeat it, and it goes on where it ended ({first_line})"
+        place = f"{'datasets/' if kind == 'dataset' else ''}{match['repo']}"
+        # From the narrow class to the wide one: a gated repository is also one that is not found.
+        for reason, text in (
+            ("GatedRepoError", f" is gated: accept its terms at https://huggingface.co/{place}, "
+                               "then `hf auth login` or set HF_TOKEN"),
+            ("RepositoryNotFoundError", f": no such {kind} on the hub (or a private one: `hf auth "
+                                        "login`)"),
+            ("RevisionNotFoundError", ": the repository has no such revision"),
+            ("LocalEntryNotFoundError", " is not in the cache and the hub cannot be reached "
+                "(offline, or no network): connect once, point HF_HUB_CACHE at a cache that has "
+                "it, or name a local path"),
+        ):  # fmt: skip
+            if isinstance(error, getattr(errors, reason)):
+                raise OSError(name + text) from None
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{name}: the download failed; repeat it, and it goes on where it ended "
+                      f"({first_line})") from None

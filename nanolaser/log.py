@@ -29,12 +29,14 @@ from .rollout import Rollout
 
 def statistics(rollouts: list[Rollout], group_size: int) -> dict:
     """What the rollouts of one step say, under the names of metrics.jsonl; None where undefined."""
+    # None, not nan or 0, where there is nothing to take a mean of: JSON knows no nan, and 0 would
+    # be a value of r_s.
     mean = lambda x: sum(x) / len(x) if x else None  # noqa: E731
     right = [r.r_s for r in rollouts if r.r_s is not None and r.r_v > 0.5]
     wrong = [r.r_s for r in rollouts if r.r_s is not None and r.r_v <= 0.5]
     groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
     r_v = torch.tensor([[r.r_v for r in group] for group in groups])  # (P, G)
-    errors = [r.checker_error for r in rollouts if r.checker_error]
+    # With --c-ref exact: log pi_ref(z_c) after what the policy writes by now.  How constant is it?
     exact = [r.logp_ref for r in rollouts if r.logp_ref is not None]
     spread = torch.tensor(exact).std(correction=0).item() if exact else None
     return {
@@ -42,16 +44,17 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
         "reward_std": r_v.std(1).mean().item(),
         "r_s_correct": mean(right),
         "r_s_wrong": mean(wrong),
+        # how well r_s > 0.5 knows right from wrong; on samples of the policy that it is trained on
         "verification_f1": metrics.verification_f1(
             [r.r_v > 0.5 for r in rollouts], [r.r_s for r in rollouts]
         ).f1,
+        # what a run that goes wrong shows first: longer and longer, cut off, without a box
         "response_tokens": mean([len(r.response_tokens) for r in rollouts]),
         "finished_share": mean([float(r.finished) for r in rollouts]),
         "boxed_share": mean([float(r.answer is not None) for r in rollouts]),
         # no advantage in any of their solutions: all right, or all wrong
         "zero_std_groups": int((~laser.informative(r_v)).sum()),
-        "checker_errors": len(errors),
-        # with --c-ref exact: how constant it would be
+        "checker_errors": sum(bool(r.checker_error) for r in rollouts),
         **({"c_ref": mean(exact), "c_ref_std": spread} if exact else {}),
     }
 
@@ -60,8 +63,8 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
 PHASES = {
     "reasoning": "plain GRPO learns to solve.  r_s is only read: near 0 for every solution, so "
     "that none is judged right, and F1 is 0.",
-    "self-reward": "r_s is trained as well.  At first it rises for right and wrong solutions "
-    "alike; F1 waits until they part and the right ones pass 0.5.",
+    "self-reward": "r_s is trained as well.  It first rises for right and wrong alike; F1 waits "
+    "until they part, the right ones above 0.5.",
     "integrated": "r_s, which can tell them apart by now, also has a share of {tau:g} in the "
     "advantage.",
 }
@@ -78,6 +81,8 @@ COLUMNS = (
 
 def phase_lines(phase: str, step: int, o) -> str:
     """What begins at this step, and the columns of the lines that follow."""
+    # Said where it happens, not in a manual: whoever looks at a run for the first time asks at once
+    # why F1 is 0, and the columns are far above by the time that a phase ends.
     said = PHASES[phase].format(tau=o.tau)
     if o.alpha == 0:
         said = "plain GRPO, as in every phase: r_s is only read, never trained."
@@ -90,7 +95,9 @@ def phase_lines(phase: str, step: int, o) -> str:
 def step_line(m: dict) -> str:
     """One step on one line, under the columns of `phase_lines`."""
     seconds = m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
+    # Through the keys that metrics.jsonl has: what is on the screen can be looked up there.
     values = [(m | {"seconds": seconds})[key] for _, _, key, _ in COLUMNS]
+    # None where a batch has no wrong solution, or no right one.
     cells = ["-" if x is None else f"{x:{form}}" for x, (*_, form) in zip(values, COLUMNS)]
     return "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells, COLUMNS))
 
@@ -112,13 +119,15 @@ def vote_lines(rows: list[dict]) -> str:
     groups: dict[int, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
+    # Where all agree, and where no two do, there is nothing to see.  Counted by text: merging equal
+    # answers, the slow part, is for the one problem that is shown.
     votes = lambda group: Counter(row["answer"] for row in group).most_common()  # noqa: E731
     group = max(groups.values(), key=lambda group: [n for _, n in votes(group)][1:2])
     classes = metrics.answer_classes([row["answer"] for row in group], is_equivalent)
     found = metrics.tally(classes, [row["r_s"] for row in group])
     lines = [
         [shorten(group[c.first]["answer"] or "(none)", 40), str(c.votes), f"{c.weight:.2f}",
-         "right" if group[c.first]["r_v"] > 0.5 else ""]
+         "right" if (group[c.first]["r_v"] or 0) > 0.5 else ""]
         for c in sorted(found, key=lambda c: -c.weight)
     ]  # fmt: skip
     problem = f"A vote, on the most contested problem: {shorten(group[0]['problem'], 40)}"
@@ -131,47 +140,37 @@ class Watch:
     PATIENCE = 20  # steps
 
     def __init__(self):
-        self.degenerate = self.unboxed = self.truncated = 0
+        self.steps = [0, 0, 0]  # for how many it has been so
 
     def look(self, m: dict, problems: int) -> list[str]:
-        """Warnings after this step's metrics: none, or one for each thing that has gone on for
-        another PATIENCE steps."""
-        count = lambda n, bad: n + 1 if bad else 0  # noqa: E731
-        groups = problems + m.get("refilled_groups", 0)
-        self.degenerate = count(self.degenerate, m["zero_std_groups"] == groups)
-        self.unboxed = count(self.unboxed, m["boxed_share"] == 0)
-        self.truncated = count(self.truncated, m["finished_share"] == 0)
-        due = lambda n: n and n % self.PATIENCE == 0  # noqa: E731
-        said = []
-        if due(self.truncated):
-            said.append(
-                f"every solution of {self.truncated} steps was cut off: raise --max-new-tokens"
-            )
-        elif due(self.unboxed):
-            said.append(
-                f"no solution of {self.unboxed} steps had a \\boxed{{}} answer: does this model "
-                "know the format?  Look at samples.jsonl"
-            )
-        elif due(self.degenerate):
-            if m["reward"] in (0.0, 1.0):
-                which = "right: harder" if m["reward"] else "wrong: easier"
-                cause = f"now all {which} --data, or a larger --group-size"
-            else:
-                cause = "no problem is of medium difficulty: other --data, a larger --group-size"
-            cut = 1 - m["finished_share"]
-            if cut > 0.5:
-                cause = f"{cut:.0%} were cut off: raise --max-new-tokens"
-            said.append(
-                f"for {self.degenerate} steps every group was all right or all wrong, so there is "
-                f"nothing to compare; {cause}"
-            )
-        return said
+        """After this step's metrics: [] or, every PATIENCE steps that it goes on, a warning."""
+        groups, finished = problems + m.get("refilled_groups", 0), m["finished_share"]
+        cause = "no problem is of medium difficulty: other --data, a larger --group-size"
+        if finished < 0.5:
+            cause = f"{1 - finished:.0%} were cut off: raise --max-new-tokens"
+        elif m["reward"] in (0.0, 1.0):
+            which = "right: harder" if m["reward"] else "wrong: easier"
+            cause = f"now all {which} --data, or a larger --group-size"
+        # Each is the cause of those below it: what is cut off has no box, without a box all are
+        # wrong, and where all are wrong no solution is better than another.  One is said.
+        signs = [
+            (finished == 0, "every solution of {n} steps was cut off: raise --max-new-tokens"),
+            (m["boxed_share"] == 0, "no solution of {n} steps had a \\boxed{{}} answer: does this "
+             "model know the format?  Look at samples.jsonl"),
+            (m["zero_std_groups"] == groups, "for {n} steps every group was all right or all "
+             f"wrong, so there is nothing to compare; {cause}"),
+        ]  # fmt: skip
+        self.steps = [n + 1 if there else 0 for n, (there, _) in zip(self.steps, signs)]
+        due = [n > 0 and n % self.PATIENCE == 0 for n in self.steps]
+        said = [text.format(n=n) for n, now, (_, text) in zip(self.steps, due, signs) if now]
+        return said[:1]
 
 
 def doubts(o, positions: int) -> list[str]:
     """What is odd about a run's options, yet no reason to refuse them; `positions` is how long the
     texts were that the model was trained on, in tokens."""
     said = []
+    # Rotary positions go on for ever, what the model has learned of them does not.
     if o.max_new_tokens > positions:
         said.append(
             f"--max-new-tokens {o.max_new_tokens} is more than the {positions} tokens of text that "

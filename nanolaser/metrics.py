@@ -688,7 +688,7 @@ def _members(rows: Rows, by_text: bool) -> dict[Any, list[int]]:
         names = [row.get(name) for name in ("problem", "prompt_id")]
         known = [x for x in (names if by_text else names[::-1]) if x is not None]
         if not known:
-            raise ValueError(f"row {i + 1} has neither prompt_id nor problem: whose solution is it?")
+            raise ValueError(f"row {i + 1} has neither prompt_id nor problem: whose is it?")
         groups.setdefault(known[0], []).append(i)
     return groups
 

@@ -18,7 +18,6 @@ Nothing here imports the model or even torch: reading problems is instant.
 from __future__ import annotations
 
 import csv
-import difflib
 import fnmatch
 import functools
 import io
@@ -32,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .cli import near
 from .files import fetch, read_jsonl
 from .tiny import arithmetic, subset_sum
 
@@ -404,8 +404,7 @@ def _files(name: str, split: str) -> list[Path]:
     if path.suffix or "/" in name:
         raise FileNotFoundError(f"no such data file: {name}")
     known = [*MADE_UP, *DATASETS]
-    alike = difflib.get_close_matches(name.lower(), known, n=3)
-    hint = f"did you mean {' or '.join(alike)}?" if alike else f"known: {', '.join(known)}"
+    hint = near(name.lower(), known, f"known: {', '.join(known)}")
     raise ValueError(f"{name!r} is neither a data file nor an alias; {hint}")
 
 

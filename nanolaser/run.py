@@ -45,6 +45,8 @@ class Stop:
 
     def __init__(self, world: World):
         self.world = world
+        # Python calls `heard` between any two lines of the step: it only leaves a note, which the
+        # loop reads where everything is whole.
         self.signal, self.in_step, self.how_to_resume = 0, False, ""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.heard)
@@ -66,6 +68,8 @@ class Stop:
 
     def agreed(self) -> int:
         """The signal that any rank has heard, 0 if none: all ranks stop after the same step."""
+        # A signal may reach one rank before its step ends and the next one after: without this
+        # exchange one would save while the others wait for it in the next step.
         return max(self.world.gather([int(self.signal)]))
 
 
@@ -110,6 +114,7 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     contradiction is refused."""
     folder, saved = RunFolder.reopen(o.resume)
     saved = check_options(type(o), saved, f"{folder.path}/config.json")
+    # What was typed and differs.  Where to compute and what to show are no part of the run.
     differ = [
         f"--{name.replace('_', '-')} {getattr(o, name)} differs from the run's "
         f"{getattr(saved, name)}"
@@ -127,6 +132,7 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
 def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) -> Run:
     """The model, its tokenizer, the data: everything that can be wrong fails in here, before a
     folder is made for a new run."""
+    # 1. What needs no model: options, data, the user's own code.
     if o.log and importlib.util.find_spec(o.log) is None:
         raise ValueError(f"--log {o.log}: it is not installed (pip install {o.log})")
     load_reward(o.reward)
@@ -135,6 +141,8 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
         source = checkpoint or start
         train, test = train_and_test(o.data, o.eval_data, o.eval_problems, parses)
+    # 2. The model: that of --model, or of the checkpoint; with adapters, and with a frozen second
+    #    one, if the options say so.
     lora = None
     if o.lora_rank:
         alpha = o.lora_alpha or 2 * o.lora_rank
@@ -151,6 +159,7 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
         tokenizer.use_template(o.template)
     if o.thinking is not None and not checkpoint:
         tokenizer.set_thinking(o.thinking)
+    # 3. The problems whose prompts fit, known only with the tokenizer.
     most = min(o.max_prompt_tokens, model.config.max_position_embeddings)
     short = [p for p in train if len(tokenizer.encode_prompt(p.problem)) <= most]
     if train and not short:
@@ -161,6 +170,8 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
     stream = ProblemStream(short, o.problems_per_step, o.seed, o.data)
     if world.is_first:  # it warns
         check_prompts(model, tokenizer, [p.problem for p in test])
+    # 4. The folder last: what failed above has left nothing behind.  The first rank makes it, and
+    #    tells the others where.
     optimizer = Optimizer(model, o.lr, o.weight_decay, o.offload_optimizer, world)
     if folder is None and world.is_first:
         folder = RunFolder.create(o.out, short_name(o), dataclasses.asdict(o))
@@ -168,20 +179,25 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
     folder = folder or RunFolder.of_first_rank(path)
     stop.how_to_resume = f"; go on with: python train.py --resume {folder.path}"
     stop.how_to_resume += f" --reward {o.reward}" if o.reward else ""
+    run = Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world,
+              time.perf_counter(), reference)  # fmt: skip
+    announce(run, len(short))
+    return run
 
-    parameters = sum(p.numel() for p in model.parameters())
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+def announce(run: Run, count: int) -> None:
+    """What the run is, in two lines; it trains on so many given problems, or on made-up ones."""
+    o, parameters = run.o, list(run.model.parameters())
+    learning = sum(p.numel() for p in parameters if p.requires_grad)
     adapters = f" ({learning:,} of adapters, which learn)" if o.lora_rank else ""
-    ranks = f" over {world.size} ranks" if world.size > 1 else ""
-    print(f"{o.model}: {parameters:,} parameters{adapters} on {model.device} in {model.dtype}"
-          f"{ranks}; run {folder.path}")  # fmt: skip
-    count = f"{len(short):,}" if short else "new"
+    ranks = f" over {run.world.size} ranks" if run.world.size > 1 else ""
+    print(f"{o.model}: {sum(p.numel() for p in parameters):,} parameters{adapters} on "
+          f"{run.model.device} in {run.model.dtype}{ranks}; run {run.folder.path}")  # fmt: skip
     others = "others of it" if o.eval_data == o.data else f"of {o.eval_data}"
-    print(f"learns from {count} problems of {o.data}, evaluated on {len(test)} {others}")
-    for doubt in log.doubts(o, model.config.max_position_embeddings):
+    print(f"learns from {f'{count:,}' if count else 'new'} problems of {o.data}, evaluated on "
+          f"{len(run.test)} {others}")  # fmt: skip
+    for doubt in log.doubts(o, run.model.config.max_position_embeddings):
         warn(doubt)
-    return Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world,
-               time.perf_counter(), reference)  # fmt: skip
 
 
 def short_name(o) -> str:
@@ -206,9 +222,10 @@ def begin(run: Run) -> int:
               "--c-ref estimate measures it anew")  # fmt: skip
     else:
         tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
+    # The tokenizer carries the scale of r_s: saved with it, every checkpoint can be used at once.
     tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
     before = {"step": 0, **evaluate(run, run.test, "before")[0]}
-    run.folder.cut_back(-1)
+    run.folder.cut_back(-1)  # of a run that was stopped before its first checkpoint
     begin_live(run, 0)
     run.folder.append("evals.jsonl", [before])
     print(log.eval_line(0, before))
@@ -218,15 +235,14 @@ def begin(run: Run) -> int:
 def find_c_ref(run: Run) -> None:
     """Estimate c_ref on the untouched model, and say how steady it is."""
     o, tokenizer = run.o, run.tokenizer
+    # On problems that it will train on: where c_ref is needed is where it should be right.
     problems = run.stream.for_c_ref(o.c_ref_pairs)
     with Progress("c_ref", o.c_ref_pairs, "solution") as progress:
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         try:
-            c = scoring.estimate(
-                run.model, tokenizer, problems, o.c_ref_pairs, run.world, **how
-            )
+            c = scoring.estimate(run.model, tokenizer, problems, o.c_ref_pairs, run.world, **how)
         except scoring.NothingEnded as error:
-            if not o.trial:
+            if not o.trial:  # which is there to show all parts working, whatever they say
                 raise
             warn(f"{error}; this trial goes on with -20")
             c = scoring.CRef(-20.0, None, 0, [])
@@ -240,10 +256,11 @@ def find_c_ref(run: Run) -> None:
 def take_up(run: Run, checkpoint: Path) -> int:
     """Make the run what it was when the checkpoint was written.  Returns the next step."""
     tensors, meta = load_state(checkpoint / "state", run.world)
-    if run.o.lora_rank and meta["base"] != fingerprint(run.model, run.world):
-        raise ValueError(f"{run.o.model} is not the model that this run's adapters belong to: it "
-                         "has changed since the run began")  # fmt: skip
+    if frozen(run) != meta.get("base"):
+        raise ValueError(f"{run.o.model} is not the model that this run began with: it has changed")
     run.optimizer.load_state(tensors)
+    # Steps after the checkpoint are done again: same seeds, same problems, and on a CPU the same
+    # numbers to the last bit.
     run.folder.cut_back(meta["step"])
     for m in run.folder.read("metrics.jsonl"):  # the summary speaks of the whole run
         run.began -= m["seconds_rollout"] + m["seconds_check"] + m["seconds_update"]
@@ -270,6 +287,7 @@ def evaluate(run: Run, problems: list[Problem], label: str) -> tuple[dict, list[
     of the solutions."""
     o, world = run.o, run.world
     with Progress(label, len(world.shard(problems)) * o.eval_n, "solution") as progress:
+        # One seed for every evaluation: what differs between two of them is the model alone.
         how = {"seed": o.seed, **progress.hooks(), **o.sampling()}
         mine = grpo.sample(run.model, run.tokenizer, problems, o.eval_n, world, **how)
     rows = judged_rows(mine, problems, run.tokenizer, reward=load_reward(o.reward))
@@ -284,12 +302,18 @@ def save(run: Run, step: int) -> None:
         # weights that hold NaN never recover: what --resume goes on from must be from before
         warn(f"weights are not finite after step {step}: no checkpoint of it")
         return
-    base = {"base": fingerprint(run.model, run.world)} if run.o.lora_rank else {}
-    state = (run.optimizer.state(), {"step": step, **base})
-    save_pretrained(
-        run.model, run.tokenizer, run.folder.checkpoint(step), state, world=run.world
-    )
+    state = (run.optimizer.state(), {"step": step, "base": frozen(run)})
+    place = run.folder.checkpoint(step)
+    save_pretrained(run.model, run.tokenizer, place, state, world=run.world)
+    # A kill before this line leaves `latest` at the one before, and that one is whole.
     run.folder.point_latest(step)
+
+
+def frozen(run: Run) -> int | None:
+    """Which weights a resumed run has to find where it began: those that adapters or r_s are
+    measured against.  None where the checkpoint has all that it needs."""
+    model = run.model if run.reference is None else run.reference
+    return fingerprint(model, run.world) if run.o.lora_rank or run.reference else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,6 +331,7 @@ def finish(run: Run) -> int:
     header = (f"{len(run.test)} held-out problems", "before", "after", "change")
     print("\n" + report.table(header, report.before_after(before, after)))
     print("\n" + log.vote_lines(rows) + "\n")
+    # From the logs, not from memory: they hold what earlier parts of a resumed run did as well.
     groups = lambda m: o.problems_per_step + m.get("refilled_groups", 0)  # noqa: E731
     tokens = (m["response_tokens"] * groups(m) for m in folder.read("metrics.jsonl"))
     folder.write_json("summary.json", {

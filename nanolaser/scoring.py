@@ -43,12 +43,15 @@ def read_last(
     each of N given solutions, whose last token is the stop token.  `on_read(k)` hears of every k
     solutions done.  ValueError for an empty prompt."""
     refuse_empty(prompts)
+    # The last token of a row is the stop token, and the hidden state there predicts what would
+    # come next: z_c, if the model thinks the solution right.
     rows = [prompt + response for prompt, response in zip(prompts, responses)]
     columns = torch.tensor(token_ids, device=model.device)
     values = torch.empty(len(rows), len(token_ids))
     for batch in cut_by_tokens([len(row) for row in rows], batch_tokens):
         tokens, lengths = pad([rows[i] for i in batch], model.device)
         hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]  # (B, C) at the stop tokens
+        # (B, C) hidden states are all that is kept of (B, T, C): V logits for B positions, not B T.
         if len(token_ids) == 1:
             logprobs = token_logprobs(hidden, model.lm_head_weight, columns.expand(len(batch)))
             values[batch] = logprobs[:, None].cpu()
@@ -101,6 +104,7 @@ def estimate(
     # As many problems as pairs, where there are so many: one solution of each.
     n, model = -(-pairs // len(problems)), gathered(model, world)
     rollouts = of_all_ranks(sample(model, tokenizer, problems, n, world, **sampling), world)
+    # A solution that was cut off has no end after which z_c could be read.
     rollouts = [r for r in rollouts if r.finished][:pairs]
     if not rollouts:
         raise NothingEnded(
@@ -110,6 +114,7 @@ def estimate(
     # Read after the fact, by one more forward pass: the sampler reads z_c alone, and here the other
     # tokens that might do are of interest as well.
     candidates = [tokenizer.z_c_id, *tokenizer.unused_special_ids()]
+    # Each rank reads its share; with their numbers they come back in order.
     mine = world.shard(range(len(rollouts)))
     prompts = [rollouts[i].prompt_tokens for i in mine]
     responses = [rollouts[i].response_tokens for i in mine]
@@ -119,6 +124,7 @@ def estimate(
     mean, count = values.mean(0).tolist(), len(values)
     if not math.isfinite(mean[0]):
         raise ValueError("the model's log-probs are not finite: try --dtype float32")
+    # One solution has a mean and no spread, and says nothing of which token is steadier.
     if count == 1:
         return CRef(mean[0], None, 1, [])
     std = values.std(0).tolist()
@@ -129,6 +135,7 @@ def estimate(
 def reference(model: CausalLM, z_c_id: int, rollouts: list[Rollout], world: World = ALONE) -> None:
     """Fill in logp_ref = log pi_ref(z_c | x, y) in nats of this rank's rollouts that have an end,
     `model` being the frozen reference."""
+    # One forward pass a batch of solutions; to sample them took one for every token.
     ended = [r for r in rollouts if r.finished]
     texts = [r.prompt_tokens for r in ended], [r.response_tokens for r in ended]
     for r, logp in zip(ended, score(gathered(model, world), z_c_id, *texts)):

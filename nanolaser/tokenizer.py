@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,6 +70,18 @@ UNUSED_NAME = re.compile(r"reserved|unused|extra|placeholder", re.IGNORECASE)
 # Special, yet not idle: they close documents, fill masks or stand for what cannot be read.
 BUSY_NAME = re.compile(r"pad|unk|mask|sep|cls|bos|eos|endoftext|^</?s>$", re.IGNORECASE)
 
+# What laser.json holds: the type of each value (or None), what is meant where it is absent, and what
+# else has to be true of it.  Each is an attribute of the tokenizer.
+LASER = {
+    "z_c": (str, None, bool),
+    "instruction": (str, INSTRUCTION, lambda x: True),
+    "verify_prompt": (str, None, lambda x: True),
+    "beta_v": (float, 0.1, lambda x: x > 0),
+    "self_reward_loss": (str, "mse", lambda x: x in ("mse", "bce", "sft")),
+    "c_ref": (float, None, lambda x: x <= 0),  # a log-probability
+    "c_ref_std": (float, None, lambda x: x >= 0),
+}
+
 
 class Tokenizer:
     """A checkpoint's tokenizer, its prompts, its stop ids and its z_c.
@@ -109,13 +120,6 @@ class Tokenizer:
         self._names = self._special_names()
 
         self.stop_ids = self._find_stop_ids(config)
-        self.instruction = INSTRUCTION
-        self.verify_prompt: str | None = None
-        self.beta_v = 0.1
-        self.self_reward_loss = "mse"
-        self.c_ref: float | None = None
-        self.c_ref_std: float | None = None
-        self.z_c, self.z_c_id = "", -1
         self._set_template()
         self._read_laser(laser or {})
 
@@ -151,16 +155,7 @@ class Tokenizer:
         generation = _json_object(self._files, "generation_config.json")
         stops = list(self.stop_ids)
         generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-        laser = {
-            "z_c": self.z_c,
-            "z_c_id": self.z_c_id,
-            "c_ref": self.c_ref,
-            "c_ref_std": self.c_ref_std,
-            "beta_v": self.beta_v,
-            "self_reward_loss": self.self_reward_loss,
-            "instruction": self.instruction,
-            "verify_prompt": self.verify_prompt,
-        }
+        laser = {name: getattr(self, name) for name in (*LASER, "z_c_id")}
         written = {"generation_config.json": _dump(generation), "laser.json": _dump(laser)}
         return self._files | written
 
@@ -344,26 +339,20 @@ class Tokenizer:
 
     def _read_laser(self, laser: dict) -> None:
         """Take over laser.json, key by key; ValueError for values that cannot be right."""
-        self.instruction = _typed(laser, "instruction", str, INSTRUCTION)
-        self.verify_prompt = _typed(laser, "verify_prompt", str, None)
-        z_c = _typed(laser, "z_c", str, None)
-        self.set_z_c(self._default_z_c() if z_c is None else z_c)
-        z_c_id = laser.get("z_c_id")
-        if z_c is not None and z_c_id not in (None, self.z_c_id):
+        for name, (kind, default, sound) in LASER.items():
+            value = default if laser.get(name) is None else laser[name]
+            value = float(value) if kind is float and type(value) is int else value
+            # (by type: True is an int to Python)
+            if value is not default and (type(value) is not kind or not sound(value)):
+                raise ValueError(f"laser.json: {name} is {value!r}, which it cannot be")
+            setattr(self, name, value)
+        self.z_c = self.z_c or self._default_z_c()
+        self.set_z_c(self.z_c)
+        if laser.get("z_c_id") not in (None, self.z_c_id) and laser.get("z_c"):
             raise ValueError(
-                f"laser.json: z_c {z_c!r} is token {self.z_c_id} here, not {z_c_id}: "
-                "the file belongs to another tokenizer"
+                f"laser.json: z_c {self.z_c!r} is token {self.z_c_id} here, not "
+                f"{laser['z_c_id']}: the file belongs to another tokenizer"
             )
-        self.beta_v = _typed(laser, "beta_v", (int, float), 0.1)
-        if not self.beta_v > 0:
-            raise ValueError(f"laser.json: beta_v is {self.beta_v}, but has to be above 0")
-        self.self_reward_loss = _typed(laser, "self_reward_loss", str, "mse")
-        if self.self_reward_loss not in ("mse", "bce", "sft"):
-            raise ValueError(f"laser.json: self_reward_loss is {self.self_reward_loss!r}")
-        self.c_ref = _typed(laser, "c_ref", (int, float), None)
-        if self.c_ref is not None and self.c_ref > 0:
-            raise ValueError(f"laser.json: c_ref is {self.c_ref}, and no log-prob is above 0")
-        self.c_ref_std = _typed(laser, "c_ref_std", (int, float), None)
 
 
 class Streamer:
@@ -408,18 +397,6 @@ class Streamer:
 def _json_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
     """The parsed JSON object of a file, {} if there is no such file; ValueError if damaged."""
     return parse_json(files[name], name) if name in files else {}
-
-
-def _typed(raw: dict, key: str, kind, default):
-    """raw[key] if it is of that type (and finite), the default if absent or null."""
-    value = raw.get(key)
-    if value is None:
-        return default
-    # bool is an int to Python, and JSON readers let NaN and Infinity through
-    odd = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
-    if odd or not isinstance(value, kind):
-        raise ValueError(f"laser.json: {key} is {value!r}, which it cannot be")
-    return value
 
 
 def _dump(value: dict) -> bytes:

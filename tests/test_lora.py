@@ -1,4 +1,4 @@
-"""LoRA: what learns, what stays, and that the folder it leaves behind is one that others can load."""
+"""LoRA: what learns, what stays, and a folder that others can load."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(model: CausalLM, adapters: bool) -> dict[str, torch.Tensor]:
 
 
 def textbook(model: CausalLM) -> dict[str, torch.Tensor]:
-    """The weights of a plain model, of which the adapters are leaves: W + scale * B A, written out."""
+    """A plain model's weights, of which the adapters are leaves: W + scale * B A, written out."""
     named, plain = dict(model.named_parameters()), {}
     for name, p in named.items():
         stem = name.removesuffix(".weight")
@@ -86,7 +86,8 @@ def test_gradients_are_those_of_the_textbook(tied, targets, count):
     hidden = [calls(shell, plain, (torch.tensor([r.prompt_tokens + r.response_tokens]),))[0]
               for r in rollouts]  # fmt: skip
     output = plain["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    M, N, total = sum(len(r.response_tokens) for r in rollouts), sum(r.finished for r in rollouts), 0
+    M, N = sum(len(r.response_tokens) for r in rollouts), sum(r.finished for r in rollouts)
+    total = 0
     for h, r, advantage, weight in zip(hidden, rollouts, batch.advantages, batch.weights):
         p, n = len(r.prompt_tokens), len(r.response_tokens)
         logprobs = (h @ output.T).log_softmax(-1)

@@ -260,14 +260,14 @@ def test_few_rows_are_the_last_resort():
 def test_time_knows_what_costs_time():
     def seconds(*s, world=1, rows=256):
         work = Workload(max_rows=rows)
-        return planning.seconds_by_phase(Plan(
+        return planning.seconds_of_step(Plan(
             SHAPES["qwen2.5-7b"], 10**12, 10**12, torch.bfloat16, device="cuda", world=world,
             work=work, settings=Settings(*s),
         ))  # fmt: skip
 
     plain, again, host = seconds(), seconds(16_384, True), seconds(16_384, False, True)
     assert again[1] > 1.2 * plain[1] and again[0] == plain[0]
-    assert host[2] > 5 * plain[2]
+    assert host[1] > plain[1]
     assert seconds(rows=8)[0] > 3 * plain[0]  # few rows: a GPU mostly waits
     assert seconds(world=8)[1] < plain[1] / 4
 
@@ -356,13 +356,6 @@ def test_unknown_shapes_pass_to_the_loader_but_have_no_plan():
     assert planning.settle(o) is o
     with pytest.raises(ValueError, match="without a download"):
         planning.plan_for(o)
-
-
-def test_a_plan_counts_the_evaluations():
-    p = planning.plan_for(Options(**TINY))
-    # before and after 400 x 8, after steps 120 and 240 100 x 8
-    assert p.work.evaluated == 8000
-    assert "for 8,000 solutions" in p.table()
 
 
 def test_ranks_of_a_machine_share_its_memory(machine, monkeypatch):

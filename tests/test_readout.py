@@ -293,3 +293,48 @@ def test_peak_memory_is_what_the_docstring_says(chunks, dtype):
     assert back <= block + max(narrow, 4 * v * c) + gradient + small
     # beside it the table of logits that never was: (N, V) in fp32, once
     assert max(ahead, both, back) < 4 * n * v / 4
+
+
+# ---------------------------------------------------------------- products of bf16 numbers
+
+
+def test_bf16_products_of_a_gpu_are_as_good_as_widening(monkeypatch):
+    """With stand-ins for the GPU's products, which take bf16 and nothing else and sum in fp32: the
+    log-probs are the same, gradients are off by less than the 0.4 % of rounding them to bf16, and
+    no weight is ever widened."""
+    g = torch.Generator().manual_seed(0)
+    N, C, V = 37, 64, 500
+    make = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
+    hidden, weight = make(N, C), make(V, C) / 4
+    targets = torch.randint(V, (N,), generator=g)
+    temperature = torch.where(torch.arange(N) % 2 == 0, 1.0, 0.7)
+    scale = torch.randn(N, generator=g)
+
+    def learn():
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy = readout.loss_backward(
+            h, w, targets, lambda x, rows: (x * scale[rows]).sum(), temperature)
+        w_there = w.detach() if readout.mixed(w) else w.detach().float()
+        sampled = readout.logits_of(h.detach(), w_there)
+        return logprobs, entropy, h.grad.float(), w.grad.float(), sampled
+
+    expected = learn()[:4] + (hidden.float() @ weight.float().T,)
+    mm, addmm = torch.mm, torch.addmm
+    narrow = lambda *x: [y.float() for y in x if y.dtype == torch.bfloat16]  # noqa: E731
+
+    def gpu_mm(a, b, out_dtype, out=None):
+        result = mm(*narrow(a, b))
+        return result if out is None else out.copy_(result)
+
+    def gpu_addmm(total, a, b, out_dtype, alpha, out):
+        return out.copy_(addmm(total, *narrow(a, b), alpha=alpha))
+
+    monkeypatch.setattr(readout, "mixed", lambda weight: True)
+    monkeypatch.setattr(readout, "_widened", None)
+    monkeypatch.setattr(torch, "mm", gpu_mm)
+    monkeypatch.setattr(torch, "addmm", gpu_addmm)
+    monkeypatch.setattr(readout, "BLOCK_LOGITS", 10 * V)
+    found = learn()
+    bounds = (1e-5, 2e-3, 4e-3, 4e-3, 1e-5)
+    for a, b, bound in zip(found, expected, bounds):
+        assert (a - b).norm() < bound * b.norm()

@@ -27,7 +27,7 @@ def small():
     o = scores.Options(problems=8, solved=2, probe_problems=12, n=4, draws=20)
     model, tokenizer = load_pretrained("tiny")
     tokenizer.c_ref = -36.0
-    models = {kind: (model, tokenizer) for kind in ("laser", "grpo", "two-token")}
+    models = {kind: (model, tokenizer) for kind in ("laser", "grpo", "sft")}
     rows, _ = scores.solve(model, tokenizer, load_problems("arithmetic", "test", 10), o)
     heads = scores.probes(model, tokenizer, o)
     return o, rows, scores.all_scores(rows, "laser", models, heads, o)

@@ -90,6 +90,18 @@ def test_what_a_run_says(run):
     assert "</html>" in (out / "report.html").read_text("utf-8")
 
 
+def test_the_vote_shown_is_the_most_contested_one():
+    answers = {0: ["7"] * 8, 1: ["1/2", "0.5", "3", "3", "3", "4", None, "1/2"],
+               2: list("12345678")}  # fmt: skip
+    solved = [{"prompt_id": i, "problem": f"problem {i}", "answer": answer, "r_s": 0.5,
+               "r_v": float(answer in ("1/2", "0.5"))}
+              for i, group in answers.items() for answer in group]  # fmt: skip
+    head, _, first, second, *_ = log.vote_lines(solved).splitlines()
+    assert "problem 1" in head  # all agree on the first, no two on the last
+    assert {first.split()[0], second.split()[0]} == {"1/2", "3"}
+    assert ["1/2", "3", "1.50", "right"] in (first.split(), second.split())  # 0.5 is one half
+
+
 def test_resume_equals_uninterrupted(run, tmp_path):
     whole, _ = run
     part = tmp_path / "part"

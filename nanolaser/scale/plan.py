@@ -142,7 +142,6 @@ class Workload:
     max_new_tokens: int = 8192
     steps: int = 800
     max_rows: int = 256  # sampled at a time
-    evaluated: int = 0  # solutions to held-out problems, in all evaluations of the run together
     lora_rank: int = 0  # 0: all weights learn
     lora_targets: str = "all"
 
@@ -169,8 +168,8 @@ class Settings:
     offload_optimizer: bool = False  # AdamW in host memory, stepped there
 
 
-# Assumed, never measured: operations/s of matrix products and bytes/s of memory (40 % and 60 % of an
-# H100's; a core's); bytes/s of the host's memory.
+# Assumed, never measured: operations/s of matrix products and bytes/s of memory (40 % and 60 % of
+# an H100's; one core's); bytes/s of the host's memory.
 RATES = {"cuda": (4e14, 2e12), "cpu": (2.5e10, 1e10)}
 HOST_MEMORY = 1e11
 
@@ -256,7 +255,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text, at most 100 columns wide."""
-        s, w, seconds = self.settings, self.work, seconds_by_phase(self)
+        s, w, (sample, update) = self.settings, self.work, seconds_of_step(self)
         unit, label, digits = (GIB, "GiB", 1) if self.peak_bytes > 4 * GIB else (2**20, "MiB", 0)
         cell = lambda x: f"{x / unit:,.{digits}f}" if x else "-"  # noqa: E731
         line = lambda what, cells: (  # noqa: E731
@@ -282,34 +281,30 @@ class Plan:
             + f"   {'fits' if self.fits else 'DOES NOT FIT'} (it may fill {FILL:.0%})",
             *([f"{host}{self.host_bytes / GIB:,.0f}"] if self.device != "cpu" else []),
             "",
-            line("time of a step, about", map(span, seconds)),
-            f"  {w.steps} steps: {span(sum(seconds) * w.steps)}, if solutions are half as long as "
-            "they may be",
+            f"  time of a step, about {span(sample)} of sampling and {span(update)} of updating; "
+            f"{w.steps} steps: {span((sample + update) * w.steps)}",
+            "  (computed from assumed speeds, for solutions half as long as they may be)",
         ]
-        if w.evaluated:  # sampled like those of a step, and no more
-            more = span(seconds[0] * w.evaluated / (w.problems * w.group_size))
-            lines.append(f"  evaluations: {more} more, for {w.evaluated:,} solutions")
         return "\n".join(lines)
 
 
-def seconds_by_phase(p: Plan) -> tuple[float, float, float]:
-    """Seconds of one step: sampling, updating, stepping.  A rough estimate: it knows the two great
-    costs, and neither attention, nor padding, nor what ranks and host tell each other."""
-    n, (flops, memory), s = parameters(p.config), RATES[p.device], p.settings
+def seconds_of_step(p: Plan) -> tuple[float, float]:
+    """(sampling, updating) of one step.  A rough estimate: it knows the great costs, and neither
+    attention, nor padding, nor what ranks and host tell each other."""
+    n, (flops, memory) = parameters(p.config), RATES[p.device]
     flops *= torch.get_num_threads() if p.device == "cpu" else 1
     rollouts, new = p.work.share(p.world), max(1, p.work.max_new_tokens // 2)  # as a guess
     # Sampling: a turn of one token for every row reads all weights and all keys and values.  There
     # are as many as the tokens want, and some for the longest rows, which end up alone.
     turns = rollouts * new / p.rows + p.work.max_new_tokens - new
     read = n * p.dtype.itemsize + kv_bytes(p.config, p.dtype, p.rows, new)
-    sample = turns * max(2 * n * p.rows / flops, read / memory)
     # Updating: 2 operations a weight and token forward, 2 backward to the inputs, 2 to the weights
     # if they learn; checkpointing goes forward once more.
-    passes = (2 if p.adapters else 3) + s.gradient_checkpointing
-    update = passes * 2 * n * rollouts * new / flops
-    # Stepping: gradient, two moments and master are read, the latter three and the weight written.
-    step = 30 * p.learning / p.world / (HOST_MEMORY if s.offload_optimizer else memory)
-    return sample, update, step
+    passes = (2 if p.adapters else 3) + p.settings.gradient_checkpointing
+    # AdamW reads gradient, two moments and master, and writes the latter three and the weight.
+    step = 30 * p.learning / p.world / (HOST_MEMORY if p.settings.offload_optimizer else memory)
+    sample = turns * max(2 * n * p.rows / flops, read / memory)
+    return sample, passes * 2 * n * rollouts * new / flops + step
 
 
 def span(seconds: float) -> str:
@@ -546,7 +541,7 @@ def plan_for(options) -> Plan:
     ranks.  ValueError if the shape of --model is not known."""
     # All that is read of the options, here and in `settle`: model, data, device, dtype, steps,
     # problems_per_step, group_size, max_prompt_tokens, max_new_tokens, max_rows, kv_cache_gb,
-    # eval_every, eval_problems, eval_n, c_ref, lora_rank, lora_targets, and the three of Settings.
+    # c_ref, lora_rank, lora_targets, and the three of Settings.
     o = options
     config = known_config(o.model)
     if config is None:
@@ -561,12 +556,9 @@ def plan_for(options) -> Plan:
     dtype = getattr(torch, auto_dtype(local_folder(o.model), device) if dtype == "auto" else dtype)
     # problems that are made up are one line each; other data may go up to the limit
     prompt = 64 if o.data in MADE_UP else o.max_prompt_tokens
-    # all held-out problems before and after, a quarter of them in between
-    evaluated = int(o.eval_problems * o.eval_n * (2 + (o.steps - 1) // o.eval_every / 4))
-    # The worst case for memory, the mean for the time: see Workload.
     work = Workload(
         o.problems_per_step, o.group_size, prompt, o.max_new_tokens, o.steps, o.max_rows,
-        evaluated, o.lora_rank, o.lora_targets,
+        o.lora_rank, o.lora_targets,
     )  # fmt: skip
     world, here = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     host = available_bytes("cpu") // here  # the ranks of a machine share its memory
