@@ -126,7 +126,10 @@ def intervals(seeds: list[list[dict]], draws: int) -> dict[str, list[float]]:
     count = len({row["problem"] for row in eight[0]})
     found = {}
     for name, metric in METRICS.items():
-        statistic = lambda p, s, m=metric: float(np.mean([of[i][m](p) for i in s]))  # noqa: E731
+        def statistic(problems, seeds, metric=metric) -> float | None:
+            values = [of[i][metric](problems) for i in seeds]
+            return None if None in values else float(np.mean(values))
+
         each = [one[metric](np.arange(count)) for one in of]
         found[name] = [*metrics.bootstrap(statistic, count, len(of), draws), *each]
     return found
@@ -202,30 +205,31 @@ def equal_accuracy(curves: dict) -> tuple[float, float, float]:
 
 def page(found: dict) -> str:
     """docs/easy-to-check.md."""
-    cell = lambda x: f"{report.percent(x[0])} [{100 * x[1]:.1f}, {100 * x[2]:.1f}]"  # noqa: E731
+    percent = report.percent
+    cell = lambda x: f"{percent(x[0])} [{percent(x[1])}, {percent(x[2])}]"  # noqa: E731
     grid = lambda head, rows: "\n".join(  # noqa: E731
         "| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
     table = grid(["", *METRICS], [[name, *map(cell, row.values())]
                                   for name, row in found["table"].items()])  # fmt: skip
     each = grid(["seed", *METRICS], [
-        [str(seed), *(report.percent(x[i]) for x in found["table"]["after RL, r_s"].values())]
+        [str(seed), *(percent(x[i]) for x in found["table"]["after RL, r_s"].values())]
         for i, seed in enumerate(found["seeds"], start=3)])  # fmt: skip
     ways = {"majority": "majority of k", "best": "best of k by r_s",
             "stopping": "stop at the first believed", "any": "any of k is right"}
     spent = grid(["k", *(f"{w}: tokens, accuracy" for w in ways.values())], [
         [str(2 ** i), *(f"{found['curves'][way][i][0]:.0f}, "
-                        f"{report.percent(found['curves'][way][i][1])}" for way in ways)]
+                        f"{percent(found['curves'][way][i][1])}" for way in ways)]
         for i in range(len(found["curves"]["majority"]))])  # fmt: skip
     accuracy, tokens, enough = equal_accuracy(found["curves"])
     minutes = ", ".join(f"{m:.1f}" for m in found["minutes"])
     mean = {name: x[0] for name, x in found["table"]["after RL, r_s"].items()}
-    gain, above = (report.percent(mean["best of 8"] - mean[other])
+    gain, above = (percent(mean["best of 8"] - mean[other])
                    for other in ("one solution", "majority of 8"))
     at_most = found["curves"]["stopping"][-1]
     return PAGE.format(
-        table=table, each=each, spent=spent, accuracy=report.percent(accuracy),
+        table=table, each=each, spent=spent, accuracy=percent(accuracy),
         tokens=f"{tokens:.0f}", enough=f"{enough:.0f}", times=f"{tokens / enough:.0f}",
-        gain=gain, above=above, mean=f"{at_most[0]:.0f}", most=report.percent(at_most[1]),
+        gain=gain, above=above, mean=f"{at_most[0]:.0f}", most=percent(at_most[1]),
         minutes=minutes, typical=f"{np.median(found['minutes']):.0f}", **{k: found[k] for k in ("steps", "problems")},
         seeds=", ".join(map(str, found["seeds"])))  # fmt: skip
 
@@ -285,7 +289,7 @@ these numbers make 50?
 50 from a7 b10 c14 d16 e17 f18        50-f18=32                50-d16=34
                                       32-e17=15                34-b10=24
                                       15-c14=1                 24-e17=7
-                                      \\boxed{{f,e,c}}           7-a7=0
+                                      \\boxed{{f,e,c}}            7-a7=0
                                                                \\boxed{{d,b,e,a}}
 ```
 

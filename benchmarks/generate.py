@@ -92,8 +92,9 @@ def forced(lengths: list[int], stop_ids: tuple[int, ...]):
 
     def replaced(*logits_and_more):
         tokens, logprobs = sample_next(*logits_and_more)
-        tokens = torch.where(torch.isin(tokens, stops), other, tokens)
-        return torch.where(last, stop, tokens), logprobs
+        there = tokens.device
+        tokens = torch.where(torch.isin(tokens, stops.to(there)), other, tokens)
+        return torch.where(last.to(there), stop, tokens), logprobs
 
     sampler.uniforms, sampler.sample_next = told, replaced
     try:

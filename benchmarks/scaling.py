@@ -78,7 +78,8 @@ class Setting:
         )  # fmt: skip
         self.run = SimpleNamespace(
             o=self.options, model=self.model, tokenizer=self.tokenizer, optimizer=self.optimizer,
-            stream=SimpleNamespace(at=lambda step: self.problems), world=ALONE,
+            stream=SimpleNamespace(at=lambda step, fresh: self.problems), world=ALONE,
+            reward=None, reference=None,
         )  # fmt: skip
         self.taken: list[dict] = []
 

@@ -207,9 +207,8 @@ def write(page: Path, printed: str) -> None:
     page.write_text(BLOCK.sub(fill, page.read_text("utf-8")), "utf-8")
 
 
-def pictures(run: str, results: str) -> None:
+def pictures(run: str, results: str, folder: Path = ROOT / "docs" / "pictures") -> None:
     """A training run and the evaluation of its model, in pictures for the page."""
-    folder = ROOT / "docs" / "pictures"
     steps, evals, samples = report.read_run(run)
     print(report.save(folder / "phases.svg", report.curves({"": (steps, evals)})))
     kinds = report.by_phase(steps, samples)

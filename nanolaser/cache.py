@@ -164,7 +164,7 @@ class KVCache:
                 continue
             rows = slice(len(bucket.sequences), len(bucket.sequences) + len(new))
             assert self._ensure(bucket, rows.stop), "sequences are admitted beyond the budget"
-            source = torch.tensor([p for _, p in new], device=bucket.layers[0].device)  # (new,)
+            source = _on([p for _, p in new], bucket)  # (new,)
             copies.append((bucket, rows, source))
             bucket.sequences += [i for i, _ in new]
             bucket.lengths += [lengths[p] for _, p in new]
@@ -204,6 +204,11 @@ class KVCache:
                 bucket.resize(-(-used // self.ROWS) * self.ROWS)
 
 
+def _on(numbers: list[int], bucket: Bucket) -> Tensor:
+    """Numbers on a bucket's device as soon as it gets there: the host does not wait."""
+    return torch.tensor(numbers).to(bucket.layers[0].device, non_blocking=True)
+
+
 # ---------------------------------------------------------------------------------------------
 # The two kinds of forward pass.  The model asks either for its tokens' `positions`, and in every
 # layer to `attend`: to keep the new keys and values, and to let the queries look at all there are.
@@ -238,7 +243,7 @@ class Decode:
             batch = slice(len(positions), len(positions) + len(bucket.sequences))  # of R
             S = max(bucket.lengths) + 1  # slots that anyone looks at, the new token's included
             assert S <= bucket.slots, "reserve() comes before decode()"
-            length = torch.tensor(bucket.lengths, device=device)[:, None]  # (rows, 1)
+            length = _on(bucket.lengths, bucket)[:, None]  # (rows, 1)
             # A sequence of 3 tokens puts the new one into slot 3 and may look at slots 0 to 3, of
             # S = 6:  mask 0 0 0 0 -inf -inf
             beyond = torch.arange(S, device=device) > length  # (rows, S)
@@ -249,7 +254,7 @@ class Decode:
             self.parts.append((bucket, batch, slot, mask))
             positions += bucket.lengths  # a text's first token has position 0
             bucket.lengths = [n + 1 for n in bucket.lengths]  # the new one counts from here on
-        self.positions = torch.tensor(positions, device=device)[:, None]  # (R, 1)
+        self.positions = _on(positions, buckets[0])[:, None]  # (R, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (R, H, 1, D), keys and values (R, K, 1, D) -> (R, H, 1, D)."""

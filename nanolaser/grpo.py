@@ -228,10 +228,10 @@ def accumulate_gradients(
         if counts:
             sums.append(statistics(logprobs, entropy, t, c))
             sizes.append(packing.sizes)
-        if old_logprobs is not None:
+        if old_logprobs is not None and rows[0] not in old_logprobs:
             read = [len(r.response_tokens) * bool(a) + bool(b) for r, a, b, *_ in these]
             for i, part in zip(rows, logprobs.cpu().split(read)):
-                old_logprobs.setdefault(i, part[: len(rollouts[i].response_tokens)])
+                old_logprobs[i] = part[: len(rollouts[i].response_tokens)]
     # Here the host waits for the device, once for all micro-batches.
     parts = [row + list(size) for row, size in zip(torch.stack(sums).tolist(), sizes)]
     return total(world.gather(parts), c, M, N)

@@ -35,7 +35,8 @@ from .rollout import Rollout
 ATTENDED = 2
 # With a mask is worth it up to so many times the scores without: measured on a CPU, assumed for a
 # GPU, whose fastest kernels take no mask.  A mask has so many numbers at most, 64 MiB in fp32.
-UNMASKED = {"cpu": 1.6, "cuda": 0.5}
+UNMASKED = {"cpu": 1.6}
+ON_A_GPU = 0.5
 MASK_NUMBERS = 2**24
 
 
@@ -111,7 +112,7 @@ class Packing:
         masked = responses.numel() * texts.shape[1]  # R * n * T scores
         split = masked + sum(len(prompt) ** 2 / 2 for prompt in prompts)
         whole = texts.numel() * texts.shape[1] / 2  # R * T * T / 2
-        if masked > MASK_NUMBERS or split > UNMASKED[device.type] * whole:
+        if masked > MASK_NUMBERS or split > UNMASKED.get(device.type, ON_A_GPU) * whole:
             parts = [(texts, texts, None)]
         else:
             # A response's first query, behind a prompt of 2 tokens, stands at 2 in its text:
@@ -127,8 +128,8 @@ class Packing:
         back = torch.empty_like(positions)
         back[queries[real]] = real  # one of many, where a prompt's are there many times
 
-        move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        self.tokens, self.positions = torch.tensor([tokens], device=device), move(positions)[None]
+        move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
+        self.tokens, self.positions = move(torch.tensor([tokens])), move(positions[None])
         self.parts, self.back = [tuple(map(move, part)) for part in parts], move(back)
         # what attention goes over, with padding and without
         self.sizes = texts.numel(), sum(map(len, self.texts))
@@ -146,7 +147,7 @@ class Packing:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Grouped-query attention, causal where there is no mask."""
-    if mask is not None and q.is_cuda:
+    if mask is not None and q.device.type != "cpu":
         # With a mask AND shared heads a GPU would fall back to a product that keeps all scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)

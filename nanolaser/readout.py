@@ -145,7 +145,9 @@ def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | 
     if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
         raise ValueError(f"a target is not one of the {len(weight)} tokens of the vocabulary")
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    T = torch.as_tensor(temperature, dtype=wide, device=hidden.device).expand(shape).reshape(-1)
+    if not isinstance(temperature, Tensor):
+        temperature = hidden.new_full((), temperature, dtype=wide)  # made there: no copy to wait for
+    T = temperature.to(hidden.device, wide).expand(shape).reshape(-1)
     return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0 / T
 
 

@@ -263,6 +263,7 @@ def _lengths(right: np.ndarray, score: np.ndarray, tokens: np.ndarray) -> str:
     the length, two level ones apart that it does not."""
     # More points than this are a blob, and a large file: a random part shows the same.
     some = np.random.default_rng(0).permutation(len(score))[:2000]
+    some = some[np.isfinite(tokens[some])]  # of solutions sampled elsewhere nobody counted them
     marks = [dots([(tokens[i], score[i]) for i in some if right[i] == kind], colour, 3.5,
                   opacity=0.45, stroke_linecap=cap)
              for kind, colour, cap in ((False, WRONG, "square"), (True, RIGHT, "round"))]
@@ -297,7 +298,8 @@ def curves(
         for a, b in pairwise([{"step": 0}, *steps]):
             if a.get("phase") != b.get("phase"):
                 x = (a["step"] + b["step"]) / 2
-                phases.append((x, math.inf, b.get("phase", "")))
+                # One below the other: a phase may be too short for its name.
+                phases.append((x, 0.28 - 0.12 * len(phases), b.get("phase", "")))
                 borders.append([(x, -math.inf), (x, math.inf)])
     panels = []
     for title, label, keys, held_out in PANELS:
@@ -315,7 +317,7 @@ def curves(
             marks.append(mark(borders[1:], "#9aa0a8", stroke_width=0.8))
         # One step axis for all: what happens at a border of phases is read down the column.
         last = max([1, *(row["step"] for pair in runs.values() for log in pair for row in log)])
-        share = (-0.02, 1.12) if "F1" in title or "Accuracy" in title else None
+        share = (-0.02, 1.02) if "F1" in title or "Accuracy" in title else None
         notes = phases if title == "Accuracy" else ()
         panels.append(panel(title, "step", label, marks, (0, last), share, notes=notes))
     return picture(panels, columns)

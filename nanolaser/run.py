@@ -256,9 +256,8 @@ def find_c_ref(run: Run) -> None:
 def take_up(run: Run, checkpoint: Path) -> int:
     """Make the run what it was when the checkpoint was written.  Returns the next step."""
     tensors, meta = load_state(checkpoint / "state", run.world)
-    if run.o.lora_rank and meta["base"] != fingerprint(run.model, run.world):
-        raise ValueError(f"{run.o.model} is not the model that this run's adapters belong to: it "
-                         "has changed since the run began")  # fmt: skip
+    if frozen(run) != meta.get("base"):
+        raise ValueError(f"{run.o.model} is not the model that this run began with: it has changed")
     run.optimizer.load_state(tensors)
     # Steps after the checkpoint are done again: same seeds, same problems, and on a CPU the same
     # numbers to the last bit.
@@ -303,12 +302,18 @@ def save(run: Run, step: int) -> None:
         # weights that hold NaN never recover: what --resume goes on from must be from before
         warn(f"weights are not finite after step {step}: no checkpoint of it")
         return
-    base = {"base": fingerprint(run.model, run.world)} if run.o.lora_rank else {}
-    state = (run.optimizer.state(), {"step": step, **base})
+    state = (run.optimizer.state(), {"step": step, "base": frozen(run)})
     place = run.folder.checkpoint(step)
     save_pretrained(run.model, run.tokenizer, place, state, world=run.world)
     # A kill before this line leaves `latest` at the one before, and that one is whole.
     run.folder.point_latest(step)
+
+
+def frozen(run: Run) -> int | None:
+    """Which weights a resumed run has to find where it began: those that adapters or r_s are
+    measured against.  None where the checkpoint has all that it needs."""
+    model = run.model if run.reference is None else run.reference
+    return fingerprint(model, run.world) if run.o.lora_rank or run.reference else None
 
 
 # ---------------------------------------------------------------------------------------------

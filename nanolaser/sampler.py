@@ -186,7 +186,7 @@ class _Engine:
         running, hidden = self.cache.running, []
         if running:
             newest = [[self.rollouts[i].response_tokens[-1]] for i in running]
-            newest = torch.tensor(newest, device=self.model.device)  # (R, 1)
+            newest = self.to_device(newest)  # (R, 1)
             hidden.append(self.model(newest, self.cache.decode())[:, 0])  # (R, C)
         # 2. PREFILL: waiting rollouts take free rows, each distinct prompt passing once.  Prompts
         #    of like length share a pass: one of 4000 tokens would make 64 short ones as long.
@@ -200,14 +200,16 @@ class _Engine:
         rollouts = [self.rollouts[i] for i in running]
         logits = logits_of(torch.cat(hidden), self.head)  # (R, V)
         steps = torch.tensor([len(r.response_tokens) for r in rollouts])  # (R,)
-        uniform = uniforms(seed, self.streams[running], steps).to(logits.device)
+        uniform = self.to_device(uniforms(seed, self.streams[running], steps))
         tokens, logprobs = sample_next(logits, uniform, temperature, top_p, self.tokenizer.size)
         # 4. READ z_c where the token just fed was the stop token; at temperature 1, always.
         ended = [row for row, rollout in enumerate(rollouts) if rollout.finished]
-        last = logits[ended]  # (E, V)
+        last = logits[self.to_device(torch.tensor(ended, dtype=torch.long))]  # (E, V)
         logp_zc = last[:, self.tokenizer.z_c_id] - last.logsumexp(-1)
-        # The one place in a step where the host waits for the device.
-        tokens, logprobs, logp_zc = tokens.tolist(), logprobs.tolist(), logp_zc.tolist()
+        # The one place in a step where the host waits for the device.  (fp64 holds ids and fp32.)
+        numbers = torch.cat([x.double() for x in (tokens, logprobs, logp_zc)]).tolist()
+        R = len(rollouts)
+        tokens, logprobs, logp_zc = numbers[:R], numbers[R : 2 * R], numbers[2 * R :]
         # 5. LEAVE: those whose z_c is read, and those that have reached their limit without end.
         leaving = list(ended)
         for row, value in zip(ended, logp_zc):
@@ -215,9 +217,10 @@ class _Engine:
         for row, rollout in enumerate(rollouts):
             if rollout.finished:
                 continue  # what was drawn after its end is nobody's
-            rollout.response_tokens.append(tokens[row])
+            token = int(tokens[row])
+            rollout.response_tokens.append(token)
             rollout.logprobs.append(logprobs[row])
-            rollout.finished = tokens[row] in self.tokenizer.stop_ids  # read in the next step
+            rollout.finished = token in self.tokenizer.stop_ids  # read in the next step
             if not rollout.finished and len(rollout.response_tokens) == max_new_tokens:
                 leaving.append(row)  # truncated
         self.cache.drop([running[row] for row in leaving])
@@ -258,8 +261,13 @@ class _Engine:
         sequences = [i for group in groups for i in group]
         sources = [row for row, group in enumerate(groups) for _ in group]
         past = self.cache.admit(sequences, sources, lengths.tolist())
-        hidden = self.model(tokens.to(self.model.device), past)  # (P, T, C)
-        return sequences, hidden[sources, lengths[sources] - 1]  # each at its last real token
+        hidden = self.model(self.to_device(tokens), past)  # (P, T, C)
+        last = self.to_device(torch.stack((torch.tensor(sources), lengths[sources] - 1)))  # (2, R)
+        return sequences, hidden[last[0], last[1]]  # each at its last real token
+
+    def to_device(self, numbers: list | Tensor) -> Tensor:
+        """Numbers of the host, on the device as soon as it gets there: the host does not wait."""
+        return torch.as_tensor(numbers).to(self.model.device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -137,12 +137,12 @@ def test_nothing_to_vote_on(call):
 def test_pipe_from_sample_to_verify_gives_the_samplers_number(tmp_path):
     sampled = start("sample.py", "--n", 4, "--json", *C_REF, "--gold", 69, PROBLEM)
     checked = start("verify.py", "--input", "-", "--output", "-", *C_REF, stdin=sampled.stdout)
-    out, err = checked.communicate(timeout=120)
+    out, err = checked.communicate(timeout=600)
     assert checked.returncode == 0, err
     rows = rows_of(out)
     assert len(rows) == 4 and "4 solutions" in err and "4 with gold" in err
     # verify.py overwrites r_s: what the sampler said is drawn again
-    again = start("sample.py", "--n", 4, "--json", *C_REF, PROBLEM).communicate(timeout=120)[0]
+    again = start("sample.py", "--n", 4, "--json", *C_REF, PROBLEM).communicate(timeout=600)[0]
     for row, own in zip(rows, rows_of(again)):
         assert row["response_token_ids"] == own["response_token_ids"]
         assert row["logp_zc"] == pytest.approx(own["logp_zc"], abs=1e-4)

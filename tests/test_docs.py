@@ -1,6 +1,7 @@
 """The pages hold: the walkthrough's numbers come out again, links lead somewhere, and commands name
 scripts and options that there are."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from docs import walkthrough
 from tests.conftest import ROOT
+from tests.test_report import run_folder
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -53,6 +55,16 @@ def test_the_four_diffs_are_the_lines_of_the_code():
             if line[0] == "-" or text == "...":
                 continue
             place = code.index(text, place) + 1  # ValueError: not there, or not in this order
+
+
+def test_the_pictures_of_a_run(tmp_path):
+    run = run_folder(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    (tmp_path / "samples.jsonl").write_text("".join(
+        json.dumps(row | {"prompt_id": i // 8}) + "\n" for i, row in enumerate(rows)))
+    walkthrough.pictures(run, tmp_path, tmp_path)
+    drawn = [path.read_text() for path in tmp_path.glob("*.svg")]
+    assert len(drawn) == 3 and not [svg for svg in drawn if "no data" in svg]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -420,16 +420,6 @@ def test_sampler_gap_of_real_rollouts():
 # ---------------------------------------------------------------- what the optimizer adds
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_state_saved_on_the_cpu_resumes_on_a_gpu():
-    model, batch = random_model().cuda(), batch_of(random_rollouts())
-    optimizer = grpo.Optimizer(model, 1e-3, 0.0)
-    update(model, optimizer, batch, loss_of(), EVERYTHING, 1.0)
-    optimizer.load_state({name: tensor.cpu() for name, tensor in optimizer.state().items()})
-    assert all(tensor.is_cuda for tensor in optimizer.state().values())
-    assert update(model, optimizer, batch, loss_of(), EVERYTHING, 1.0)["skipped_updates"] == 0
-
-
 def twenty_steps(dtype, offload=False):
     """(losses, how the masters moved, weights, state) after 20 updates on 20 batches."""
     model = random_model().to(dtype)
@@ -453,17 +443,6 @@ def test_bf16_training_tracks_fp32():
     expected, way, _, _ = twenty_steps(torch.float32)
     assert_close(losses, expected, atol=0.01, rtol=0)
     assert (moved - way).norm() < 0.1 * way.norm()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_offload_takes_the_state_off_the_gpu():
-    model, batch = random_model().cuda().bfloat16(), batch_of(random_rollouts())
-    optimizer = grpo.Optimizer(model, 1e-3, 0.0, offload=True)
-    before = copy.deepcopy(list(model.parameters()))
-    assert update(model, optimizer, batch, loss_of(), EVERYTHING, 1.0)["skipped_updates"] == 0
-    assert not any(tensor.is_cuda for tensor in optimizer.state().values())
-    assert optimizer.staging.is_pinned()
-    assert not all(map(torch.equal, before, model.parameters()))
 
 
 # ---------------------------------------------------------------- rows, statistics, c_ref

@@ -3,6 +3,7 @@ what a run of train.py really hands to its update."""
 
 import json
 import math
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -140,7 +141,7 @@ def test_refilled_groups_are_fresh_and_no_more_than_are_missing(spied):
 
 def test_fresh_problems_leave_those_of_the_steps_alone():
     problems = [Problem(str(i), f"p{i}", "1") for i in range(40)]
-    for made_up in (None, (2, 3)):
+    for made_up in (None, "arithmetic"):
         stream = ProblemStream([] if made_up else problems, 4, 0, made_up)
         for step in (1, 2, 30):
             eight = stream.at(step, 4)
@@ -171,6 +172,17 @@ def test_the_exact_reference_is_the_starting_models(spied):
     # whoever uses the checkpoint has no reference: it holds a constant, as ever
     saved = json.loads((out / "checkpoints" / "step-000004" / "laser.json").read_text())
     assert saved["c_ref"] == pytest.approx(m["c_ref"], abs=1)
+
+
+def test_a_run_with_another_reference_is_not_resumed(call, tmp_path, make_checkpoint):
+    model = make_checkpoint(tmp_path / "model")
+    out = tmp_path / "run"
+    options = ["--model", model, "--data", "arithmetic", *SHORT, "--c-ref", "exact", "--trial"]
+    assert call("train.py", *options, "--out", out)[0] == 0
+    make_checkpoint(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "model.safetensors", model / "model.safetensors")
+    code, _, err = call("train.py", "--resume", out)
+    assert code == 2 and "changed" in err and len(err.strip().splitlines()) == 1
 
 
 def test_each_solution_has_its_own_reference_in_the_gradient():

@@ -5,6 +5,7 @@ small questions about trees; then the sets of real numbers.
 """
 
 import decimal
+import operator
 from functools import cmp_to_key
 
 from .evaluate import (FIRST_PRECISION, MAX_PRECISION, Ball, CannotDecide, Evaluator, NoValue,
@@ -29,40 +30,21 @@ class Comparison:
         self.work.spend(2)
         if answer == gold:
             return True, "the same structure"
-        # A node's first entry is its kind. The order of the tests below is the order
-        # of binding, loosest first: a list may hold relations, a relation may hold
-        # sets, a set may hold numbers.
-        #   kinds ("rel", "num")     x=5  against 5       -> relations
-        #   kinds ("list", "set")    1, 2 against \{1,2\} -> lists
-        kinds = (answer[0], gold[0])
-        if not {"list", "or", "rel"}.isdisjoint(kinds):
+        # A node's first entry is its kind.
+        #   kinds {"rel", "num"}     x=5  against 5       -> relations
+        #   kinds {"list", "set"}    1, 2 against \{1,2\} -> lists
+        kinds = {answer[0], gold[0]}
+        if not kinds.isdisjoint(("list", "or", "rel")):
             verdict = self.assignments(answer, gold)
             if verdict is not None:
                 return verdict
-        if "list" in kinds or "or" in kinds:
-            return self.lists(answer, gold)
-        if "rel" in kinds:
-            return self.relations(answer, gold)
-        # Equal words and times are equal trees, met above.
-        if "text" in kinds or "time" in kinds:
-            return False, "words or a time against something else"
-        if "said" in kinds:
-            return (answer[0] == gold[0] and answer[2] == gold[2]
-                    and self.equal(answer[1], gold[1])), "a number with the same words after it"
-        if "setop" in kinds or "domain" in kinds:
-            return self.unions(answer, gold)
-        if "set" in kinds:
-            return self.sets(answer, gold)
-        if "tuple" in kinds:
-            return self.tuples(answer, gold)
-        if "matrix" in kinds:
-            return self.matrices(answer, gold)
-        if "base" in kinds:
-            # Equal bases and digits are equal trees, met above. 42 for 52_8 would let a model skip
-            # the conversion that the question asks for, in either direction.
-            return False, "a number in a base is compared with its digits"
-        if "ratio" in kinds:
-            return self.ratios(answer, gold)
+        for kind, rule in _RULES.items():
+            if kind in kinds:
+                return rule(self, answer, gold)
+        # Equal words, times and numbers in a base are equal trees, met above. 42 for 52_8 would let
+        # a model skip the conversion that the question asks for, in either direction.
+        if is_structure(answer) or is_structure(gold):
+            return False, "words, times, numbers in a base: compared as they stand"
         return self.scalars(answer, gold)
 
     def equal(self, answer: tuple, gold: tuple) -> bool:
@@ -236,20 +218,17 @@ class Comparison:
         # since a set has lost the order.
         if answer[0] == "tuple" and (answer[1], answer[2]) == ("(", ")") and gold[0] == "set":
             return self.in_order(answer[3], gold[1]), "a tuple for a set, in the gold's order"
-        solution, other = (answer, gold) if answer[0] == "set" else (gold, answer)
-        # The order of the two arguments is kept in the call, since `same`
-        # trusts its second argument.
-        if len(solution[1]) == 1 and not is_structure(other):
-            return self.equal(*((solution[1][0], other) if solution is answer
-                                else (other, solution[1][0]))), "a set of one element"
+        # \{5\} is the solution set of 5. `same` trusts its second argument: the order stays.
+        sides = [side[1][0] if side[0] == "set" and len(side[1]) == 1 else side
+                 for side in (answer, gold)]
+        if sides != [answer, gold] and not (is_structure(answer) and is_structure(gold)):
+            return self.equal(*sides), "a set of one element"
         return False, "a set against something else"
 
     def tuples(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """Tuples, points and intervals: the same brackets, the same elements in order."""
-        if answer[0] != gold[0]:
-            return False, "a tuple or interval against something else"
-        if len(answer[3]) != len(gold[3]):
-            return False, "tuples of different lengths"
+        if answer[0] != gold[0] or len(answer[3]) != len(gold[3]):
+            return False, "a tuple or interval against something else, or a longer one"
         plain = all(side[1:3] in (("(", ")"), ("[", "]")) for side in (answer, gold))
         # With three elements or more no interval is meant, and [1,2,3] is (1,2,3).
         if answer[1:3] != gold[1:3] and not (plain and len(gold[3]) > 2):
@@ -259,15 +238,19 @@ class Comparison:
     def matrices(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """The same shape and equal entries; a row is not a column."""
         #   bmatrix and pmatrix give the same tree: brackets of a matrix carry no meaning
-        if answer[0] != gold[0]:
-            return False, "a matrix against something else"
-        if len(answer[1]) != len(gold[1]) or len(answer[1][0]) != len(gold[1][0]):
-            return False, "matrices of different shapes"
+        if answer[0] != gold[0] or len(answer[1]) != len(gold[1]) or (
+                len(answer[1][0]) != len(gold[1][0])):
+            return False, "a matrix against something else, or of another shape"
         # The parser has checked that rows have one length, so a first row speaks for all.
         self.exact = True
         equal = all(map(self.in_order, answer[1], gold[1]))
         self.exact = False
         return equal, "matrix entries"
+
+    def with_words(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
+        """A number with words after it that are no unit: 15 wizards."""
+        return answer[0] == gold[0] and answer[2] == gold[2] and (
+            self.equal(answer[1], gold[1])), "a number with the same words after it"
 
     def ratios(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """3:4 is 6:8 and 3/4; what a clock could show is a time, which the parser knows."""
@@ -367,8 +350,6 @@ class Comparison:
     # -- numbers and expressions --------------------------------------------------------------
     def scalars(self, answer: tuple, gold: tuple) -> tuple[bool, str]:
         """Percentages, units and choice letters aside, two expressions are equal as functions."""
-        if is_structure(answer) or is_structure(gold):
-            return False, "different kinds of answer"
         # Before evaluation, as letters: choice B and b are two different variables otherwise.
         if answer[0] == gold[0] in ("sym", "const") and not self.inside and (
                 _is_choice(answer, gold)):
@@ -434,6 +415,14 @@ class Comparison:
         if agreed < 3:
             raise CannotDecide(f"too few points where both sides have a value: {reason}")
         return True, f"expressions that agree at {agreed} points"
+
+
+# The rule of a kind holds if it is on either side; in the order of binding, loosest first: a list
+# may hold relations, a relation may hold sets, a set may hold numbers.
+_RULES = {"list": Comparison.lists, "or": Comparison.lists, "rel": Comparison.relations,
+          "setop": Comparison.unions, "domain": Comparison.unions, "set": Comparison.sets,
+          "tuple": Comparison.tuples, "matrix": Comparison.matrices, "said": Comparison.with_words,
+          "ratio": Comparison.ratios}
 
 
 def _items(node: tuple) -> tuple:
@@ -572,11 +561,14 @@ def _infinity(node: tuple) -> int:
 #   [0,2] and [0,1] \cup (1,2]: ends 0, 1, 2; places  gap 0 gap 1 gap 2 gap
 
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+_COMPARE = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,
+            "=": operator.eq, "!=": operator.ne}
 
 
 def same_region(answer: tuple, gold: tuple, work: Work) -> bool:
     """Are two unions, intervals, finite sets or solved inequalities the same set of reals?"""
-    ends = {*_ends(answer), *_ends(gold)}
+    (ends, in_answer), (gold_ends, in_gold) = _region(answer), _region(gold)
+    ends = {*ends, *gold_ends}
     values, context = _values([end for end in ends if not _infinity(end)], work)
 
     def order(one, other) -> int:
@@ -595,8 +587,7 @@ def same_region(answer: tuple, gold: tuple, work: Work) -> bool:
     gap = max(places.values(), default=-1) + 1
     places.update((end, gap + 1 if _infinity(end) > 0 else -1) for end in ends if _infinity(end))
     work.spend((gap + 1) * len(ends) // 5)
-    return all(_holds(answer, place, places) == _holds(gold, place, places)
-               for place in range(gap + 1))
+    return all(in_answer(place, places) == in_gold(place, places) for place in range(gap + 1))
 
 
 def _values(ends: list, work: Work) -> tuple[dict, decimal.Context]:
@@ -619,25 +610,40 @@ def _values(ends: list, work: Work) -> tuple[dict, decimal.Context]:
     raise CannotDecide(f"more than {MAX_PRECISION} digits would be needed")
 
 
-def _ends(node: tuple) -> tuple:
-    """The ends of all intervals of a region; raises CannotDecide if it is no region."""
+def _region(node: tuple) -> tuple:
+    """(the ends that occur in a set of reals, does it hold a place?); raises CannotDecide for what
+    is no such set. The question is asked as holds(place, {end: its place})."""
+    kind, own = node[0], node[-1]
     if node == ("domain", "R"):
-        return ()
-    if node[0] == "set":
-        return node[1]
-    if node[0] == "tuple" and len(node[3]) == 2 and node[1] in "([" and node[2] in ")]":
-        return node[3]
-    if node[0] == "setop":
-        return _ends(node[2]) + _ends(node[3])
+        return (), lambda place, places: True
+    if kind == "set":
+        return own, lambda place, places: any(places[end] == place for end in own)
+    if kind == "tuple" and len(own) == 2 and node[1] in "([" and node[2] in ")]":
+        def between(place: int, places: dict) -> bool:
+            low, high = (places[end] for end in own)
+            if low > high:
+                raise CannotDecide("an interval whose ends are in the wrong order")
+            return low < place < high or place == low and node[1] == "[" or (
+                place == high and node[2] == "]")
+        return own, between
     # "x>1, x<3" may mean both or either: a comma does not say, "or" does.
-    if node[0] == "or":
-        return sum(map(_ends, node[1]), ())
-    if node[0] == "rel":
-        if node[1] == ("in",):
-            return _ends(node[2][1])
-        links = _solved(node)
-        return tuple([link[2] for link in links] + [("neg", link[2]) for link in links if link[3]])
-    raise CannotDecide("not a set of real numbers")
+    if kind in ("setop", "or"):
+        parts = [_region(part) for part in (node[2:] if kind == "setop" else node[1])]
+
+        def joined(place: int, places: dict) -> bool:
+            held = [holds(place, places) for _, holds in parts]
+            return {"cap": all(held), "setminus": held[0] and not held[-1]}.get(node[1], any(held))
+        return sum((tuple(ends) for ends, _ in parts), ()), joined
+    if kind != "rel":
+        raise CannotDecide("not a set of real numbers")
+    if node[1] == ("in",):
+        return _region(node[2][1])
+    #   1 < x <= 4: both links hold       |x| > c: x > c or x < -c       |x| < c: x < c and x > -c
+    links = [(any if size and op in (">", ">=", "=") else all,
+              [(op, end), (_TURNED[op], ("neg", end))][:1 + size])
+             for _, op, end, size in _solved(node)]
+    return tuple(end for _, pair in links for _, end in pair), lambda place, places: all(
+        join(_COMPARE[op](place, places[end]) for op, end in pair) for join, pair in links)
 
 
 def _solved(node: tuple) -> list:
@@ -653,38 +659,3 @@ def _solved(node: tuple) -> list:
             raise CannotDecide("an inequality that is not solved")
         links.append((name, op, right, left[0] == "abs"))
     return links
-
-
-def _holds(node: tuple, place: int, places: dict) -> bool:
-    """Does a place of the line belong to the region?"""
-    if node[0] == "domain":
-        return True
-    if node[0] == "set":
-        return any(places[end] == place for end in node[1])
-    if node[0] == "tuple":
-        low, high = (places[end] for end in node[3])
-        if low > high:
-            raise CannotDecide("an interval whose ends are in the wrong order")
-        return low < place < high or place == low and node[1] == "[" or (
-            place == high and node[2] == "]")
-    if node[0] == "setop":
-        one, other = _holds(node[2], place, places), _holds(node[3], place, places)
-        return {"cup": one or other, "cap": one and other, "setminus": one and not other}[node[1]]
-    if node[0] == "or":
-        return any([_holds(item, place, places) for item in node[1]])
-    if node[1] == ("in",):
-        return _holds(node[2][1], place, places)
-
-    def link(op: str, end: tuple, size: bool) -> bool:
-        """Does one member of the chain hold, x (or |x| where `size`) against `end`?"""
-        there = places[end]
-        if size:
-            #   |x| > c  ->  x > c or x < -c         |x| < c  ->  x < c and x > -c
-            mirrored = link(_TURNED[op], ("neg", end), False)
-            here = link(op, end, False)
-            return here or mirrored if op in (">", ">=", "=") else here and mirrored
-        return {"<": place < there, "<=": place <= there, ">": place > there,
-                ">=": place >= there, "=": place == there, "!=": place != there}[op]
-
-    # A chain holds where all its links hold: 1 < x <= 4.
-    return all([link(*each) for _, *each in _solved(node)])

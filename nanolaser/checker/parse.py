@@ -124,7 +124,8 @@ UNITS = {spelling: line.split()[0] for line in (
     "s sec secs second", "week", "month", "ms millisecond", "min mins minute", "h hr hrs hour",
     "yr yrs year", "century", "acre", "pint", "l liter litre", "ml milliliter millilitre",
     "gal gallon", "quart", "dollar usd buck", "cent", "euro", "penny pence", "rad radian",
-    "degree", "sterling", "people person", "n newton", "j joule", "w watt", "v volt", "hz hertz", "c celsius",
+    "degree", "sterling", "people person", "n newton", "j joule", "w watt", "v volt", "hz hertz",
+    "c celsius",
     "f fahrenheit", "k kelvin", "a amp", "child children", "times", "man men", "woman women",
     "die dice")
     for spelling in line.split()} | {"mph": "mi / h", "kph": "km / h"}
@@ -247,13 +248,13 @@ def unbox(text: str) -> str:
     return text
 
 
+_START = re.compile(r"\A(?:\s|~|\\[,;:! ]|\\quad)+")
 _EDGES = ("\\,", "\\;", "\\:", "\\!", "\\ ", "~", "\\quad")
 
 
 def trim(text: str) -> str:
     """Take spaces, visible or TeX's, off both ends."""
-    while text.startswith(_EDGES):
-        text = text[next(len(edge) for edge in _EDGES if text.startswith(edge)):].lstrip()
+    text = _START.sub("", text)
     # The text ends in a TeX space, unless the backslash of "\\," belongs to a line break before it.
     while text.endswith(_EDGES) and not text.endswith("\\\\,"):  # a line break, then a comma
         text = text[:-next(len(edge) for edge in _EDGES if text.endswith(edge))].rstrip()
@@ -576,7 +577,8 @@ _CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "|":
 _ROUNDED = {"|": "abs", "lfloor": "floor", "lceil": "ceil"}
 _SIGNS = ("+", "-", "pm", "mp")
 CURRENCY = {"$": "dollar", "euro": "euro", "sterling": "sterling"}
-_SUFFIXES = {"%": ("pct",), "deg": ("deg",)} | {sign: ("unit", CURRENCY[sign]) for sign in CURRENCY}
+_SUFFIXES = {"^": (), "!": (), "%": ("pct",), "deg": ("deg",)} | {
+    sign: ("unit", name) for sign, name in CURRENCY.items()}
 END = ("end of text", "", False)
 
 
@@ -643,6 +645,11 @@ class _Parser:
         kind, value, _ = self.tokens[self.at]
         return kind == "op" and value in values
 
+    def op_in(self, table) -> bool:
+        """Is it one of the operators of a table?"""
+        kind, value, _ = self.tokens[self.at]
+        return kind == "op" and value in table
+
     def take(self, *values: str) -> bool:
         """Step over one of these operators, if it is next."""
         if self.is_op(*values):
@@ -678,7 +685,7 @@ class _Parser:
         return node
 
     def group(self) -> tuple:
-        r"""Items, or {a \over b} and {n \choose k}, which take all of their group on either side."""
+        r"""Items, or {a \over b} and {n \choose k}, which take all of their group on both sides."""
         node = self.items()
         if not self.is_op("over", "choose"):
             return node
@@ -702,7 +709,7 @@ class _Parser:
     def item(self) -> tuple:
         """A side, or a chain of sides with relations between them: 1 < x <= 4."""
         sides, ops = [self.side()], []
-        while self.is_op(*RELATIONS):
+        while self.op_in(RELATIONS):
             ops.append(self.expect(*RELATIONS))
             sides.append(self.side())
         #   1 < x \le 4  ->  ("rel", ("<", "<="), (1, x, 4)): a chain keeps all its members
@@ -711,7 +718,7 @@ class _Parser:
     def side(self) -> tuple:
         """A sum with its unit; set operations and ratios bind looser than +."""
         #   \$5 and \$5+3  ->  ("unit", 5, "dollar"), ("unit", 8, "dollar")
-        currency = self.is_op(*CURRENCY) and CURRENCY[self.expect(*CURRENCY)]
+        currency = self.op_in(CURRENCY) and CURRENCY[self.expect(*CURRENCY)]
         node = self.sum()
         while self.is_op("cup", "cap", "setminus") or self.union_letter(node):
             op = self.peek()[1].replace("U", "cup")
@@ -757,9 +764,11 @@ class _Parser:
     # -- arithmetic ---------------------------------------------------------------------------
     def with_signs(self, read) -> tuple:
         """Leading signs and what `read` reads after them."""
+        if not self.op_in(_SIGNS):
+            return read()
         # A loop, and the signs are multiplied out here: 4000 minus signs are no deeper than one.
         sign, both = 1, ""
-        while self.is_op(*_SIGNS):
+        while self.op_in(_SIGNS):
             op = self.expect(*_SIGNS)
             if op == "-":
                 sign = -sign
@@ -777,7 +786,7 @@ class _Parser:
     def sum(self) -> tuple:
         """Terms with signs between them. A flat node: 1+1+...+1 must not nest."""
         terms = [self.with_signs(self.term)]
-        while self.is_op(*_SIGNS):
+        while self.op_in(_SIGNS):
             terms.append(self.with_signs(self.term))
         # A single term needs no node, so that "5" and "(5)" are the same tree.
         return terms[0] if len(terms) == 1 else ("add", tuple(map(scalar, terms)))
@@ -878,7 +887,7 @@ class _Parser:
             self.at += 1
             node = in_base(str(node[1]), self.raw())
         # A loop, for they come in rows: 3!^2, x^2!.
-        while self.is_op("^", "!", *_SUFFIXES):
+        while self.op_in(_SUFFIXES):
             if self.is_op("^"):
                 node = ("pow", scalar(node), self.exponent())
             elif self.take("!"):
@@ -951,7 +960,7 @@ class _Parser:
 
     def bracket(self) -> tuple:
         """( ), [ ], \\{ \\}, { }, | |, floor and ceiling, whichever begins here; also -$5."""
-        if self.is_op(*CURRENCY):
+        if self.op_in(CURRENCY):
             unit = CURRENCY[self.expect(*CURRENCY)]
             return ("unit", scalar(self.primary()), unit)
         opening = self.expect(*_CLOSING)
@@ -1118,7 +1127,7 @@ class _Parser:
 
     def function_argument(self) -> tuple:
         """The arguments of a function: bracketed, or the factors that follow it."""
-        if self.is_op(*_CLOSING):
+        if self.op_in(_CLOSING):
             #   \sin(x) y is (\sin x) y: the bracket is the whole argument; \max\{a, b\}
             inside = self.bracket()
             args = {"tuple": inside[-1], "set": inside[1]}.get(inside[0], (inside,))
