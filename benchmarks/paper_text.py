@@ -229,7 +229,26 @@ LaSeR minus GRPO in accuracy; in all else, LaSeR's r_s minus GRPO in words:
 Right solutions of LaSeR by the rank of their r_s among the eight of a problem:
 
 {table("", [str(i + 1) for i in range(8)], rank)}
+{why(r)}"""
+
+
+def why(r: Record) -> str:
+    """What is read from the first tables, said only where they say it."""
+    said = ""
+    f1 = {name: r.get("table", name, "held-out", "f1") for name in ("base in words", "laser")}
+    if all(f1.values()) and f1["base in words"][0] > f1["laser"][0]:
+        said += """
+Before RL asking works better than r_s does after it: the base was trained on verdicts about its own
+noisy steps, and RL removes just those errors. What is left wrong after RL is what the model cannot
+see, and then asking hardly works.
 """
+    if all((shares := r.get("rank", where)) and shares[0] < shares[1] for where in SETS):
+        said += """
+The most self-assured of eight is right less often than the second: a solution that drops a term has
+a shorter chain, looks like an easier problem, and gets a higher r_s than its right siblings. r_s
+knows problems better than the solutions of one problem, which is what a vote would need.
+"""
+    return said
 
 
 def ablations(r: Record) -> str:
@@ -289,7 +308,7 @@ def vote_section(r: Record) -> str:
                 ("best_of", "best by r_s"), ("pass_at", "any"))]
             rows.append(["weighted - majority",
                          *(cell(x) for x in entry["weighted - majority"].values())])
-            corner = f"{where}, {entry['seeds']} seeds"
+            corner = f"{where}, seeds: {entry['seeds']}"
             blocks.append(table(corner, [f"k = {k}" for k in entry["majority_vote"]], rows))
     if blocks:
         blocks.append("![accuracy of votes](pictures/paper-votes.svg)")
@@ -336,7 +355,7 @@ change, all seeds together (reviewers asked):
 
 Reviewers asked. Each model is a run of its own seed; reader of writer, in per cent:
 
-{table("", ["F1", "AUROC", "within problem"], crossed)}
+{table("", ["F1", "AUROC", "within problem"], crossed) if crossed else "(not run yet)"}
 
 ## Why 0.5?
 
