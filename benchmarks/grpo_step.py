@@ -9,9 +9,10 @@ Both sides train the same weights on the same problems with the same reward, gro
 limits, temperature, AdamW and gradient clipping, in one process on one thread: TRL's step, then
 ours, then TRL's next.  The reward is a hash of the solution's text, between 0 and 1: no two
 solutions of a group have the same, so every row has an advantage and is computed on both sides.
-(In a real run ours leaves out what has none; here that would be half of it.)  TRL at its fastest here: float32, no reference model, one
-optimizer step a batch (hence no pass for old log-probs), no activation checkpointing, no logging,
-the whole batch at once; it samples with transformers.generate.
+(In a real run ours leaves out what has none; here that would be half of it.)  TRL at its fastest
+here: float32, no reference model, one optimizer step a batch (hence no pass for old log-probs), no
+activation checkpointing, no logging, the whole batch at once; it samples with
+transformers.generate.
 
     embedded   the shipped model on its arithmetic problems, answers as long as they come
     random     a Qwen2 of 90M parameters (16 layers of 640, V = 32,000) with random weights: its
@@ -21,7 +22,8 @@ the whole batch at once; it samples with transformers.generate.
                answers of 64 on average, most shorter, the longest 256; given to both sides
 
 Seconds are the process's own (CPU time), so that other work on the machine does not enter;
-medians over steps, the first one left out.  (`wall` is by the clock.)  The last line is one JSON object.  Without TRL
+medians over steps, the first one left out; `wall` is by the clock.  The last line is one JSON
+object.  Without TRL
 (pip install trl==1.16.0) our side runs alone.
 """
 
@@ -97,7 +99,7 @@ def write_random_model(folder: Path) -> None:
 
 
 def rewards(problems: list[str], responses: list[str], golds: list[str]) -> list[float]:
-    """The reward of both sides: a number in [0, 1) that depends on the text, and on nothing else."""
+    """The reward of both sides: a number in [0, 1) that depends on the text alone."""
     return [zlib.crc32(text.encode()) / 2**32 for text in responses]
 
 

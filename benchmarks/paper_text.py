@@ -36,7 +36,8 @@ cent, in brackets the 95 % interval over problems and seeds. This text is made f
 [paper.json](paper.json), its verdicts too: a claim **reproduces** if the whole interval is on its
 side, **does not** if the whole interval is on the other, and is **not decided** where the interval
 holds both. What the paper says is quoted *as reported*, of models of 3 to 7 billion parameters on
-competition mathematics; a small model on arithmetic may differ for any reason.
+competition mathematics; a small model on arithmetic may differ for any reason. Every row says how
+many seeds it is the mean of: LaSeR and GRPO have {n} so far.
 
 F1 is the paper's: the harmonic mean of the accuracy on right and on wrong solutions, judged right
 at a score above 0.5. "Within problem" is the AUROC over pairs of a right and a wrong solution of
@@ -290,6 +291,8 @@ def vote_section(r: Record) -> str:
                          *(cell(x) for x in entry["weighted - majority"].values())])
             corner = f"{where}, {entry['seeds']} seeds"
             blocks.append(table(corner, [f"k = {k}" for k in entry["majority_vote"]], rows))
+    if blocks:
+        blocks.append("![accuracy of votes](pictures/paper-votes.svg)")
     more = "\n\n".join(blocks) or "(not run yet)"
     return f"""## What are many solutions worth?
 
@@ -298,8 +301,6 @@ def vote_section(r: Record) -> str:
 Votes of k of 32 solutions of LaSeR:
 
 {more}
-
-![accuracy of votes](pictures/paper-votes.svg)
 """
 
 
@@ -363,7 +364,7 @@ def switches(r: Record) -> str:
 def markdown(record: dict) -> str:
     """The whole of docs/paper.md."""
     r = Record(record)
-    head = HEAD.format(**record)
+    head = HEAD.format(**record, n=min(len(record["seeds"][v]) for v in ("laser", "grpo")))
     top = table("claim", ["paper, as reported", "here", "verdict"],
                 [[q, p, x, f"**{v}**"] for q, p, x, v in questions(r)])
     sections = (first_table, ablations, collapse, vote_section, readings, switches)

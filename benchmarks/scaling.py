@@ -4,6 +4,12 @@ model's width.
 
     python benchmarks/scaling.py                                      # about two minutes
     python benchmarks/scaling.py --axes group --runs 1 --most-rows 64 # a quick look
+    python benchmarks/scaling.py --update update.png                  # the update alone, far out
+
+With --update FILE it is the update of one group of solutions, of one length, of the same model:
+processor seconds and peak bytes for each token of a solution against the group's size (2 to 64),
+the prompt's length (16 to 2,000) and the solutions' (16 to 4,000), beside the arithmetic, which
+counts products of matrices and of attention; drawn as a picture where matplotlib is installed.
 
 train.py's own step (sample, check, reward, update) on 16 arithmetic problems, with a random model
 of the embedded one's shape.  Solutions end at lengths that are given, so that every row of the
@@ -18,6 +24,7 @@ object.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -28,6 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being installed
 
@@ -37,6 +45,7 @@ from nanolaser import grpo, load_pretrained  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM  # noqa: E402
 from nanolaser.problems import made_up_problems  # noqa: E402
+from nanolaser.rollout import Rollout  # noqa: E402
 from nanolaser.scale.distributed import ALONE  # noqa: E402
 
 GOAL = 0.20  # by how much the cost of a token may differ between 32 and 512 rows
@@ -53,6 +62,7 @@ class Options:
     runs: int = option(3, "over the whole table", min=1)
     axes: tuple[str, ...] = option(tuple(AXES), "what grows", choices=tuple(AXES))
     most_rows: int = option(512, "larger steps are left out", min=PROBLEMS * BASE[0])
+    update: str | None = option(None, "measure the update alone, and draw it here", metavar="FILE")
 
 
 class Setting:
@@ -115,10 +125,97 @@ def settings(o: Options) -> list[Setting]:
     return [Setting(*size) for size in sizes if PROBLEMS * size[1] <= o.most_rows]
 
 
+# ---------------------------------------------------------------------------------------------
+# the update alone
+
+# group size, prompt's tokens, solution's tokens; the base stands in every axis
+UPDATE_AXES = {"group": (2, 4, 8, 16, 32, 64), "prompt": (16, 64, 250, 500, 1000, 2000),
+               "response": (16, 64, 250, 1000, 4000)}  # fmt: skip
+UPDATE_BASE = (4, 64, 64)
+
+
+def one_update(model: CausalLM, group: int, prompt: int, response: int) -> dict:
+    """Costs of the update of one group, for each token of its solutions."""
+    rollouts = [
+        Rollout(0, [5] * prompt, [6 + i % 9] * response, [-1.0] * response, logp_zc=-12.0,
+                finished=True, r_v=float(i % 2))
+        for i in range(group)
+    ]  # fmt: skip
+    advantages = torch.tensor([-1.0, 1.0]).repeat(group // 2)
+    work = lambda: grpo.accumulate_gradients(  # noqa: E731
+        model, rollouts, advantages, torch.ones(group), grpo.Loss(c_ref=-12.0), 2048)
+    work()
+    began, runs = time.process_time(), 0
+    while not runs or time.process_time() - began < 0.3:
+        work()
+        runs += 1
+    seconds = (time.process_time() - began) / runs
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    peak = max(itertools.accumulate(sizes))
+    # three passes of two operations for each weight and token; attention's four for each pair
+    c, tokens = model.config, group * response
+    weights = sum(p.numel() for p in model.parameters())
+    pieces = max(1, -(-tokens // 2048))  # of the group, each with the prompt once
+    pairs = pieces * prompt**2 / 2 + group * response * (prompt + response / 2)
+    width = c.num_attention_heads * c.head_dim
+    operations = 6 * weights * (tokens + pieces * prompt)
+    operations += 12 * c.num_hidden_layers * width * pairs
+    return {"group": group, "prompt": prompt, "response": response, "us": 1e6 * seconds / tokens,
+            "kB": peak / 1000 / tokens, "operations": operations / tokens}  # fmt: skip
+
+
+def updates(file: str) -> int:
+    """The update's table, its picture, and the JSON line."""
+    model = load_pretrained("tiny", device="cpu", dtype="float32")[0]
+    table = {}
+    print(f"{'':<10}{'group':>6}{'prompt':>8}{'response':>9}{'us/token':>10}{'kB/token':>10}"
+          f"{'ns/kFLOP':>10}")  # fmt: skip
+    for place, (axis, values) in enumerate(UPDATE_AXES.items()):
+        sizes = [(*UPDATE_BASE[:place], x, *UPDATE_BASE[place + 1 :]) for x in values]
+        table[axis] = [one_update(model, *size) for size in sizes]
+        for r in table[axis]:
+            sizes = f"{r['group']:6d}{r['prompt']:8d}{r['response']:9d}"
+            costs = f"{r['us']:10.1f}{r['kB']:10.1f}{1e6 * r['us'] / r['operations']:10.1f}"
+            print(f"{axis:<10}{sizes}{costs}", flush=True)
+    draw(table, file)
+    print(json.dumps({"benchmark": "scaling of the update", **table}))
+    return 0
+
+
+def draw(table: dict, file: str) -> None:
+    """Measured costs as lines, the arithmetic's (scaled to the base) dashed; nothing without
+    matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return print("no picture: pip install matplotlib")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
+    for axis, (name, rows) in zip(axes, table.items()):
+        x, base = [r[name] for r in rows], UPDATE_BASE[list(table).index(name)]
+        at = next(r for r in rows if r[name] == base)
+        scale = at["us"] / at["operations"]
+        axis.plot(x, [r["us"] for r in rows], "o-", label="microseconds")
+        axis.plot(x, [scale * r["operations"] for r in rows], "k--", label="as operations grow")
+        axis.plot(x, [r["kB"] for r in rows], "s:", label="peak memory, kB")
+        axis.set(xscale="log", yscale="log", xlabel=f"{name} (tokens)" if name != "group" else name)
+    axes[0].set_ylabel("for each token of a solution")
+    axes[0].legend()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
 def main() -> int:
     """The table, then the JSON line."""
     o, _ = parse_args(Options)
     torch.set_num_threads(1)
+    if o.update:
+        return updates(o.update)
     train.time = types.SimpleNamespace(perf_counter=time.process_time)  # its phases in CPU time
     table = settings(o)
     table[0].step(1)

@@ -58,8 +58,8 @@ DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     "gpqa": ("Idavidrein/gpqa", {"train": "gpqa_diamond.csv"}),  # gated: accept its terms first
 }
 
-# Made up on the spot: name -> endless (text, answer, level) of a (seed, split).  `operations` is how
-# many a problem has; the hard ones are the longest of these.
+# Made up on the spot: name -> endless (text, answer, level) of a (seed, split).  `operations` is
+# how many a problem has; the hard ones are the longest of these.
 MADE_UP: dict[str, Callable[[int, str], Iterator[tuple[str, str, int]]]] = {
     "arithmetic": functools.partial(arithmetic.made_up, operations=(2, 3, 4, 5)),
     "arithmetic-hard": functools.partial(arithmetic.made_up, operations=(5,)),

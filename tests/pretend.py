@@ -56,7 +56,7 @@ def run(func, args, kwargs, waits):
     there = torch.device(wanted).type == NAME if wanted is not None else bool(mine)
     if name in COPIES:
         across = bool(hosts) if name == "copy_" and mine else bool(mine) != there
-        if across and not kwargs.get("non_blocking") and not (name == "copy_" and args[2:] == (True,)):
+        if across and not kwargs.get("non_blocking") and args[2:] != (True,):
             waits.append(name)
     elif mine and name in ASKS:
         waits.append(name)

@@ -80,7 +80,8 @@ def test_c_ref_and_evaluation_stay_on_the_device(models):
     here, there, _ = models
     problems = [SimpleNamespace(problem=p) for p in ("abc", "d1", "7")]
     options = dict(max_new_tokens=8, seed=3)
-    found, expected = (scoring.estimate(m, TOKENIZER, problems, 8, **options) for m in (there, here))
+    found, expected = (
+        scoring.estimate(m, TOKENIZER, problems, 8, **options) for m in (there, here))
     assert found.mean == pytest.approx(expected.mean, abs=1e-4)
     found, expected = (grpo.sample(m, TOKENIZER, problems, 2, **options) for m in (there, here))
     assert [r.response_tokens for r in found] == [r.response_tokens for r in expected]
