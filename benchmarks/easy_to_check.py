@@ -346,7 +346,8 @@ make of the k solutions; a token for r_s is counted with each solution that is s
 {spent}
 
 `python benchmarks/easy_to_check.py` makes all of it anew (training took {minutes} minutes on one
-shared core), `--report` this page and its picture from `easy-to-check.json`.
+shared core), `python benchmarks/easy_to_check.py --report` this page and its picture from
+`easy-to-check.json`.
 
 ## What it is not
 
