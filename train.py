@@ -383,8 +383,12 @@ def loop(run: Run, first: int) -> int:
         for text in watch.look(m, o.problems_per_step):
             warn(text)
 
-        # An update that was skipped has harmed nothing; five in a row will not get better.
-        skipped_in_a_row = skipped_in_a_row + 1 if m["skipped_updates"] else 0
+        # An update that was skipped has harmed nothing; five in a row will not get better.  (In
+        # between, a batch without any gradient, norm 0, is no sign of health.)
+        if m["skipped_updates"]:
+            skipped_in_a_row += 1
+        elif m["grad_norm"]:
+            skipped_in_a_row = 0
         if skipped_in_a_row == MAX_SKIPPED:
             folder.append("samples.jsonl", rows[o.group_size :])
             bar.close()

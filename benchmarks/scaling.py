@@ -4,12 +4,12 @@ model's width.
 
     python benchmarks/scaling.py                                      # about two minutes
     python benchmarks/scaling.py --axes group --runs 1 --most-rows 64 # a quick look
-    python benchmarks/scaling.py --update update.png                  # the update alone, far out
+    python benchmarks/scaling.py --update update.svg                  # the update alone, far out
 
 With --update FILE it is the update of one group of solutions, of one length, of the same model:
 processor seconds and peak bytes for each token of a solution against the group's size (2 to 64),
 the prompt's length (16 to 2,000) and the solutions' (16 to 4,000), beside the arithmetic, which
-counts products of matrices and of attention; drawn as a picture where matplotlib is installed.
+counts products of matrices and of attention; drawn as an SVG.
 
 train.py's own step (sample, check, reward, update) on 16 arithmetic problems, with a random model
 of the embedded one's shape.  Solutions end at lengths that are given, so that every row of the
@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -41,8 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # found without being instal
 
 import train  # noqa: E402
 from benchmarks.generate import forced, skewed_lengths  # noqa: E402
-from nanolaser import grpo, load_pretrained  # noqa: E402
+from nanolaser import grpo, load_pretrained, svg  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
+from nanolaser.files import write_atomic  # noqa: E402
 from nanolaser.model import CausalLM  # noqa: E402
 from nanolaser.problems import made_up_problems  # noqa: E402
 from nanolaser.rollout import Rollout  # noqa: E402
@@ -158,7 +160,7 @@ def one_update(model: CausalLM, group: int, prompt: int, response: int) -> dict:
     # three passes of two operations for each weight and token; attention's four for each pair
     c, tokens = model.config, group * response
     weights = sum(p.numel() for p in model.parameters())
-    pieces = max(1, -(-tokens // 2048))  # of the group, each with the prompt once
+    pieces = len(grpo.micro_batches(rollouts, 2048))  # of the group, each with the prompt once
     pairs = pieces * prompt**2 / 2 + group * response * (prompt + response / 2)
     width = c.num_attention_heads * c.head_dim
     operations = 6 * weights * (tokens + pieces * prompt)
@@ -186,28 +188,26 @@ def updates(file: str) -> int:
 
 
 def draw(table: dict, file: str) -> None:
-    """Measured costs as lines, the arithmetic's (scaled to the base) dashed; nothing without
-    matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return print("no picture: pip install matplotlib")
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
-    for axis, (name, rows) in zip(axes, table.items()):
-        x, base = [r[name] for r in rows], UPDATE_BASE[list(table).index(name)]
-        at = next(r for r in rows if r[name] == base)
-        scale = at["us"] / at["operations"]
-        axis.plot(x, [r["us"] for r in rows], "o-", label="microseconds")
-        axis.plot(x, [scale * r["operations"] for r in rows], "k--", label="as operations grow")
-        axis.plot(x, [r["kB"] for r in rows], "s:", label="peak memory, kB")
-        axis.set(xscale="log", yscale="log", xlabel=f"{name} (tokens)" if name != "group" else name)
-    axes[0].set_ylabel("for each token of a solution")
-    axes[0].legend()
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    """Measured costs as lines, the arithmetic's (scaled to the base) dashed; both axes by tens."""
+    panels = []
+    for place, (name, rows) in enumerate(table.items()):
+        at = next(r for r in rows if r[name] == UPDATE_BASE[place])
+        scaled = [at["us"] / at["operations"] * r["operations"] for r in rows]
+        log = lambda ys, rows=rows, name=name: [  # noqa: E731
+            [(math.log10(r[name]), math.log10(y)) for r, y in zip(rows, ys)]
+        ]
+        marks = [
+            svg.mark(log([r["us"] for r in rows]), "#1f5fa8", "seconds"),
+            svg.mark(log(scaled), "#222", "operations", stroke_dasharray=svg.DASH),
+            svg.mark(log([r["kB"] for r in rows]), "#b5541c", "memory"),
+        ]
+        ticks = {math.log10(r[name]): f"{r[name]:,}" for r in rows}
+        tens = {power: f"{10**power:,}" for power in range(6)}
+        unit = "solutions in the group" if name == "group" else f"tokens of the {name}"
+        title = "us, and kB at the peak, for each token"
+        panels.append(svg.panel(title, unit, "", marks, x_ticks=ticks, y_range=(0.8, 3.7),
+                                y_ticks={y: label for y, label in tens.items() if 0.8 <= y <= 3.7}))
+    write_atomic(Path(file), svg.picture(panels))
 
 
 def main() -> int:

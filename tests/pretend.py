@@ -115,3 +115,5 @@ class Device(TorchDispatchMode):
 
 
 _setup_privateuseone_for_python_backend(NAME)
+# Once there is such a device, recomputed activations ask it this, on whatever device they are.
+getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]

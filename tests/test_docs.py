@@ -132,4 +132,6 @@ def test_options_that_are_spoken_of_are_options(call):
                      for p in (ROOT / folder).rglob("*.py"))  # fmt: skip
     for page in PAGES:
         for option in re.findall(r"`(--[a-z][\w-]*)", page.read_text("utf-8")):
-            assert re.search(rf"{option}\b(?!-)", helps) or f'"{option}"' in others, (page, option)
+            field = rf"^    {option[2:].replace('-', '_')}: "  # of a benchmark's Options
+            assert (re.search(rf"{option}\b(?!-)", helps) or f'"{option}"' in others
+                    or re.search(field, others, re.MULTILINE)), (page, option)  # fmt: skip
