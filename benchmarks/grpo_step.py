@@ -166,6 +166,35 @@ class Ours:
 # TRL's side
 
 
+def timed(generate, now: dict, lengths: list[int] | None, stop: int):
+    """transformers' generate, its seconds written to `now`; row b ends after lengths[b] tokens,
+    where they are given."""
+    import transformers
+
+    wanted = lengths and torch.tensor(lengths)
+
+    class Reached(transformers.StoppingCriteria):
+        """Ends row b after wanted[b] tokens."""
+
+        def __call__(self, ids, scores, **_):
+            return ids.shape[1] - now["prompt"] >= wanted
+
+    def generated(*args, **kwargs):
+        began = time.process_time()
+        if lengths:
+            now["prompt"] = kwargs["input_ids"].shape[1]
+            kwargs["stopping_criteria"] = transformers.StoppingCriteriaList([Reached()])
+        result = generate(*args, **kwargs)
+        if lengths:  # by a stop token there, and nowhere before it
+            own = result[:, now["prompt"] :]  # (B, longest)
+            own[own == stop] = 300
+            own.scatter_(1, wanted[:, None] - 1, stop)
+        now.update(rollout=time.process_time() - began)
+        return result
+
+    return generated
+
+
 def trl_steps(folder: str, case: str, o: Options, batches: list[list], after_each) -> list[dict]:
     """A step of GRPOTrainer on each batch of problems, `after_each(number)` called in between."""
     # GRPOTrainer prints advice, and asks the hub about nothing that is not here
@@ -196,32 +225,9 @@ def trl_steps(folder: str, case: str, o: Options, batches: list[list], after_eac
             after_each(state.global_step)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    generate = model.generate
-
     ours, lengths = Tokenizer.from_folder(folder), lengths_of(case, o)
-    wanted = lengths and torch.tensor(lengths)
     peer = transformers.AutoTokenizer.from_pretrained(folder)
-
-    class Reached(transformers.StoppingCriteria):
-        """Ends row b after wanted[b] tokens."""
-
-        def __call__(self, ids, scores, **_):
-            return ids.shape[1] - now["prompt"] >= wanted
-
-    def timed(*args, **kwargs):
-        began = time.process_time()
-        if lengths:
-            now["prompt"] = kwargs["input_ids"].shape[1]
-            kwargs["stopping_criteria"] = transformers.StoppingCriteriaList([Reached()])
-        result = generate(*args, **kwargs)
-        if lengths:  # by a stop token there, and nowhere before it
-            own = result[:, now["prompt"] :]  # (B, longest)
-            own[own == peer.eos_token_id] = 300
-            own.scatter_(1, wanted[:, None] - 1, peer.eos_token_id)
-        now.update(rollout=time.process_time() - began)
-        return result
-
-    model.generate = timed
+    model.generate = timed(model.generate, now, lengths, peer.eos_token_id)
     data = [{"prompt": ours.prompt_text(p.problem), "answer": p.answer} for b in batches for p in b]
     with tempfile.TemporaryDirectory() as output:
         config = GRPOConfig(

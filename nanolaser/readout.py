@@ -146,7 +146,7 @@ def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | 
         raise ValueError(f"a target is not one of the {len(weight)} tokens of the vocabulary")
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
-        temperature = hidden.new_full((), temperature, dtype=wide)  # made there: no copy to wait for
+        temperature = hidden.new_full((), temperature, dtype=wide)  # made there: no copy, no wait
     T = temperature.to(hidden.device, wide).expand(shape).reshape(-1)
     return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0 / T
 

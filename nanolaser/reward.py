@@ -53,6 +53,7 @@ def load_reward(name: str | None) -> Callable[..., list[float]] | None:
     line = getattr(getattr(function, "__code__", None), "co_firstlineno", 1)
 
     def rewards(*lists: list) -> list[float]:
+        """Lists of problems, responses and gold answers -> their r_v, checked."""
         rows = list(zip(*lists))
         said = [f", for {problem!r:.200}" for problem, *_ in rows]
         if batched:

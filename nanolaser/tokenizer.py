@@ -70,8 +70,8 @@ UNUSED_NAME = re.compile(r"reserved|unused|extra|placeholder", re.IGNORECASE)
 # Special, yet not idle: they close documents, fill masks or stand for what cannot be read.
 BUSY_NAME = re.compile(r"pad|unk|mask|sep|cls|bos|eos|endoftext|^</?s>$", re.IGNORECASE)
 
-# What laser.json holds: the type of each value (or None), what is meant where it is absent, and what
-# else has to be true of it.  Each is an attribute of the tokenizer.
+# What laser.json holds: the type of each value (or None), what is meant where it is absent, and
+# what else has to be true of it.  Each is an attribute of the tokenizer.
 LASER = {
     "z_c": (str, None, bool),
     "instruction": (str, INSTRUCTION, lambda x: True),

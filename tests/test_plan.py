@@ -390,7 +390,7 @@ def test_available_memory_is_that_of_machine_and_container(
 
 
 def test_adapters_make_room():
-    """On one GPU of 80 GB 7B weights need no offloading then; and a table says it of every model."""
+    """On one GPU of 80 GB 7B weights need no offloading then; and a table says it of each model."""
     one = planning.Options(lora_rank=16).plan(SHAPES["qwen2.5-7b"])
     assert one.fits and not one.settings.offload_optimizer
     table = planning.cards_table(planning.Options(cards=(24, 80)))

@@ -1,4 +1,4 @@
-"""benchmarks/scores.py: its page is that of its numbers, and its numbers are what they are called."""
+"""benchmarks/scores.py: its page is that of its numbers, which are what they are called."""
 
 import json
 

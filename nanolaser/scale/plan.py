@@ -527,8 +527,8 @@ def local_folder(model: str) -> Path | None:
 
 
 def known_config(model: str) -> ModelConfig | None:
-    """The shape behind --model: an embedded or a local folder, else an alias of SHAPES or its hub id;
-    None for what only a download could tell."""
+    """The shape behind --model: an embedded or a local folder, else an alias of SHAPES or its hub
+    id; None for what only a download could tell."""
     # The config.json of a folder is the truth; SHAPES stand in for what is not here yet.
     if folder := local_folder(model):
         return load_config(folder)
