@@ -135,8 +135,8 @@ def auto_dtype(folder: Path | None, device: str) -> str:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: an embedded one, a local folder (of a checkpoint, or of a run: its
-    newest checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
+    """The folder of a checkpoint: an embedded one, a local folder (of a checkpoint, or of a run:
+    its newest checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
     path = EMBEDDED.get(text) or Path(text).expanduser()
     if path.is_dir():
