@@ -131,6 +131,7 @@ class Ours:
         settings = dict(
             steps=10**6, problems_per_step=problems, max_new_tokens=tokens, lr=LR, lr_warmup=0,
             reasoning_warmup=0, self_reward_warmup=0, group_size=o.group_size,
+            reward=f"{Path(__file__).resolve()}:rewards",
         )  # fmt: skip
         settings |= {} if laser else dict(alpha=0.0, tau=0.0)
         self.options = dataclasses.replace(train.Options(), **settings)
@@ -139,7 +140,7 @@ class Ours:
         self.optimizer = grpo.Optimizer(self.model, LR, 0.01)
         self.run = SimpleNamespace(
             o=self.options, model=self.model, tokenizer=self.tokenizer, optimizer=self.optimizer,
-            stream=SimpleNamespace(), world=ALONE, reward=rewards, reference=None,
+            stream=SimpleNamespace(), world=ALONE, reference=None,
         )  # fmt: skip
         lengths = lengths_of(case, o)
         given = lambda: forced(lengths, self.tokenizer.stop_ids)  # noqa: E731
