@@ -205,8 +205,8 @@ def draw(table: dict, file: str) -> None:
         tens = {power: f"{10**power:,}" for power in range(6)}
         unit = "solutions in the group" if name == "group" else f"tokens of the {name}"
         title = "us, and kB at the peak, for each token"
-        panels.append(svg.panel(title, unit, "", marks, x_ticks=ticks, y_range=(0.8, 3.7),
-                                y_ticks={y: label for y, label in tens.items() if 0.8 <= y <= 3.7}))
+        panels.append(svg.panel(title, unit, "", marks, x_ticks=ticks, y_range=(0.8, 4.1),
+                                y_ticks={y: label for y, label in tens.items() if 0.8 <= y <= 4.1}))
     write_atomic(Path(file), svg.picture(panels))
 
 
