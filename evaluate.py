@@ -20,12 +20,8 @@ What is written into --output:
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
 solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
-for the last digits, which the rounding of a sum owes to the rows that share a batch).
-
-A model that is a training run's folder knows what it was trained on: those problems are left out.
-
-F1 comes under the two names of the authors' script: f1_all, over all solutions, those without an
-answer being judged wrong, which is also `f1`; and f1_filtered, over those with an answer.
+for the last digits, which the rounding of a sum owes to the rows that share a batch).  A model that
+is a training run's folder knows what it was trained on: those problems are left out.
 
 --samples reads what verify.py reads (problem and response, or OpenAI's messages), each with `gold`
 or with its `r_v`.  Without --model r_s is what stands in the file; with it, the model reads it.
@@ -41,9 +37,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
-import platform
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -56,7 +50,10 @@ from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
 from nanolaser.cli import Progress, main_guard, option, parse_args, warn
-from nanolaser.files import NUMBER, RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
+from nanolaser.files import (
+    NUMBER, RunFolder, described, differences, read_jsonl, read_log, run_of, to_json, to_jsonl,
+    write_atomic,
+)  # fmt: skip
 from nanolaser.judge import (
     OWN_SCORES, SamplingOptions, ask_checker, check_prompts, confidences, fitted_threshold, judge,
     open_model, own_scores, score_rows, tokens_of,
@@ -113,6 +110,7 @@ class Options(SamplingOptions):
     # fmt: on
 
     def __post_init__(self):
+        # What contradicts itself is refused before a model is loaded for it.
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
         if self.scores and self.output is None:
@@ -125,6 +123,8 @@ class Options(SamplingOptions):
 def main() -> int:
     """Load, sample what is missing, measure, write, show."""
     o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
+    # Three questions that need no sampling: two runs beside each other, other scores of solutions
+    # that are there, solutions of somebody else.
     if o.compare:
         return compare(*o.compare)
     if o.scores:
@@ -136,6 +136,7 @@ def main() -> int:
     # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
     load_reward(o.reward)
+    # Numbers of another judge than the one in training are not wrong, but rarely meant.
     trained = (run_of(o.model) or {}).get("reward")
     if trained and not o.reward:
         warn(f"{o.model} was trained with --reward {trained}; here the checker decides")
@@ -143,6 +144,7 @@ def main() -> int:
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
     for problems in sets.values():
         check_prompts(model, tokenizer, [p.problem for p in problems])
+    # The folder last: what failed above has left nothing behind.
     how = o.how(model)
     mine = identity(o, sets, model, tokenizer, how)
     run = open_results(o, mine, Path(o.model.rstrip("/")).name)
@@ -170,8 +172,9 @@ def main() -> int:
 def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # noqa: B006
     """Numbers, from the files alone: the same ones however often the run was interrupted."""
     # `more` holds what other verifiers said: {"log_ratio": {data set: entry}}.
+    sets = by_set(read_log(run.path / "samples.jsonl", SAMPLE))
     results, votes = {}, {}
-    for name, rows in samples_of(run).items():
+    for name, rows in sets.items():
         results[name], votes[name] = entry_of(name, rows)
         if o.fit_threshold:
             threshold = fitted_threshold(o.fit_threshold, rows)
@@ -179,7 +182,11 @@ def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # no
                 "threshold": threshold, **metrics.verification(rows, threshold)}
         results[name] |= {kind: entries[name] for kind, entries in more.items()}
     run.write_json("results.json", results)
-    show(run, results, votes)
+    show(results, votes)
+    for name, rows in sets.items():
+        picture = run.path / f"{name.replace('/', '-')}.svg"
+        print(report.save(picture, report.evaluation(name, rows, votes[name])))
+    print(f"results {run.path}/results.json")
     return 0
 
 
@@ -200,17 +207,17 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
         most = o.max_problems or (ENOUGH if source in MADE_UP else None)
         trained = trained_on(run, source) if run else set()
-        sets[name] = load_problems(source, "test", None if trained else most, parses=parses)
+        problems = load_problems(source, "test", None if trained else most, parses=parses)
+        # By text, not by name: a problem may be in two files, and a file have two names.
+        left = [p for p in problems if p.problem not in trained]
+        if not left:
+            raise ValueError(f"{o.model} was trained on all of {source}; --include-trained "
+                             "evaluates it there all the same")
         if trained:
-            # By text, not by name: a problem may be in two files, and a file have two names.
-            left = [p for p in sets[name] if p.problem not in trained]
-            print(f"{name}: the run was trained on {len(sets[name]) - len(left)} of its "
-                  f"{len(sets[name])} problems; evaluated are the other {len(left)} "
+            print(f"{name}: the run was trained on {len(problems) - len(left)} of its "
+                  f"{len(problems)} problems; evaluated are the other {len(left)} "
                   "(--include-trained: all)")
-            if not left:
-                raise ValueError(f"{o.model} was trained on all of {source}; --include-trained "
-                                 "evaluates it there all the same")
-            sets[name] = left[:most]
+        sets[name] = left[:most]
     return sets
 
 
@@ -218,7 +225,8 @@ def trained_on(run: dict, source: str) -> set[str]:
     """The texts of the problems that a training run (its options) has learned from, as far as the
     data set may hold them."""
     # A run on FILE holds out every n-th problem of it, or evaluates on another data set; how, its
-    # options say, and train_and_test divides today as it did then.
+    # options say, and train_and_test divides today as it did then: 30 problems, 6 held out, and
+    # the 24 others are what it was trained on.
     data, eval_data, most = run.get("data"), run.get("eval_data"), run.get("eval_problems")
     if not isinstance(data, str) or has_test_split(data):
         return set()  # what is evaluated is another split
@@ -234,7 +242,8 @@ def trained_on(run: dict, source: str) -> set[str]:
 
 def set_name(source: str) -> str:
     """What a data set is called in results.json: its alias, or its file's name, or where that says
-    nothing (math500/test.jsonl) its folder's."""
+    nothing its folder's."""
+    # gsm8k -> gsm8k, my/problems.jsonl -> problems, math500/test.jsonl -> math500
     path = Path(source)
     if not path.suffix:
         return source
@@ -245,12 +254,16 @@ def set_name(source: str) -> str:
 def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
     """What decides about the results: two evaluations with equal identities are the same one.
     --device and --max-rows are not among it: they change no more than the last bits."""
+    digest = lambda x: f"{zlib.crc32(x):08x}"  # noqa: E731
     # A run's folder gets better checkpoints under the same name, and a file may be edited: both
     # are recognised by what they hold.  A few numbers of every tensor tell checkpoints apart.
     weights = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
-    digest = lambda x: f"{zlib.crc32(x):08x}"  # noqa: E731
     data = {name: digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
             for name, problems in sets.items()}
+    reward = None
+    if o.reward:
+        code = Path(o.reward.rpartition(":")[0]).expanduser().read_bytes()
+        reward = f"{o.reward} {digest(code)}"
     return {
         "model": o.model, "weights": digest(weights.numpy().tobytes()),
         "dtype": str(model.dtype).removeprefix("torch."), "thinking": o.thinking,
@@ -258,9 +271,8 @@ def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
         "data": {name: f"{len(sets[name])} problems, {x}" for name, x in data.items()},
         "n": o.n, "token_ids": o.token_ids,
         **{name: how[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")},
-        "reward": o.reward
-        and f"{o.reward} {digest(Path(o.reward.rpartition(':')[0]).expanduser().read_bytes())}",
-    }  # fmt: skip
+        "reward": reward,
+    }
 
 
 def open_results(o: Options, mine: dict, name: str) -> RunFolder:
@@ -268,38 +280,28 @@ def open_results(o: Options, mine: dict, name: str) -> RunFolder:
     # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
     for tried in itertools.count(1):
         path = Path(o.output or f"results/{name}" + f"-{tried}" * (tried > 1))
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--output {path} is a file, not a folder")
         there = read_identity(path)
-        if there is None:
-            run = RunFolder(path)
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            run.write_json("config.json", {"evaluation": mine, "versions": versions})
-            return run
+        differ = differences(there, mine) if there else ""
         # The same evaluation goes on; another one must not be mixed with it.
-        differ = [f"{k} {there.get(k)} there, {mine[k]} here"
-                  for k in mine if there.get(k) != mine[k]]
+        if differ and o.output:
+            raise ValueError(f"{path} holds other results ({differ}); give another --output")
         if not differ:
-            return RunFolder(path)
-        if o.output:
-            raise ValueError(
-                f"{path} holds other results ({'; '.join(differ[:3])}); give another --output")
+            run = RunFolder(path)
+            if there is None:
+                run.describe("evaluation", mine)
+            return run
 
 
 def read_identity(path: Path) -> dict | None:
     """What the results in a folder are of; None for a folder that is new; ValueError where it
     holds something that is not an evaluation."""
-    if not (path / "config.json").exists():
-        # never write into somebody's files
-        other = next((n for n in ("samples.jsonl", "results.json") if (path / n).exists()), None)
-        if other:
+    if (path / "config.json").exists():
+        return described(path, "evaluation")
+    # Never write into somebody's files, should they be called like ours.
+    for other in ("samples.jsonl", "results.json"):
+        if (path / other).exists():
             raise ValueError(f"{path} holds a {other} without config.json; give another --output")
-        return None
-    there = read_json(path / "config.json").get("evaluation")
-    if not isinstance(there, dict):
-        # a training run, a model, anything that has a config.json
-        raise ValueError(f"{path} is in use for something else; give another --output")
-    return there
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,14 +317,8 @@ SAMPLE = KEYS | {"problem": str, "response": str, "answer": (str, type(None)), "
 JUDGEMENT = KEYS | {"score": SOME_NUMBER, "tokens": int}
 
 
-def samples_of(run: RunFolder) -> dict[str, list[dict]]:
-    """The solutions on disk, {data set: rows} in the order of the file, which is that of --data."""
-    # A last line that a kill cut short is no row.
-    return by_set(run.read("samples.jsonl", SAMPLE))
-
-
 def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """Rows by data set, in the order of the rows."""
+    """Rows by data set, in the order of the rows, which in a finished file is that of --data."""
     sets: dict[str, list[dict]] = {}
     for row in rows:
         sets.setdefault(row["dataset"], []).append(row)
@@ -332,10 +328,11 @@ def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
 def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) -> None:
     """Fill samples.jsonl, problem by problem, skipping those that are there."""
     # 1. What is there?  A problem that a kill left half-written is sampled again.
-    rows = run.read("samples.jsonl", SAMPLE)
+    samples = run.path / "samples.jsonl"
+    rows = read_log(samples, SAMPLE)
     have = Counter((row["dataset"], row["prompt_id"]) for row in rows)
     rows = [row for row in rows if have[row["dataset"], row["prompt_id"]] == o.n]
-    write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
+    write_atomic(samples, to_jsonl(rows))
     missing = [(name, place, problem) for name, problems in sets.items()
                for place, problem in enumerate(problems) if have[name, place] != o.n]
     problems, groups = [problem for *_, problem in missing], {}
@@ -366,42 +363,41 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
             on_finish=finish, **how,
         )  # fmt: skip
     # 3. A finished file is in the order of the data: other runs and other scores pair with it.
-    order = {name: place for place, name in enumerate(sets)}
-    write_atomic(run.path / "samples.jsonl", to_jsonl(sorted(
-        run.read("samples.jsonl", SAMPLE),
-        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
+    order = list(sets)
+    rows = sorted(read_log(samples, SAMPLE), key=lambda row: (
+        order.index(row["dataset"]), row["prompt_id"], row["sample"]))
+    write_atomic(samples, to_jsonl(rows))
 
 
 def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
     """Read r_s of solutions cut off after their box as the authors' script does, as if they had
     ended there, into r_s_if_ended: F1 counts it, nothing else."""
-    rows = run.read("samples.jsonl", SAMPLE)
+    rows = read_log(run.path / "samples.jsonl", SAMPLE)
     cut = [row for row in rows if not row["finished"] and row["answer"] is not None]
-    if not any("r_s_if_ended" not in row for row in cut):
-        return
-    tokens = [tokens_of(tokenizer, row) for row in cut]
-    values = score(model, tokenizer.z_c_id, [p for p, _ in tokens], [r for _, r in tokens])
-    for row, logp_zc in zip(cut, values):
+    if all("r_s_if_ended" in row for row in cut):
+        return  # read already, before an interruption
+    prompts, responses = zip(*(tokens_of(tokenizer, row) for row in cut))
+    for row, logp_zc in zip(cut, score(model, tokenizer.z_c_id, prompts, responses)):
         row["r_s_if_ended"] = self_reward(logp_zc, tokenizer)
     write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
 
 
 def take_in(o: Options, model_given: bool) -> RunFolder:
     """The results' folder of solutions sampled elsewhere, with a samples.jsonl as if sampled here.
-
-    ValueError names the line of a solution of which nobody says whether it is right.
-    """
+    ValueError names the line of a solution of which nobody says whether it is right."""
     # 1. Read, strictly: accuracy over the rows that happen to be whole is that of another data set.
     model, tokenizer = open_model(o) if model_given else (None, None)
     rows = []
     for line, row in read_solutions(o.samples):
-        where = f"{o.samples}:{line}"
+        wrong = None
         if None in (row["problem"], row["response"]):
-            raise ValueError(f"{where}: problem and response are needed as text")
-        if type(row.get("r_v") if row["gold"] is None else 0) not in NUMBER:
-            raise ValueError(f"{where}: neither gold, the reference answer, nor r_v, the verdict")
-        if type(row.get("r_s")) not in SOME_NUMBER:
-            raise ValueError(f"{where}: r_s is no number")
+            wrong = "problem and response are needed as text"
+        elif row["gold"] is None and type(row.get("r_v")) not in NUMBER:
+            wrong = "neither gold, the reference answer, nor r_v, the verdict"
+        elif type(row.get("r_s")) not in SOME_NUMBER:
+            wrong = "r_s is no number"
+        if wrong:
+            raise ValueError(f"{o.samples}:{line}: {wrong}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{o.samples}: no solutions in it")
@@ -421,6 +417,7 @@ def take_in(o: Options, model_given: bool) -> RunFolder:
         row |= {"dataset": name, "prompt_id": place, "sample": counts[place]}
         counts[place] += 1
     rows.sort(key=lambda row: row["prompt_id"])
+    # 4. From here on they are solutions like any others: --scores and --compare take them as well.
     digest = f"{zlib.crc32(Path(o.samples).read_bytes()):08x}"
     mine = {"samples": f"{o.samples}, {digest}", "model": o.model if model_given else None}
     run = open_results(o, mine, name)
@@ -447,29 +444,23 @@ def entry_of(name: str, rows: list[dict]) -> tuple[dict, dict]:
     return entry, votes
 
 
-def show(run: RunFolder, results: dict, votes: dict) -> None:
-    """The tables in the terminal, and the pictures."""
+def show(results: dict, votes: dict) -> None:
+    """The tables in the terminal: accuracy and votes, then every verifier that was asked."""
     print("\n" + report.accuracy_table(results, votes))
     verifiers = {}
     for name, entry in results.items():
-        verifiers[name] = entry["verification"]
-        if "verification_fitted" in entry:
-            fitted = entry["verification_fitted"]
-            verifiers[f"{name}: r_s > {fitted['threshold']:.3f}"] = fitted
-        for key, label in (("generative_verification", "in words"), ("log_ratio", "log ratio")):
-            if key in entry:
-                verifiers[f"{name}: {label}"] = entry[key]
+        threshold = entry.get("verification_fitted", {}).get("threshold", math.nan)
+        labels = {"verification": name, "verification_fitted": f"{name}: r_s > {threshold:.3f}",
+                  "generative_verification": f"{name}: in words", "log_ratio": f"{name}: log ratio"}
+        verifiers |= {label: entry[key] for key, label in labels.items() if key in entry}
     print("\n" + report.verification_table(verifiers))
+    # The question in words costs a second generation, which is what LaSeR replaces.
     for name, entry in results.items():
         if "generative_verification" in entry:
             words = entry["generative_verification"]
             print(f"{name}: a judgement in words takes {report.decimal(words['tokens'], 1)} tokens "
                   f"(r_s: 1); {report.percent(words['undecided'])} % undecided")
     print()
-    for name, rows in samples_of(run).items():
-        picture = run.path / f"{name.replace('/', '-')}.svg"
-        print(report.save(picture, report.evaluation(name, rows, votes[name])))
-    print(f"results {run.path}/results.json")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -510,10 +501,10 @@ def generative_entries(run: RunFolder) -> dict[str, dict]:
     # Put in the place of r_s, it goes through the same metrics and the same votes.
     judgements = {key_of(row): row for row in run.read("judgements.jsonl", JUDGEMENT)}
     entries = {}
-    for name, rows in samples_of(run).items():
-        mine = [judgements[key_of(row)] for row in rows if key_of(row) in judgements]
-        scored = rescored(rows, (judgements.get(key_of(row), {}).get("score") for row in rows))
-        entry, _ = entry_of(name, scored)
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+        said = [judgements.get(key_of(row)) for row in rows]
+        entry, _ = entry_of(name, rescored(rows, (j and j["score"] for j in said)))
+        mine = [j for j in said if j]
         count = len(mine) or math.nan  # RunFolder writes NaN as null
         entries[name] = entry["verification"] | {
             "weighted_vote": entry["weighted_vote"],
@@ -531,8 +522,9 @@ def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Opti
     # The implicit reward of DPO (Rafailov et al. 2023) without its factor, which orders nothing.
     before, cutter = load_pretrained(reference, device=o.device, dtype=o.dtype)
     entries = {}
-    for name, rows in samples_of(run).items():
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
         ended = [row for row in rows if row["finished"]]  # those that have an r_s: a fair contest
+        # Sums over other tokens are not comparable; a hundred texts show whether they are others.
         if any(cutter.encode(row["response"]) != tokenizer.encode(row["response"])
                for row in ended[:100]):
             raise ValueError(f"--log-ratio {o.log_ratio}: it cuts text into other tokens than "
@@ -557,21 +549,50 @@ def read_samples(folder: str) -> list[dict]:
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    if read_identity(path) is None or not (path / "samples.jsonl").exists():
-        raise ValueError(f"{folder} holds no evaluation: samples.jsonl or config.json is missing")
-    rows = [row for _, row in read_jsonl(path / "samples.jsonl", SAMPLE)]
+    # Not to be locked: one may look at an evaluation that is still running.
+    rows = read_log(path / "samples.jsonl", SAMPLE) if read_identity(path) is not None else []
     if not rows:
-        raise ValueError(f"{folder}: no solutions there")
+        raise ValueError(f"{folder} holds no evaluation: config.json or solutions are missing")
     return rows
 
 
 def other_scores(o: Options, model_given: bool) -> int:
     """The same metrics for other scores of the same solutions, beside those of r_s."""
-    # 1. r_s first: it is what the others are compared with.
     rows = read_samples(o.output)
+    # r_s first: it is what the others are compared with.
     shown = {f"{name}: r_s": metrics.verification(mine) for name, mine in by_set(rows).items()}
+    asked = own_scores_of(rows, o, model_given)
+    for source in o.scores:
+        if source in asked:
+            scores, scale = asked[source], o.score_scale
+            # Of these it is known what they are: nats have an order, and that is all.
+            if scale is None and source not in ("p-yes", "vote-share"):
+                scale = "rank"
+        else:
+            scores, scale = read_scores(source, rows, o.score_scale), o.score_scale
+        # In the place of r_s: with the numbers as they are for the table, its votes on a scale.
+        label, results, votes = Path(source).stem, {}, {}
+        for name, mine in by_set(rescored(rows, scores)).items():
+            values = scaled([row["r_s"] for row in mine], scale)
+            results[name], votes[name] = entry_of(name, rescored(mine, values))
+            results[name]["score_scale"] = scale
+            shown[f"{name}: {label}"] = results[name]["verification"]
+        out = Path(o.output) / f"scores-{label}.json"
+        write_atomic(out, to_json(results))
+        print(f"votes weighted by {label} (wrote {out}):")
+        print(report.accuracy_table(results, votes) + "\n")
+    print(report.verification_table(shown))
+    return 0
+
+
+def own_scores_of(rows: list[dict], o: Options, model_given: bool) -> dict[str, list]:
+    """{name: one score for each row} of the --scores that are no files; ValueError if there is no
+    model to ask."""
     found, names = {}, [name for name in o.scores if name in OWN_SCORES]
-    # 2. Scores that a model has to be asked for, all of them in one go.
+    if "vote-share" in o.scores:
+        # Solutions of one problem: of the same place in the same data set, in whatever order.
+        owners = [row | {"prompt_id": key_of(row)[:2]} for row in rows]
+        found["vote-share"] = metrics.vote_share(owners, is_equivalent)
     if names:
         # The model that wrote the solutions, unless another one is asked for.
         wrote = o.model if model_given else read_identity(Path(o.output)).get("model")
@@ -582,38 +603,7 @@ def other_scores(o: Options, model_given: bool) -> int:
         for name, x in own_scores(model, tokenizer, [rows[i] for i in ended], names).items():
             mine = dict(zip(ended, x))
             found[name] = [mine.get(i) for i in range(len(rows))]
-    # 3. Each verifier's scores in the place of r_s, its votes, its line in the table.
-    for source in o.scores:
-        scale, label = o.score_scale, Path(source).stem
-        if source == "vote-share":
-            scores = [s for mine in by_set(rows).values()
-                      for s in metrics.vote_share(mine, metrics.safely(is_equivalent))]
-        elif source in found:
-            scores = found[source]
-            # Of these it is known what they are: nats have an order, and that is all.
-            scale = scale or (None if source == "p-yes" else "rank")
-        else:
-            scores, own = read_scores(source, rows)
-            outside = [s for s in scores if s is not None and not 0 <= s <= 1]
-            # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows
-            # whether 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look
-            # like a result.
-            if outside and not own and scale is None:
-                raise ValueError(f"{source}: {len(outside)} scores lie outside [0, 1] "
-                                 f"({outside[0]:g}); say --score-scale sigmoid (for logits), rank, "
-                                 "or none (they are cut off)")
-        results, votes, theirs = {}, {}, by_set(rescored(rows, scores))
-        for name, mine in by_set(rows).items():
-            values = scaled([row["r_s"] for row in theirs[name]], scale)
-            results[name], votes[name] = entry_of(name, rescored(mine, values))
-            results[name]["score_scale"] = scale
-            shown[f"{name}: {label}"] = results[name]["verification"]
-        out = Path(o.output) / f"scores-{label}.json"
-        write_atomic(out, json.dumps(results, indent=2) + "\n")
-        print(f"votes weighted by {label} (wrote {out}):")
-        print(report.accuracy_table(results, votes) + "\n")
-    print(report.verification_table(shown))
-    return 0
+    return found
 
 
 def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
@@ -628,27 +618,34 @@ def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
     return scores
 
 
-def read_scores(name: str, rows: list[dict]) -> tuple[list[float | None], bool]:
-    """One score (None: has none) for each row, and whether they are r_s; ValueError names the line
-    that does not fit."""
+def read_scores(name: str, rows: list[dict], scale: str | None) -> list[float | None]:
+    """One score (None: has none) for each row; ValueError names the line that does not fit, and
+    refuses scores that no `scale` brings into [0, 1]."""
     # {"dataset": "math500", "prompt_id": 7, "sample": 0, "score": 0.83}, or {"score": 0.83}
     keys = {tuple(map(str, key_of(row))): i for i, row in enumerate(rows)}
-    scores, own = {}, True
+    scores, outside = {}, []
     for place, (number, line) in enumerate(read_jsonl(name)):
-        where = f"{name}:{number}"
-        field = "score" if "score" in line else "r_s"
-        own &= field == "r_s"
+        where, field = f"{name}:{number}", "score" if "score" in line else "r_s"
         # With the three keys the order is free; without them it has to be that of the samples.
         keyed = all(key in line for key in KEYS)
         index = keys.get(tuple(str(line[key]) for key in KEYS)) if keyed else place
         if index is None:
             raise ValueError(f"{where}: no such solution in the samples")
-        if type(line.get(field, "")) not in SOME_NUMBER:
+        value = line.get(field, "")
+        if type(value) not in SOME_NUMBER:
             raise ValueError(f"{where}: no score, or one that is no number")
-        scores[index] = line[field]
+        scores[index] = value
+        # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows
+        # whether 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look like
+        # a result.
+        if field == "score" and value is not None and not 0 <= value <= 1:
+            outside.append(value)
     if set(scores) != set(range(len(rows))):
         raise ValueError(f"{name} scores {len(scores)} solutions, but there are {len(rows)}")
-    return [scores[i] for i in range(len(rows))], own
+    if outside and scale is None:
+        raise ValueError(f"{name}: {len(outside)} scores lie outside [0, 1] ({outside[0]:g}); say "
+                         "--score-scale sigmoid (for logits), rank, or none (they are cut off)")
+    return [scores[i] for i in range(len(rows))]
 
 
 def compare(a: str, b: str) -> int:
@@ -659,9 +656,10 @@ def compare(a: str, b: str) -> int:
         raise ValueError(f"{a} ({', '.join(sets_a)}) and {b} ({', '.join(sets_b)}) have no data "
                          "set in common")
     print(f"A = {a}\nB = {b}\n* the interval excludes 0")
+    # Problem by problem: a hard one is hard for both, and that shared part of the luck cancels.
     for name in common:
-        problems, differences = metrics.compare(sets_a[name], sets_b[name], is_equivalent)
-        print(f"\n{name}, {problems} problems in common\n" + report.comparison_table(differences))
+        problems, table = metrics.compare(sets_a[name], sets_b[name], is_equivalent)
+        print(f"\n{name}, {problems} problems in common\n" + report.comparison_table(table))
     return 0
 
 

@@ -53,7 +53,7 @@ class VerificationF1(NamedTuple):
 
 def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> VerificationF1:
     """Harmonic mean of the verdict's accuracy on right and on wrong solutions (paper, evaluation);
-    None where there is no solution of one of the kinds.  A missing score is the verdict "wrong"."""
+    None where one of the kinds is missing.  A missing score is the verdict "wrong"."""
     right, score = _pair(right, score, gaps=True)
     verdict = score > threshold  # NaN (no score) compares as False, which is the verdict wanted
     # Not the usual F1: each accuracy is a mean over its kind alone, so both kinds count the same
@@ -92,12 +92,9 @@ def auroc(right: Any, score: Any) -> float | None:
 
 
 def auroc_within(right: Any, score: Any, problem: Any) -> float | None:
-    """AUROC over the pairs of a right and a wrong solution of the same problem; in [0, 1].
-
-    Every pair counts the same; `problem` holds ids.  Plain AUROC can be high by telling easy
-    problems from hard ones; only this one says that r_s tells solutions apart, which is what a vote
-    needs.
-    """
+    """AUROC over the pairs of a right and a wrong solution of the same problem; in [0, 1]."""
+    # Plain AUROC can be high by telling easy problems from hard ones; only this one says that r_s
+    # tells solutions apart, which is what a vote needs.
     ids, problem = np.unique(problem, return_inverse=True)
     _columns(score, problem)
     # Sums before the division: a problem with 16 pairs says more than one with a single pair, and
@@ -124,7 +121,7 @@ def ece(right: Any, score: Any, bins: int = 10) -> float | None:
     table = [row for row in reliability(right, score, bins) if row["count"]]
     total = sum(row["count"] for row in table)
     # The gap is between two means of one bin, so that errors inside a bin cancel: with few bins
-    # the ECE flatters.  That is why the number of bins belongs beside every ECE.
+    # the ECE flatters.
     gaps = sum(row["count"] * abs(row["accuracy"] - row["score"]) for row in table)
     return gaps / total if total else None
 
@@ -162,8 +159,7 @@ def risk_coverage(right: Any, score: Any) -> dict[str, float | None]:
 def spearman(x: Any, y: Any) -> float | None:
     """Rank correlation of x and y, ties at their mean rank; in [-1, 1].  None where one of them
     does not vary: there is no order to agree with."""
-    # Spearman is Pearson's correlation of the ranks; with ties the short formula in squared rank
-    # differences would be wrong.
+    # Pearson's correlation of the ranks; with ties the short formula would be wrong.
     x, y = (_midranks(values) - (len(values) + 1) / 2 for values in _columns(x, y))
     scale = math.sqrt(float(x @ x) * float(y @ y))
     # Rounding can carry a perfect correlation past 1.
@@ -216,12 +212,10 @@ def safely(equivalent: Equivalent) -> Equivalent:
 
 
 def answer_classes(answers: Sequence[str | None], equivalent: Equivalent) -> np.ndarray:
-    """Class ids (n,) of the answers of one problem: 0, 1, ... as first seen, -1 for None.
-
-    Equality is not always transitive (rounded decimals): each answer joins the oldest class whose
-    first answer it equals, a definite result for a given order.  Where `equivalent` raises, two
-    answers differ.
-    """
+    """Class ids (n,) of the answers of one problem: 0, 1, ... as first seen, -1 for None.  Where
+    `equivalent` raises, two answers differ."""
+    # Equality is not always transitive (rounded decimals): each answer joins the oldest class whose
+    # first answer it equals, a definite result for a given order.
     # 8 solutions say 1/2, 0.5, none, 3, 1/2, 1/2, 0.50, 3: the classes are 0 0 -1 1 0 0 0 1, and
     # `equivalent` was asked 0.5 = 1/2?  3 = 1/2?  0.50 = 1/2?  Exact repeats, the common case, cost
     # no comparison.
@@ -290,12 +284,10 @@ def _answered(table: list[Candidate]) -> list[Candidate]:
 
 def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int = 2000) -> float:
     """Estimated probability that `remaining` more solutions would change the weighted vote of those
-    so far.  Exactly 0 where nothing could change it; 1 while there is no answer to keep.
-
-    The future is drawn from the past (a Bayesian bootstrap: every seen solution, and one that
-    nobody has seen, recurs with a random share).  The unseen one is a bad case, so that stopping
-    errs on the side of going on: always the same new answer, and heavy.
-    """
+    so far.  Exactly 0 where nothing could change it; 1 while there is no answer to keep."""
+    # The future is drawn from the past (a Bayesian bootstrap: every seen solution, and one that
+    # nobody has seen, recurs with a random share).  The unseen one is a bad case, so that stopping
+    # errs on the side of going on: always the same new answer, and heavy.
     table = _answered(tally(classes, score))
     if not table:
         return 1.0 if remaining else 0.0
@@ -315,8 +307,8 @@ def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.ones(len(adds) + 1), size=draws)         # (draws, n + 1)
     copies = rng.multinomial(remaining, shares)                        # (draws, n + 1)
-    # How heavy is the unseen one?  If k + 1 answers come in any order, the last is the heaviest of
-    # them with probability 1 / (k + 1): so often it weighs 1, the most there is, and else what the
+    # How heavy is the unseen one?  The last of k + 1 answers in any order is the heaviest of them
+    # with probability 1 / (k + 1): so often it weighs 1, the most there is, and else what the
     # heaviest solution so far does.  (Always 1 would never stop where r_s is low throughout.)
     unseen = np.where(rng.random(draws) < 1 / (len(table) + 1), 1.0, weight.max())
     final = total + copies[:, :-1] @ adds                              # (draws, answers + 1)
@@ -362,12 +354,10 @@ def best_of_at_k(right: Any, score: Any, k: int, classes: Any = None) -> float:
 
 def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, float]:
     """Expected accuracy of the majority and of the weighted vote over k of the n solutions of one
-    problem, over all subsets of size k or DRAWS random ones.  ValueError if k > n.
-
-    Tied classes share the win evenly.  That is the expectation of breaking ties at random, and also
-    of taking the first seen (equal counts make every tied class equally often the first): no luck
-    of the order is left, so the mean over subsets is unbiased and k = 1 is exactly the accuracy.
-    """
+    problem, over all subsets of size k or DRAWS random ones.  ValueError if k > n."""
+    # Tied classes share the win evenly.  That is the expectation of breaking ties at random, and
+    # also of taking the first seen (equal counts make every tied class equally often the first): no
+    # luck of the order is left, so the mean is unbiased and k = 1 is exactly the accuracy.
     classes, right, score = _columns(classes, right, score, gaps=True)
     # All subsets at once as matrix products: a loop over 1000 subsets of 500 problems would take
     # minutes in Python, and this takes a second.  Both votes see the same subsets, so that their
@@ -403,8 +393,7 @@ METHODS = ("majority_vote", "weighted_vote", "best_of", "pass_at")
 def vote_tables(rows: Rows, equivalent: Equivalent, sizes: Sequence[int] | None = None,
                 by_text: bool = False) -> dict[str, dict[int, np.ndarray]]:
     """Method -> k -> the expected accuracy on each problem (P,), for k of `vote_sizes` or `sizes`:
-    one number a problem is what means, standard errors and paired comparisons need.  n is the
-    smallest number of solutions that a problem has, so that every k speaks of the same problems."""
+    one number a problem is what means, standard errors and paired comparisons need."""
     samples = _group(rows, by_text)
     # Merging answers is the expensive part (it calls the checker): once a problem, not once a k.
     solutions = [(answer_classes([samples.answers[i] for i in where], equivalent),
@@ -421,12 +410,8 @@ def vote_tables(rows: Rows, equivalent: Equivalent, sizes: Sequence[int] | None 
 
 def right_by_rank(rows: Rows) -> list[float]:
     """Share of right solutions among each problem's best by r_s, its second best, ... (n numbers),
-    those without an answer, then those without r_s, coming last.
-
-    The first is best-of-n.  Where r_s tells the solutions of a problem apart the shares fall from
-    the first to the last; where the first is lower than the second, the most self-assured solution
-    is not the safest.
-    """
+    those without an answer, then those without r_s, coming last.  The first is best-of-n."""
+    # Where r_s tells the solutions of a problem apart the shares fall from the first to the last.
     # LaSeR on hard arithmetic once gave .58 .71 .72 .73 .70 .66 .59 .36: the last is rightly
     # distrusted, and the first is a solution that looks easier than it is.
     samples = _group(rows)
@@ -443,12 +428,9 @@ def right_by_rank(rows: Rows) -> list[float]:
 
 def summarise(rows: Rows, equivalent: Equivalent,
               votes: Mapping[str, Mapping[int, np.ndarray]] | None = None) -> dict[str, Any]:
-    """Everything that results.json says about one data set, from its rollout rows.
-
-    A row needs r_v, r_s (None if it was cut off), answer (None if there is none), finished,
-    response_tokens, and prompt_id or problem to tell the problems apart.  `votes` takes a result of
-    `vote_tables` that is there already.  ValueError names a row that lacks something.
-    """
+    """Everything that results.json says about one data set, from its rollout rows: r_v, r_s,
+    answer, finished, response_tokens, and prompt_id or problem to tell the problems apart.  `votes`
+    takes a result of `vote_tables`.  ValueError names a row that lacks something."""
     samples = _group(rows)
     if votes is None:
         equivalent = safely(equivalent)
@@ -476,48 +458,36 @@ def verification(rows: Rows, threshold: float = 0.5) -> dict[str, float | None]:
     one without an answer being judged wrong; f1_filtered over those with an answer.  All else
     measures the score itself, over the solutions that have one.
     """
-    samples, everything = _group(rows), np.arange(len(rows))
-    found = {name: of(everything) for name, of in _measures(samples, threshold).items()}
-    return found | risk_coverage(*samples.scored(everything))
-
-
-def _measures(samples: _Samples, threshold: float = 0.5) -> dict[str, Callable]:
-    """Name -> function of solutions (indices), a number or None: what `verification` reports of all
-    of them, and the bootstrap of those that a draw has chosen."""
     # Two questions, two sets: does the *system* judge its solutions well (f1_all: everything that
     # came out, and no box is a reason to say "wrong"), and is the *score* any good (where it is)?
-    right, score, answered = samples.right, samples.score, samples.answered
-    known = ~np.isnan(score)
-    # A solution cut off after its box has an answer and no r_s.  The authors' script appends the
-    # end that it did not come to and reads r_s there: `r_s_if_ended`, where evaluate.py has done
-    # so too; else it counts as judged wrong.  Where nothing is cut off this makes no difference.
-    judged = np.where(answered, np.where(known, score, samples.if_ended), np.nan)
-    # Where nobody was asked at all there are no verdicts, which are not bad ones.
-    asked = known.any() or not np.isnan(judged).all()
-
-    def f1(i: np.ndarray) -> VerificationF1:
-        f1 = verification_f1(right[i], judged[i], threshold)
-        return f1 if asked else VerificationF1(None, None, None)
-
-    def length(i: np.ndarray) -> float | None:
-        i = i[known[i]]
-        return None if np.isnan(samples.tokens[i]).any() else spearman(score[i], samples.tokens[i])
-
-    of_score = lambda metric: lambda i: metric(*samples.scored(i))  # noqa: E731
+    samples, everything = _group(rows), np.arange(len(rows))
+    known = ~np.isnan(samples.score)
+    f1 = _f1(samples, everything, threshold)
+    right, score = samples.scored(everything)
+    tokens = samples.tokens[known]
     return {
-        "f1": lambda i: f1(i).f1,
-        "f1_all": lambda i: f1(i).f1,
-        "f1_filtered": lambda i: f1(i[answered[i]]).f1,
-        "accuracy_correct": lambda i: f1(i).accuracy_correct,
-        "accuracy_wrong": lambda i: f1(i).accuracy_wrong,
-        "auroc": of_score(auroc),
-        "auroc_within": lambda i: auroc_within(*samples.scored(i), samples.problem[i[known[i]]]),
-        "ece": of_score(ece),
-        "brier": of_score(brier),
-        "spearman_length": length,
-        "mean_r_s_correct": of_score(lambda right, score: _mean(score[right])),
-        "mean_r_s_wrong": of_score(lambda right, score: _mean(score[~right])),
+        "f1": f1.f1,
+        "f1_all": f1.f1,
+        "f1_filtered": _f1(samples, everything[samples.answered], threshold).f1,
+        "accuracy_correct": f1.accuracy_correct,
+        "accuracy_wrong": f1.accuracy_wrong,
+        "auroc": auroc(right, score),
+        "auroc_within": auroc_within(right, score, samples.problem[known]),
+        "ece": ece(right, score),
+        "brier": brier(right, score),
+        "spearman_length": None if np.isnan(tokens).any() else spearman(score, tokens),
+        "mean_r_s_correct": _mean(score[right]),
+        "mean_r_s_wrong": _mean(score[~right]),
+        **risk_coverage(right, score),
     }
+
+
+def _f1(samples: _Samples, i: np.ndarray, threshold: float = 0.5) -> VerificationF1:
+    """F1 of the system's verdicts on the solutions i."""
+    # Where nobody was asked at all there are no verdicts, which are not bad ones.
+    if np.isnan(samples.score).all() and np.isnan(samples.judged).all():
+        return VerificationF1(None, None, None)
+    return verification_f1(samples.right[i], samples.judged[i], threshold)
 
 
 # ---------------------------------------------------------------- how sure is a number?
@@ -542,20 +512,16 @@ class Interval(NamedTuple):
 
 def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float | None], problems: int,
               runs: int = 1, draws: int = 1000) -> Interval:
-    """A statistic and its 95 % percentile interval, resampling problems and runs.
-
-    The statistic takes indices of problems and of runs, with repeats, and gives a number or None.
-    Draws that leave it undefined are skipped; there is no interval if most are, nor for a single
-    problem, which resampled is the same problem every time.
-    """
-    if not problems:
-        return Interval(None, None, None)
-    value = statistic(np.arange(problems), np.arange(runs))
+    """A statistic and its 95 % percentile interval, resampling problems and runs.  It takes indices
+    of problems and of runs, with repeats, and gives a number or None."""
+    value = statistic(np.arange(problems), np.arange(runs)) if problems else None
+    # A single problem, resampled, is the same problem every time: that is no interval.
     if value is None or problems < 2:
         return Interval(value, None, None)
     rng = np.random.default_rng(0)  # the same draws for whatever is compared
     drawn = [statistic(rng.integers(problems, size=problems), rng.integers(runs, size=runs))
              for _ in range(draws)]
+    # Draws that leave it undefined (all right, say) are skipped, if they are not most of them.
     drawn = [x for x in drawn if x is not None]
     if len(drawn) <= draws / 2:
         return Interval(value, None, None)
@@ -574,16 +540,14 @@ class Difference(NamedTuple):
 
 def compare(rows_a: Rows, rows_b: Rows, equivalent: Equivalent, draws: int = 1000
             ) -> tuple[int, dict[str, Difference]]:
-    """Two runs on one data set: the number of problems both have, and metric -> Difference.
-
-    Problems are matched by their text, else by prompt_id.  Votes are over n solutions, the smaller
-    n of the two.  ValueError where the runs have no problem in common.
-    """
+    """Two runs on one data set: the number of problems both have, matched by their text, else by
+    prompt_id, and metric -> Difference; ValueError where they have none in common."""
     groups = [_members(rows, by_text=True) for rows in (rows_a, rows_b)]
     # In the order of run a, for both: pairing is by position from here on.
     common = [key for key in groups[0] if key in groups[1]]
     if not common:
         raise ValueError("the two runs have no problem in common: nothing to compare")
+    # Votes of as many solutions as every problem has in both runs.
     n = min(len(group[key]) for group in groups for key in common)
     a, b = (statistics([rows[i] for key in common for i in group[key]], equivalent, n)
             for rows, group in zip((rows_a, rows_b), groups))
@@ -605,20 +569,21 @@ def statistics(rows: Rows, equivalent: Equivalent, n: int | None = None
     """Metric -> statistic (indices of problems, in the order in which the rows first name them ->
     number or None) of one run; votes over n solutions."""
     samples = _group(rows, by_text=True)
-    n, known, measures = n or samples.n, ~np.isnan(samples.score), _measures(samples)
+    n, known = n or samples.n, ~np.isnan(samples.score)
     # Pairs never cross problems, so their counts can be taken before any resampling.
     wins, pairs = _wins_by_problem(samples.right[known], samples.score[known],
                                    samples.problem[known], len(samples.where))
 
-    def pooled(metric: Callable) -> Callable:
-        # A metric over the pooled solutions of the chosen problems.
-        return lambda problems: metric(np.concatenate([samples.where[p] for p in problems]))
-
+    # A metric over the pooled solutions of the chosen problems; and one of those with a score.
+    pooled = lambda metric: lambda problems: metric(  # noqa: E731
+        np.concatenate([samples.where[p] for p in problems]))
+    of_score = lambda metric: pooled(lambda i: metric(*samples.scored(i)))  # noqa: E731
     found = {"accuracy": pooled(lambda i: _mean(samples.right[i]))}
     for method, table in vote_tables(rows, equivalent, [n], by_text=True).items():
         found[f"{method}@{n}"] = lambda problems, x=table[n]: float(x[problems].mean())
-    found |= {name: pooled(measures[name]) for name in ("f1", "auroc", "ece", "brier")}
     return found | {
+        "f1": pooled(lambda i: _f1(samples, i).f1),
+        "auroc": of_score(auroc), "ece": of_score(ece), "brier": of_score(brier),
         "auroc_within": lambda p: float(wins[p].sum() / pairs[p].sum()) if pairs[p].sum() else None,
         "response_tokens": pooled(lambda i: _mean(samples.tokens[i])),
     }
@@ -633,7 +598,7 @@ class _Samples:
 
     right: np.ndarray         # (N,) bool
     score: np.ndarray         # (N,) r_s as it is, NaN where there is none
-    if_ended: np.ndarray      # (N,) r_s of a solution cut off, had it ended there; NaN: not known
+    judged: np.ndarray        # (N,) the score that a verdict goes by, NaN: it is "wrong"
     answered: np.ndarray      # (N,) bool
     tokens: np.ndarray        # (N,) length of the response, NaN where nobody counted
     finished: np.ndarray      # (N,) bool
@@ -660,11 +625,15 @@ def _group(rows: Rows, by_text: bool = False) -> _Samples:
         problem[members] = p
     # A column of floats: None becomes NaN, the mark of what is missing inside this file.
     column = lambda key: np.array([row.get(key) for row in rows], dtype=float)  # noqa: E731
-    answers = [row["answer"] for row in rows]
+    answers, score = [row["answer"] for row in rows], column("r_s")
+    answered = np.array([answer is not None for answer in answers], dtype=bool)
+    # A solution cut off after its box has an answer and no r_s.  The authors' script appends the
+    # end that it did not come to and reads r_s there: `r_s_if_ended`, where evaluate.py has done
+    # so too; else it counts as judged wrong.  Where nothing is cut off this makes no difference.
+    judged = np.where(np.isnan(score), column("r_s_if_ended"), score)
     return _Samples(
-        right=column("r_v") > 0.5, score=column("r_s"), if_ended=column("r_s_if_ended"),
-        answered=np.array([answer is not None for answer in answers], dtype=bool),
-        tokens=column("response_tokens"), finished=column("finished") > 0.5,
+        right=column("r_v") > 0.5, score=score, judged=np.where(answered, judged, np.nan),
+        answered=answered, tokens=column("response_tokens"), finished=column("finished") > 0.5,
         problem=problem, answers=answers, where=where,
         n=min(map(len, where), default=0))
 

@@ -33,27 +33,34 @@ def load_reward(name: str | None) -> Callable[..., list[float]] | None:
         raise ValueError(f"--reward {name}: give it as FILE.py:FUNCTION, a file that is there")
 
     def ask(problem: str, function, *arguments):
+        # Whatever the user's code raises becomes one line: where in their file, and for which
+        # problem.  A traceback through this project would hide just that.
         try:
             return function(*arguments)
-        except Exception as error:  # where in the user's file?  A SyntaxError alone knows it itself
+        except Exception as error:  # (a SyntaxError alone knows its line itself)
             frames = traceback.extract_tb(error.__traceback__)
             lines = [f.lineno for f in frames if f.filename == str(path)]
             line, what = (lines or [getattr(error, "lineno", 1)])[-1], type(error).__name__
             raise ValueError(f"{file}:{line}: {what}: {error}{problem}") from None
 
+    # Executed here, before a model is loaded: what is wrong with it is known now.
     sys.path.append(str(path.parent))  # it may import what lies beside it
     function = ask("", runpy.run_path, str(path)).get(attribute)
+    # Called once in thought: three texts have to fit, or it is refused before the first step.
     try:
         arguments = inspect.signature(function)
         arguments.bind("problem", "response", "answer")
     except (TypeError, ValueError):
         raise ValueError(f"--reward {name}: in {file} there is no function {attribute} of three "
                          "arguments (problem, response, answer)") from None  # fmt: skip
+    # The name says how it wants to be called: one solution at a time, or all of a batch at once,
+    # which is cheaper where the reward is a model.
     batched = next(iter(arguments.parameters)) == "problems"
     line = getattr(getattr(function, "__code__", None), "co_firstlineno", 1)
 
     def rewards(*lists: list) -> list[float]:
         """Lists of problems, responses and gold answers -> their r_v, checked."""
+        # Every complaint names a problem, so that the user can try that one alone.
         rows = list(zip(*lists))
         said = [f", for {problem!r:.200}" for problem, *_ in rows]
         if batched:

@@ -176,7 +176,7 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
     if folder is None and world.is_first:
         folder = RunFolder.create(o.out, short_name(o), dataclasses.asdict(o))
     path = world.broadcast(str(folder.path) if folder else None)
-    folder = folder or RunFolder.of_first_rank(path)
+    folder = folder or RunFolder(path, first=False)
     stop.how_to_resume = f"; go on with: python train.py --resume {folder.path}"
     stop.how_to_resume += f" --reward {o.reward}" if o.reward else ""
     run = Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world,

@@ -296,6 +296,22 @@ def test_scores_by_name(evaluated, call):
     assert share["best_of"]["4"] == pytest.approx(share["majority_vote"]["4"], abs=0.02)
 
 
+def test_the_share_of_votes_in_whatever_order_the_solutions_were_written(call, tmp_path):
+    """Two data sets, interleaved as an evaluation that was stopped leaves them."""
+    rows = [{"dataset": name, "prompt_id": 0, "sample": i, "problem": "2+3=?", "response": "",
+             "answer": answer, "r_v": float(answer == "5"), "r_s": None, "finished": True,
+             "response_tokens": 3}
+            for i in range(4) for name, answer in (("a", "5"), ("b", "56"[i % 2]))]  # fmt: skip
+    write_rows(tmp_path / "samples.jsonl", rows)
+    (tmp_path / "config.json").write_text('{"evaluation": {}}')
+    code, _, err = call("evaluate.py", "--output", tmp_path, "--scores", "vote-share")
+    assert code == 0, err
+    found = json.loads((tmp_path / "scores-vote-share.json").read_text())
+    # all four of the first say 5; of the second two do
+    assert found["a"]["verification"]["mean_r_s_correct"] == 1.0
+    assert found["b"]["verification"]["mean_r_s_correct"] == 0.5
+
+
 def test_the_threshold_is_fitted_on_solved_problems(evaluated, call, tmp_path):
     out = tmp_path / "results"
     shutil.copytree(evaluated[0], out)
