@@ -170,12 +170,14 @@ def main() -> int:
 
 
 def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # noqa: B006
-    """Numbers, from the files alone: the same ones however often the run was interrupted."""
-    # `more` holds what other verifiers said: {"log_ratio": {data set: entry}}.
+    """Numbers, tables and pictures; `more` is what other verifiers said: {"log_ratio": {data set:
+    entry}}."""
+    # From the files alone: the same numbers however often the run was interrupted.
     sets = by_set(read_log(run.path / "samples.jsonl", SAMPLE))
     results, votes = {}, {}
     for name, rows in sets.items():
         results[name], votes[name] = entry_of(name, rows)
+        # Verdicts at 0.5 are the paper's; those at a fitted threshold stand beside them.
         if o.fit_threshold:
             threshold = fitted_threshold(o.fit_threshold, rows)
             results[name]["verification_fitted"] = {
@@ -200,8 +202,7 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
     sets: dict[str, list[Problem]] = {}
     for source in o.data:
         name = set_name(source)
-        if name in sets:
-            name = source  # two files called alike: then by their paths
+        name = source if name in sets else name  # two files called alike: then by their paths
         if name in sets:
             raise ValueError(f"--data names {source} twice")
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
@@ -258,20 +259,19 @@ def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
     # A run's folder gets better checkpoints under the same name, and a file may be edited: both
     # are recognised by what they hold.  A few numbers of every tensor tell checkpoints apart.
     weights = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
-    data = {name: digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
-            for name, problems in sets.items()}
-    reward = None
-    if o.reward:
-        code = Path(o.reward.rpartition(":")[0]).expanduser().read_bytes()
-        reward = f"{o.reward} {digest(code)}"
+    data = {}
+    for name, problems in sets.items():
+        held = repr([(p.id, p.problem, p.answer) for p in problems]).encode()
+        data[name] = f"{len(problems)} problems, {digest(held)}"
+    reward = o.reward
+    if reward:
+        reward += " " + digest(Path(reward.rpartition(":")[0]).expanduser().read_bytes())
     return {
         "model": o.model, "weights": digest(weights.numpy().tobytes()),
         "dtype": str(model.dtype).removeprefix("torch."), "thinking": o.thinking,
         **{name: getattr(tokenizer, name) for name in ("z_c", "c_ref", "beta_v")},
-        "data": {name: f"{len(sets[name])} problems, {x}" for name, x in data.items()},
-        "n": o.n, "token_ids": o.token_ids,
+        "data": data, "n": o.n, "token_ids": o.token_ids, "reward": reward,
         **{name: how[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")},
-        "reward": reward,
     }
 
 
@@ -307,7 +307,8 @@ def read_identity(path: Path) -> dict | None:
 # ---------------------------------------------------------------------------------------------
 # sampling
 
-# What every line of the files must hold; anything else is a damaged line, and is named.
+# What every line of the files must hold; anything else is a damaged line, and is named.  That a
+# file was written by this script is no promise: people edit, and disks fail.
 #     {"dataset": "arithmetic", "prompt_id": 0, "sample": 3, "problem": "2+3=?", "gold": "5",
 #      "response": "\\boxed{5}", "answer": "5", "r_v": 1.0, "r_s": 0.93, "finished": true, ...}
 SOME_NUMBER = (*NUMBER, type(None))
@@ -342,13 +343,14 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
         progress.update()
         group = groups.setdefault(rollout.prompt_id, [])
         group.append(rollout)
-        if len(group) == o.n:
-            name, place, problem = missing[rollout.prompt_id]
-            group.sort(key=lambda r: r.sample_id)
-            rows = judged_rows(groups.pop(rollout.prompt_id), problems, tokenizer, o.token_ids,
-                               load_reward(o.reward))
-            which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
-            run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
+        if len(group) < o.n:
+            return
+        # Whole: judged now, so that a kill costs no more than the problems in flight.
+        group = sorted(groups.pop(rollout.prompt_id), key=lambda r: r.sample_id)
+        rows = judged_rows(group, problems, tokenizer, o.token_ids, load_reward(o.reward))
+        name, place, problem = missing[rollout.prompt_id]
+        which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
+        run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
 
     total = sum(map(len, sets.values())) * o.n
     if rows:
@@ -362,7 +364,8 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
             streams=[zlib.crc32(p.problem.encode()) << 20 for p in problems],
             on_finish=finish, **how,
         )  # fmt: skip
-    # 3. A finished file is in the order of the data: other runs and other scores pair with it.
+    # 3. A finished file is in the order of the data, whatever ended first: other runs and other
+    #    scores pair with it line by line.
     order = list(sets)
     rows = sorted(read_log(samples, SAMPLE), key=lambda row: (
         order.index(row["dataset"]), row["prompt_id"], row["sample"]))
@@ -447,6 +450,7 @@ def entry_of(name: str, rows: list[dict]) -> tuple[dict, dict]:
 def show(results: dict, votes: dict) -> None:
     """The tables in the terminal: accuracy and votes, then every verifier that was asked."""
     print("\n" + report.accuracy_table(results, votes))
+    # One table for all of them: a verifier is a column of scores, and r_s is the first.
     verifiers = {}
     for name, entry in results.items():
         threshold = entry.get("verification_fitted", {}).get("threshold", math.nan)
@@ -486,6 +490,7 @@ def judge_all(model, tokenizer, run: RunFolder, how: dict) -> None:
     left = [row for row in asked if key_of(row) not in done]
     with Progress("judging in words", len(asked), "judgement", done=len(done)) as progress:
 
+        # On disk at once: a judgement in words takes as long as a solution.
         def finish(index: int, facts: dict) -> None:
             place = {key: left[index][key] for key in KEYS}
             run.append("judgements.jsonl", [place | facts])
@@ -529,7 +534,9 @@ def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Opti
                for row in ended[:100]):
             raise ValueError(f"--log-ratio {o.log_ratio}: it cuts text into other tokens than "
                              f"{o.model}")
-        prompts, responses = zip(*(tokens_of(tokenizer, row) for row in ended)) or ((), ())
+        # The same tokens through both models; the difference is what RL has changed.
+        tokens = [tokens_of(tokenizer, row) for row in ended]
+        prompts, responses = [p for p, _ in tokens], [r for _, r in tokens]
         sums = [confidences(m, prompts, responses, tokenizer.size)["logprob"]
                 for m in (model, before)]
         quality = metrics.verification(rescored(ended, (a - b for a, b in zip(*sums))))
@@ -593,12 +600,14 @@ def own_scores_of(rows: list[dict], o: Options, model_given: bool) -> dict[str, 
         # Solutions of one problem: of the same place in the same data set, in whatever order.
         owners = [row | {"prompt_id": key_of(row)[:2]} for row in rows]
         found["vote-share"] = metrics.vote_share(owners, is_equivalent)
+    # All that need a model in one go: it is loaded once.
     if names:
         # The model that wrote the solutions, unless another one is asked for.
         wrote = o.model if model_given else read_identity(Path(o.output)).get("model")
         if wrote is None:
             raise ValueError(f"--scores {names[0]} needs the --model to ask")
         model, tokenizer = open_model(replace(o, model=wrote))
+        # One that was cut off has no end to be asked about: no score.
         ended = [i for i, row in enumerate(rows) if row["finished"]]
         for name, x in own_scores(model, tokenizer, [rows[i] for i in ended], names).items():
             mine = dict(zip(ended, x))
@@ -640,6 +649,7 @@ def read_scores(name: str, rows: list[dict], scale: str | None) -> list[float | 
         # a result.
         if field == "score" and value is not None and not 0 <= value <= 1:
             outside.append(value)
+    # Half of the scores would be those of an easier or a harder half.
     if set(scores) != set(range(len(rows))):
         raise ValueError(f"{name} scores {len(scores)} solutions, but there are {len(rows)}")
     if outside and scale is None:

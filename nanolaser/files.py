@@ -8,13 +8,11 @@ folder of a run; and the hub, from which files come that are not on disk yet.
              /report.html     to look at it          /checkpoints/step-000120, .../latest
 
 Three promises, kept here for the whole project:
-*  What is read is what it claims to be.  A file that people edit, kills cut short and disks damage
-   is one line that names it and the place, never a traceback ten minutes later.
-*  What is written is whole or absent.  It goes to a temporary name, is flushed to the disk, and
-   only then takes its real name; a crash or a full disk leaves what was there before.  Logs, the
-   exception, grow a line at a time, and are cut back to the checkpoint's step on resume.
-*  Two runs never share a folder: a lock that the process holds (not a file, which a crash would
-   leave behind) keeps the second one out.
+*  What is read is what it claims to be: a damaged file is one line that names it and the place,
+   never a traceback ten minutes later.
+*  What is written is whole or absent: a crash or a full disk leaves what was there before.  Logs,
+   the exception, grow a line at a time, and are cut back to the checkpoint's step on resume.
+*  Two runs never share a folder.
 
 Nothing here imports torch at the top: reading a file of problems is instant.
 """
@@ -85,15 +83,14 @@ def read_jsonl(
     data: bytes | None = None, cut: bool = False,
     on_damage: Callable[[int, str], None] | None = None, **hooks: Callable,
 ) -> Iterator[tuple[int, dict]]:  # fmt: skip
-    """(line number from 1, row) of each JSON object, a line each, read as they are asked for.
-
-    `fields` are keys that every row must have, with the types allowed: {"step": int, "lr": (float,
-    int)}.  `data` is read in place of the file.  `cut`: a last line without its newline that is no
-    JSON is what a crash left behind, and no row.  ValueError "PATH:LINE is damaged: ..." for all
-    else that is none; with `on_damage`, it is told (line, why), and the next lines are read.
-    """
+    """(line number from 1, row) of each JSON object, a line each, read as they are asked for; of
+    the file, or of `data` in its place.  `fields`: keys that every row must have, and their types.
+    `cut`: a last line that a crash cut short is no row.  ValueError "PATH:LINE is damaged: ..." for
+    all else; with `on_damage`, it is told (line, why), and the next lines are read."""
+    # fields={"step": int, "lr": (float, int)} refuses {"lr": 0.1} and {"step": "2", "lr": 0.1}.
     # Bytes, split at newlines only: text mode would also split at characters such as U+2028,
     # which may stand unescaped inside a JSON string.
+    # And lazily: of a file of gigabytes the first ten rows cost ten.
     with open(path, "rb") if data is None else io.BytesIO(data) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -109,7 +106,7 @@ def read_jsonl(
                         raise ValueError(f"{where} is damaged: {name} is {row[name]!r:.60}")
             except ValueError as error:
                 if cut and not line.endswith(b"\n"):
-                    return  # nothing can follow
+                    return  # nothing can follow it: only a last line has no newline
                 if on_damage is None:
                     raise
                 on_damage(number, str(error).removeprefix(f"{where} is damaged: "))
@@ -128,11 +125,10 @@ def read_log(path: Path, fields: Mapping[str, Any] | None = None) -> list[dict]:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it, flushed to the disk, then renamed over it.
-    OSError if the disk is full or read-only; the old file stays as it was.
-
-    A link is followed; what is no regular file (a pipe, /dev/null) is written to, not replaced.
-    """
+    """Write a file whole or not at all: OSError if the disk is full or read-only, and the old file
+    stays.  A link is followed; what is no regular file (a pipe, /dev/null) is written to."""
+    # Beside it, flushed to the disk, then renamed over it: a rename is one step for the disk, so
+    # whoever reads, also after a power cut, finds the old content or the new.
     content = content.encode() if isinstance(content, str) else content
     path, real = Path(path), Path(os.path.realpath(path))
     # With the process id: two runs never write into one temporary file.
@@ -219,6 +215,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{path} is a file, not a folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        # A lock that the process holds: a file that merely exists would outlive a crash, and lock
+        # out the run that is to be resumed.
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, lock)  # the lock goes with the object, or the process
         if fcntl is None:
@@ -240,6 +238,7 @@ class RunFolder:
     def create(cls, out: str | None, name: str, config: dict) -> RunFolder:
         """A new run's folder: `out`, or runs/NAME, runs/NAME-2, ... where none is given.
         ValueError if `out` holds a run already: results are never overwritten."""
+        # Only unnamed runs are numbered: a name that somebody gave is meant.
         path, count = Path(out or Path("runs") / name), 1
         while not out and (path / "config.json").exists():
             count += 1
@@ -300,6 +299,7 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Forget every log line after `step`: those steps are about to be done again."""
+        # Checkpoint 120, killed in step 137: lines 121 to 136 go, and come again, the same ones.
         for name, fields in LOGS.items() if self.first else ():
             kept = [row for row in self.read(name, fields) if row["step"] <= step]
             write_atomic(self.path / name, to_jsonl(kept))
@@ -327,6 +327,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         return None
+    # A small file and no link, which archives and Windows lose.
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     # A name and no path: ../../other/checkpoints/step-000120 is another run's.
     there = re.fullmatch(r"step-\d+", name) and (pointer.parent / name / "config.json").is_file()
@@ -343,6 +344,7 @@ def run_of(path: str | Path) -> dict | None:
     """The options of the training run that a folder is, or is a checkpoint of; None for all other
     paths and names."""
     path = Path(path).expanduser().absolute()
+    # runs/a, runs/a/checkpoints, runs/a/checkpoints/step-000120: all of them are of the run a.
     if path.parent.name == "checkpoints":
         path = path.parent
     with contextlib.suppress(ValueError, OSError):

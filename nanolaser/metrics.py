@@ -20,9 +20,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -43,12 +44,8 @@ Equivalent = Callable[[str, str], bool]  # checker.is_equivalent, mostly
 # ---------------------------------------------------------------- is r_s right about the solutions?
 
 
-class VerificationF1(NamedTuple):
-    """The paper's F1 and the two accuracies it is made of, each in [0, 1] or None."""
-
-    f1: float | None
-    accuracy_correct: float | None
-    accuracy_wrong: float | None
+# The paper's F1 and the two accuracies it is made of, each in [0, 1] or None.
+VerificationF1 = namedtuple("VerificationF1", "f1 accuracy_correct accuracy_wrong")
 
 
 def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> VerificationF1:
@@ -188,13 +185,9 @@ def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, flo
 # ---------------------------------------------------------------- one decision from many solutions
 
 
-class Candidate(NamedTuple):
-    """One distinct answer of a problem: who gave it and what it weighs."""
-
-    answer_class: int    # id, NO_ANSWER for the solutions without an answer
-    votes: int           # solutions that gave it
-    weight: float        # the sum of their clipped r_s
-    first: int           # index of the first of them
+# One distinct answer of a problem: its class (NO_ANSWER for the solutions without one), how many
+# solutions gave it, the sum of their clipped r_s, and the index of the first of them.
+Candidate = namedtuple("Candidate", "answer_class votes weight first")
 
 
 def safely(equivalent: Equivalent) -> Equivalent:
@@ -266,20 +259,17 @@ def majority_vote(classes: Any) -> int:
 
 def weighted_vote(classes: Any, score: Any) -> int:
     """The class with the largest sum of clipped r_s, then of votes, then seen first; -1 if none."""
-    table = _answered(tally(classes, score))
-    return max(table, key=_rank).answer_class if table else NO_ANSWER
+    table = _by_weight(classes, score)
+    return table[0].answer_class if table else NO_ANSWER
 
 
-def _rank(c: Candidate) -> tuple:
-    """What a vote compares; max keeps the first of equals, which is the first seen."""
+def _by_weight(classes: Any, score: Any) -> list[Candidate]:
+    """The candidates that have an answer, the winner first."""
     # Votes decide when no solution is believed at all (every weight is 0): the vote then falls back
-    # to the majority instead of to an arbitrary answer.
-    return round(c.weight / TIE), c.votes
-
-
-def _answered(table: list[Candidate]) -> list[Candidate]:
-    """The candidates that can win."""
-    return [c for c in table if c.answer_class != NO_ANSWER]
+    # to the majority instead of to an arbitrary answer.  Sorting keeps the order of equals, which
+    # is that of first appearance.
+    table = [c for c in tally(classes, score) if c.answer_class != NO_ANSWER]
+    return sorted(table, key=lambda c: (-round(c.weight / TIE), -c.votes))
 
 
 def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int = 2000) -> float:
@@ -288,15 +278,13 @@ def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int
     # The future is drawn from the past (a Bayesian bootstrap: every seen solution, and one that
     # nobody has seen, recurs with a random share).  The unseen one is a bad case, so that stopping
     # errs on the side of going on: always the same new answer, and heavy.
-    table = _answered(tally(classes, score))
+    table = _by_weight(classes, score)
     if not table:
         return 1.0 if remaining else 0.0
-    # Columns: the answers so far, and last the one that may still turn up.
+    # Columns: the answers so far, the leader first, and last the one that may still turn up.
     total = np.array([c.weight for c in table] + [0.0])
-    ahead = table.index(max(table, key=_rank))
-    rivals = np.arange(len(total)) != ahead
     # Each new solution weighs at most 1.
-    if total[ahead] - total[rivals].max() > remaining + TIE or not remaining:
+    if total[0] - total[1:].max() > remaining + TIE or not remaining:
         return 0.0
     classes, weight = _columns(classes, score, gaps=True)
     weight = _clip(weight)
@@ -314,7 +302,7 @@ def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int
     final = total + copies[:, :-1] @ adds                              # (draws, answers + 1)
     final[:, -1] += copies[:, -1] * unseen
     # A tie with the leader counts as a change: who wins it would be a matter of votes and order.
-    return float((final[:, rivals].max(axis=1) >= final[:, ahead] - TIE).mean())
+    return float((final[:, 1:].max(axis=1) >= final[:, 0] - TIE).mean())
 
 
 # ---------------------------------------------------------------- how good are votes of k out of n?
@@ -502,12 +490,7 @@ def _f1(samples: _Samples, i: np.ndarray, threshold: float = 0.5) -> Verificatio
 # is compared on the same draw: hard ones are hard for both sides, and that shared part cancels.
 
 
-class Interval(NamedTuple):
-    """A number and its interval; None where it is undefined."""
-
-    value: float | None
-    low: float | None
-    high: float | None
+Interval = namedtuple("Interval", "value low high")  # None where it is undefined
 
 
 def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float | None], problems: int,
@@ -528,14 +511,8 @@ def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float | None], probl
     return Interval(value, *map(float, np.quantile(drawn, [0.025, 0.975])))
 
 
-class Difference(NamedTuple):
-    """A metric of two runs: b - a with its interval; None where it is undefined."""
-
-    a: float | None
-    b: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
+# A metric of two runs: b - a with its interval; None where it is undefined.
+Difference = namedtuple("Difference", "a b difference low high")
 
 
 def compare(rows_a: Rows, rows_b: Rows, equivalent: Equivalent, draws: int = 1000

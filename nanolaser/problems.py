@@ -39,10 +39,7 @@ from .tiny import arithmetic, subset_sum
 # whatever was asked for: people disagree on whether the AIME is called train or test.
 DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     "deepmath": ("zwhe99/DeepMath-103K", {"train": "data/train-*.parquet"}),
-    "gsm8k": (
-        "openai/gsm8k",
-        {"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
-    ),
+    "gsm8k": ("openai/gsm8k", {s: f"main/{s}-*.parquet" for s in ("train", "test")}),
     "math500": ("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}),
     "aime24": ("HuggingFaceH4/aime_2024", {"train": "data/train-*.parquet"}),
     "aime25": ("math-ai/aime25", {"test": "test.jsonl"}),
@@ -50,10 +47,8 @@ DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     # English, text only, open-ended, competition mathematics: the part the paper uses
     "olympiadbench": ("Hothan/OlympiadBench", {"train": "*OE_TO_maths_en_COMP*.parquet"}),
     # General reasoning, for which the paper trains on WebInstruct-verified.
-    "webinstruct-verified": (
-        "TIGER-Lab/WebInstruct-verified",
-        {"train": "*train*.parquet", "test": "*test*.parquet"},
-    ),
+    "webinstruct-verified": ("TIGER-Lab/WebInstruct-verified",
+                             {s: f"*{s}*.parquet" for s in ("train", "test")}),
     "mmlu-pro": ("TIGER-Lab/MMLU-Pro", {"test": "data/test-*.parquet"}),
     "gpqa": ("Idavidrein/gpqa", {"train": "gpqa_diamond.csv"}),  # gated: accept its terms first
 }
@@ -174,15 +169,12 @@ def has_test_split(name: str) -> bool:
     return name in MADE_UP or len(DATASETS.get(name.lower(), ("", ()))[1]) > 1
 
 
-def made_up_problems(
-    count: int, seed: int, split: str = "train", name: str = "arithmetic"
-) -> list[Problem]:
+def made_up_problems(count: int, seed: int, split: str = "train", name: str = "arithmetic"
+                     ) -> list[Problem]:
     """`count` random problems of the split (train, test); the same seed gives the same ones."""
     drawn = itertools.islice(MADE_UP[name](seed, split), count)
-    return [
-        Problem(id=f"{split}-{seed}-{i}", problem=text, answer=answer, level=str(level))
-        for i, (text, answer, level) in enumerate(drawn)
-    ]
+    return [Problem(id=f"{split}-{seed}-{i}", problem=text, answer=answer, level=str(level))
+            for i, (text, answer, level) in enumerate(drawn)]
 
 
 class ProblemStream:
@@ -361,14 +353,14 @@ def _conversation(messages: Any) -> dict:
     """{problem, response} of [{"role": "user", "content": ...}, {"role": "assistant", ...}]."""
     try:
         # The instruction of a system message belongs to the prompt, not to the problem.
-        turns = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
-        (asked, problem), (said, response) = turns
-        # A content may come in parts: [{"type": "text", "text": ...}]
-        problem, response = (c if isinstance(c, str) else "".join(part["text"] for part in c)
-                             for c in (problem, response))  # fmt: skip
-        if (asked, said) == ("user", "assistant"):
+        asked, said = (m for m in messages if m["role"] != "system")
+        if (asked["role"], said["role"]) == ("user", "assistant"):
+            # A content may come in parts: [{"type": "text", "text": ...}]
+            problem, response = (
+                c if isinstance(c, str) else "".join(part["text"] for part in c)
+                for c in (asked["content"], said["content"]))
             return {"problem": problem, "response": response}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError):  # of two turns in texts, anything may be missing
         pass
     raise ValueError("messages must be one question of the user and one answer of the assistant, "
                      "in text") from None

@@ -433,6 +433,14 @@ def test_the_log_ratio_is_that_of_the_two_models(evaluated, make_checkpoint, tmp
     assert abs(entry["mean_r_s_correct"]) < 1e-3 and "log ratio" in evaluated[1]
 
 
+def test_a_log_ratio_where_nothing_came_to_an_end(call, tmp_path):
+    few = ["--max-problems", 2, "--n", 2, "--max-new-tokens", 1, *C_REF]
+    code, _, err = call("evaluate.py", *few, "--log-ratio", "tiny", "--output", tmp_path / "r")
+    assert code == 0, err
+    assert results_of(tmp_path / "r")["finished_share"] == 0
+    assert results_of(tmp_path / "r")["log_ratio"]["auroc"] is None
+
+
 def test_a_reference_with_other_tokens_is_refused(evaluated, call, make_checkpoint, tmp_path):
     shutil.copytree(evaluated[0], tmp_path / "results")
     code, _, err = call("evaluate.py", *SMALL, "--output", tmp_path / "results", "--log-ratio",
