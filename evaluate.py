@@ -11,17 +11,14 @@ Benchmarks: how often is a model right, does it know when, and what do votes mak
     python evaluate.py --output results/a --scores p-yes,rm.jsonl    # other scores, same solutions
     python evaluate.py --compare results/a results/b            # two runs, paired intervals
 
-What is written into --output:
-
-    config.json     what was evaluated; a folder that holds something else is refused
-    samples.jsonl   every solution, a problem's as soon as all of them are there
-    results.json    {data set: accuracy, votes, verification, ...}
-    NAME.svg        votes, reliability, r_s, length of each data set: a picture
+Into --output go samples.jsonl, every solution, a problem's as soon as all of them are there;
+results.json, {data set: accuracy, votes, verification, ...}; NAME.svg, a picture of each data set;
+and config.json, what was evaluated: a folder that holds something else is refused.
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
 solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
-for the last digits, which the rounding of a sum owes to the rows that share a batch).  A model that
-is a training run's folder knows what it was trained on: those problems are left out.
+for the last digits).  A model that is a training run's folder knows what it was trained on: those
+problems are left out.
 
 --samples reads what verify.py reads (problem and response, or OpenAI's messages), each with `gold`
 or with its `r_v`.  Without --model r_s is what stands in the file; with it, the model reads it.
@@ -69,7 +66,7 @@ from nanolaser.sampler import generate
 ENOUGH = 200  # of problems that are made up, where --max-problems does not say
 
 
-# One helper a heading of --help.
+# One helper a heading of --help: the field's name, its default and its meaning are one line.
 what, sampling, verifiers = (
     functools.partial(option, group=group) for group in ("what", "sampling", "verifiers")
 )
@@ -85,7 +82,6 @@ class Options(SamplingOptions):
     n: int = what(8, "solutions per problem", min=1)
     max_problems: int | None = what(None, "problems per data set", min=1,
         shown="all; of what is made up 200")
-    # what a model has learned by heart says nothing about what it can do
     include_trained: bool = what(False, "of a training run, also what it was trained on")
     samples: str | None = what(None, metavar="FILE", help="solutions sampled elsewhere, in the "
         "place of --data; r_s by --model if that is given, else as the file has it")
@@ -148,6 +144,7 @@ def main() -> int:
     how = o.how(model)
     mine = identity(o, sets, model, tokenizer, how)
     run = open_results(o, mine, Path(o.model.rstrip("/")).name)
+    # What it will cost is said before it is spent.
     count = f"{sum(map(len, sets.values()))} problems x {o.n}"
     print(f"{o.model}: {count}, up to {how['max_new_tokens']} tokens each, results in {run.path}")
 
@@ -198,6 +195,7 @@ def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # no
 
 def load_sets(o: Options) -> dict[str, list[Problem]]:
     """{name: problems} of all data sets; ValueError or FileNotFoundError says what is wrong."""
+    # What a model has learned by heart says nothing about what it can do.
     run = None if o.include_trained else run_of(o.model)
     sets: dict[str, list[Problem]] = {}
     for source in o.data:
@@ -223,8 +221,8 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
 
 
 def trained_on(run: dict, source: str) -> set[str]:
-    """The texts of the problems that a training run (its options) has learned from, as far as the
-    data set may hold them."""
+    """The texts of the problems of a data set that a training run (its options) has learned from,
+    or at least all of them."""
     # A run on FILE holds out every n-th problem of it, or evaluates on another data set; how, its
     # options say, and train_and_test divides today as it did then: 30 problems, 6 held out, and
     # the 24 others are what it was trained on.
@@ -352,6 +350,7 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
         which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
         run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
 
+    # All data sets in one call: the last rows of one share their batch with the first of the next.
     total = sum(map(len, sets.values())) * o.n
     if rows:
         print(f"{len(rows)} of {total} solutions are there already")
@@ -375,6 +374,7 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
 def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
     """Read r_s of solutions cut off after their box as the authors' script does, as if they had
     ended there, into r_s_if_ended: F1 counts it, nothing else."""
+    # Long solutions are often cut off after their answer: who drops them measures another set.
     rows = read_log(run.path / "samples.jsonl", SAMPLE)
     cut = [row for row in rows if not row["finished"] and row["answer"] is not None]
     if all("r_s_if_ended" in row for row in cut):
@@ -392,6 +392,7 @@ def take_in(o: Options, model_given: bool) -> RunFolder:
     model, tokenizer = open_model(o) if model_given else (None, None)
     rows = []
     for line, row in read_solutions(o.samples):
+        # Somebody has to know what is right: the checker, by a gold answer, or whoever judged it.
         wrong = None
         if None in (row["problem"], row["response"]):
             wrong = "problem and response are needed as text"
@@ -449,8 +450,9 @@ def entry_of(name: str, rows: list[dict]) -> tuple[dict, dict]:
 
 def show(results: dict, votes: dict) -> None:
     """The tables in the terminal: accuracy and votes, then every verifier that was asked."""
+    # Does it solve?  Do votes help?
     print("\n" + report.accuracy_table(results, votes))
-    # One table for all of them: a verifier is a column of scores, and r_s is the first.
+    # Does it know when it is right?  One table for all that was asked, r_s first.
     verifiers = {}
     for name, entry in results.items():
         threshold = entry.get("verification_fitted", {}).get("threshold", math.nan)
@@ -479,6 +481,7 @@ def key_of(row: dict) -> tuple:
 def rescored(rows: list[dict], scores: Iterable[float | None]) -> list[dict]:
     """The rows with another verifier's score in the place of r_s: every metric that is defined for
     r_s is then that of the score."""
+    # ... and what r_s would have been at a cut is not the other's business
     return [row | {"r_s": s, "r_s_if_ended": None} for row, s in zip(rows, scores)]
 
 
@@ -507,6 +510,7 @@ def generative_entries(run: RunFolder) -> dict[str, dict]:
     judgements = {key_of(row): row for row in run.read("judgements.jsonl", JUDGEMENT)}
     entries = {}
     for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+        # None for a solution that was cut off: of that one nothing was asked.
         said = [judgements.get(key_of(row)) for row in rows]
         entry, _ = entry_of(name, rescored(rows, (j and j["score"] for j in said)))
         mine = [j for j in said if j]
@@ -566,7 +570,8 @@ def read_samples(folder: str) -> list[dict]:
 def other_scores(o: Options, model_given: bool) -> int:
     """The same metrics for other scores of the same solutions, beside those of r_s."""
     rows = read_samples(o.output)
-    # r_s first: it is what the others are compared with.
+    # A score is a number for each solution, wherever it comes from; put in the place of r_s it goes
+    # through the same metrics.  r_s first: it is what the others are compared with.
     shown = {f"{name}: r_s": metrics.verification(mine) for name, mine in by_set(rows).items()}
     asked = own_scores_of(rows, o, model_given)
     for source in o.scores:
@@ -633,6 +638,7 @@ def read_scores(name: str, rows: list[dict], scale: str | None) -> list[float | 
     # {"dataset": "math500", "prompt_id": 7, "sample": 0, "score": 0.83}, or {"score": 0.83}
     keys = {tuple(map(str, key_of(row))): i for i, row in enumerate(rows)}
     scores, outside = {}, []
+    # Compared as texts: whoever wrote the file may have made "7" of 7.
     for place, (number, line) in enumerate(read_jsonl(name)):
         where, field = f"{name}:{number}", "score" if "score" in line else "r_s"
         # With the three keys the order is free; without them it has to be that of the samples.
@@ -661,6 +667,7 @@ def read_scores(name: str, rows: list[dict], scale: str | None) -> list[float | 
 def compare(a: str, b: str) -> int:
     """Two evaluations side by side, on the problems that both have."""
     sets_a, sets_b = by_set(read_samples(a)), by_set(read_samples(b))
+    # By name: what one run calls gsm8k and another test cannot be known to be the same.
     common = [name for name in sets_a if name in sets_b]
     if not common:
         raise ValueError(f"{a} ({', '.join(sets_a)}) and {b} ({', '.join(sets_b)}) have no data "

@@ -69,7 +69,9 @@ def main() -> int:
     o, given = parse_args(Options, description=__doc__.split("\n\n")[0], positional="problem")
     if o.until is not None:  # a way of being adaptive: draw, look, stop
         o = apply_preset(o, given, dict(adaptive=True, batch=1))
+    # A benchmark of one problem, so that what follows is what evaluate.py does.
     problem = Problem(id="0", problem=read_problem(o.problem), answer=o.gold)
+    # --adaptive is a vote, too: --n is its budget, of which it mostly leaves a part unused.
     vote = o.vote or o.adaptive
     n = o.n or (32 if o.adaptive else 8 if vote else 1)  # a vote needs voters
     model, tokenizer = open_model(o)
@@ -90,6 +92,7 @@ def read_problem(text: str | None) -> str:
     """The problem's text, from the command line or standard input; ValueError if there is none."""
     if text is None:
         raise ValueError('no problem given: python sample.py "(14+25)*2-9=?", or - to read one')
+    # Bytes that are no text become U+FFFD: a stray one in a page of text must not stop a reader.
     text = (standard_input().decode("utf-8", "replace") if text == "-" else text).strip()
     if not text:
         raise ValueError("the problem is empty")
@@ -104,6 +107,7 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
     """Rollout rows of n solutions; fewer with --adaptive, where no more are needed.  People see
     each of them when it is there."""
     # One solution is shown token by token, several as they end, which they do in any order.
+    # A vote's solutions are one line each; otherwise people want to read them.
     alone = n == 1 and not (o.vote or o.adaptive or o.json)
     streamer, shown, rows = tokenizer.streamer(), 0, []
 
@@ -115,7 +119,7 @@ def draw(model, tokenizer, problem: Problem, n: int, o: Options) -> list[dict]:
 
     def finish(rollout: Rollout) -> None:
         progress.update()
-        if o.json:
+        if o.json:  # all rows at the end, with their tokens
             return
         row = judged_rows([rollout], [problem], tokenizer)[0]
         if alone:
@@ -156,17 +160,20 @@ def settled(rows: list[dict], n: int, o: Options) -> bool:
 
 def believed(rows: list[dict], until: float) -> dict | None:
     """The first solution whose r_s is above `until`."""
+    # It needs an answer as well: "I am right" about nothing is no decision.
     return next((row for row in rows if row["answer"] and (row["r_s"] or 0) > until), None)
 
 
 def describe(row: dict) -> str:
     """One solution in one line: r_s and what it says, the answer, the length."""
+    #     r_s  0.871, says right   answer 69   (24 tokens)   checker: right
     if not row["finished"]:
         belief = "cut off, no r_s"
     elif row["r_s"] is None:
         belief = f"log pi(z_c) {row['logp_zc']:.2f}, no c_ref, no r_s"
     else:
         belief = f"r_s {row['r_s']:6.3f}, says {'right' if row['r_s'] > 0.5 else 'wrong'}"
+    # A long answer is cut here; --json has all of it.
     answer = "no boxed answer" if row["answer"] is None else f"answer {shorten(row['answer'], 60)}"
     checked = "" if row["r_v"] is None else f"   checker: {'right' if row['r_v'] else 'wrong'}"
     return f"{belief}   {answer}   ({count(row['response_tokens'], 'token')}){checked}"
@@ -184,6 +191,7 @@ def count(n: int, noun: str = "solution") -> str:
 def weights(rows: list[dict]) -> list[float | None]:
     """What each solution weighs: its r_s.  Where r_s is unknown for the whole model (no c_ref),
     every solution weighs the same, and the weighted vote is the majority vote."""
+    # (Where some are unknown, those were cut off: they weigh nothing.)
     scores = [row["r_s"] for row in rows]
     unknown = all(s is None for s in scores) and any(row["finished"] for row in rows)
     return [float(row["finished"]) for row in rows] if unknown else scores
@@ -202,6 +210,7 @@ def decide(rows: list[dict], budget: int, o: Options) -> dict:
     # "No answer" is a line of the table but cannot win; the heaviest answer stands on top.
     candidates.sort(key=lambda c: (c["answer"] is not None, c["weight"], c["votes"]), reverse=True)
     chance_of_change = functools.partial(metrics.vote_change_probability, classes, scores)
+    # The majority stands beside the weighted vote: their difference is what r_s is worth.
     decision = {
         "candidates": candidates,
         "majority": name.get(metrics.majority_vote(classes)),
@@ -228,7 +237,7 @@ def print_vote(rows: list[dict], d: dict) -> None:
     #     69            5        4.31    <- majority, weighted
     lines = []
     for c in d["candidates"]:
-        # (a chain of comparisons: "no answer", None, is marked in no line)
+        # (a chain of comparisons: None, "no answer", is marked in no line)
         wins = [kind for kind in ("majority", "weighted") if c["answer"] == d[kind] is not None]
         shown = "(no answer)" if c["answer"] is None else shorten(c["answer"], 50)
         arrow = "  <- " + ", ".join(wins) if wins else ""
@@ -241,14 +250,17 @@ def print_vote(rows: list[dict], d: dict) -> None:
         if cut:
             print(f"{cut} of {count(len(rows))} cut off: a larger --max-new-tokens may help")
         return
-    # The share is of what was given to answers: solutions without one have no part in it.
+    # The share is of what was given to answers: solutions without one have no part in it.  With
+    # nobody believed (total 0) the weighted vote is the majority, see metrics.weighted_vote.
     answered = {c["answer"]: c for c in d["candidates"] if c["answer"] is not None}
+    # (a vote without r_s weighs every solution 1: its share is that of the votes)
     total, first = sum(c["weight"] for c in answered.values()), answered[d["weighted"]]
     print(f"\nmajority  {d['majority']}   {answered[d['majority']]['votes']} of {count(len(rows))}")
     share = f"{percent(first['weight'] / total)} % of the weight" if total else "nobody believed"
     print(f"weighted  {d['weighted']}   {share}")
     if not d["by_r_s"]:
         print("(this model has no r_s: every solution weighs the same)")
+    # What more solutions could do: near 0 it is settled, near 1/2 it is a toss-up.
     print(f"how sure: {len(rows)} more would change the weighted answer with probability "
           f"{chance(d['change_probability'])}")
     # --until, then --adaptive: what it stopped at, and what that saved.

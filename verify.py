@@ -74,6 +74,7 @@ class Options(ModelOptions):
 def main() -> int:
     """One solution to the terminal, or a file of them into a file."""
     o, _ = parse_args(Options, description=__doc__.split("\n\n")[0])
+    # Before the model is loaded: a bad file of solved problems is found out at once.
     threshold = fitted_threshold(o.fit_threshold)
     return (verify_one if o.input is None else verify_file)(o, threshold)
 
@@ -123,6 +124,7 @@ def verify_file(o: Options, threshold: float) -> int:
     with Progress("scored", len(rows), "solution") as progress:
         rows = score_rows(model, tokenizer, rows, threshold, o.batch_tokens, progress.update)
     # 3. Write, at the end and at once: whoever sees the file sees all of it.
+    #    Whatever the rows had beside problem and response is still in them.
     if o.output == "-":
         sys.stdout.write(to_jsonl(rows))
     else:
@@ -134,6 +136,7 @@ def verify_file(o: Options, threshold: float) -> int:
 def check_output(name: str) -> None:
     """ValueError if nothing could be written there."""
     # A new file is made beside the one it replaces; what is no file (a pipe) is written to.
+    # A link counts as what it leads to.
     path = Path(name)
     place = path if path.exists() and not path.is_file() else Path(os.path.realpath(path)).parent
     why = ("is a folder" if path.is_dir() else "no such folder" if not place.exists() else
@@ -144,10 +147,12 @@ def check_output(name: str) -> None:
 
 def report(rows: list[dict], bad: int, threshold: float) -> None:
     """A summary on stderr; with gold answers, how good the verdicts were."""
+    # To stderr, as --output - has the rows themselves on standard output.
     said = Counter(row["verdict"] for row in rows)
     lines = f"; {bad} lines left out" if bad else ""
     print(f"{len(rows)} solutions: {said['right']} believed right, {said['wrong']} wrong, "
           f"{said[None]} without r_s{lines}", file=sys.stderr)
+    # How good were the verdicts?  Only where somebody knows what is right.
     # Solutions of one problem belong together (AUROC within).  Its text tells, not its prompt_id:
     # rows of several files may share a number.
     gold = [row | {"prompt_id": None, "problem": str([row["problem"], row.get("prompt_token_ids")])}

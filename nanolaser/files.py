@@ -159,6 +159,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries: a rename is on the disk only once its folder is."""
+    # The content of a file and its name in a folder are two writes to the disk.
     if os.name == "posix":  # elsewhere folders cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -169,6 +170,7 @@ def sync_folder(folder: Path) -> None:
 
 def finite(value: Any) -> Any:
     """The value with None for NaN and infinities, however deep: they are not JSON."""
+    # A gradient norm may be NaN, and is logged then of all times: null, which every reader takes.
     if isinstance(value, dict):
         return {key: finite(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -270,6 +272,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: dict) -> None:
         """Write a JSON file whole or not at all."""
+        # indented: people read config.json and summary.json
         if self.first:
             write_atomic(self.path / name, to_json(value))
 
@@ -364,6 +367,7 @@ def described(folder: Path, kind: str) -> dict:
 
 def differences(there: dict, here: dict) -> str:
     """How two configurations differ, as part of a sentence: "lr 0.1 there, 0.2 here"."""
+    # Three say enough; who has started something else would get forty.
     differ = [f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
     return "; ".join([*differ[:3], *["..."][: len(differ) > 3]])
 
@@ -404,6 +408,7 @@ def fetch(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
     except ImportError:  # optional: who works with folders never needs it
         raise ValueError(f"{name} is on the Hugging Face hub: pip install huggingface_hub, or name "
                          "a local path") from None
+    # Only what matches is fetched: a repository may hold the same weights in three formats.
     # The library's HTTP error derives from that of whichever HTTP library it uses in this
     # version; so do time-outs and broken connections, which it does not always wrap.
     failures = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
@@ -426,6 +431,7 @@ def fetch(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
         }.items():
             if isinstance(error, reason):
                 raise OSError(name + text) from None
+        # All else, in the library's words: their first line, for some go on for a page.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"{name}: the download failed; repeat it, and it goes on where it ended "
                       f"({first_line})") from None
