@@ -14,12 +14,9 @@ and 1 for right, read from one token after the end of the solution.  The votes:
     weighted   every solution votes with its r_s, clipped to [0, 1]
 
 Answers that are equal as mathematics (1/2 and 0.5) are one answer.  A solution that was cut off
-has no end and so no r_s; it weighs nothing.
-
---adaptive draws a few solutions at a time and looks after each draw how likely those that are left
-are to change the weighted vote; it stops where that is impossible, or at most --risk.  --until X
-draws one after another, and stops at the first whose r_s is above X: where r_s can be trusted, a
-single good solution settles it, whatever the others say.
+has no end and so no r_s; it weighs nothing.  --adaptive draws a few at a time, and stops where
+those that are left can hardly change the weighted vote (--risk); --until X draws one after another:
+where r_s can be trusted, a single good solution settles it, whatever the others say.
 """
 
 from __future__ import annotations
@@ -264,15 +261,15 @@ def print_vote(rows: list[dict], d: dict) -> None:
     print(f"how sure: {len(rows)} more would change the weighted answer with probability "
           f"{chance(d['change_probability'])}")
     # --until, then --adaptive: what it stopped at, and what that saved.
+    spent = f"{len(rows)} of {count(d['budget'])} drawn, {d['saved']} saved" if "saved" in d else ""
     if "believed" in d:
-        said = d["believed"] or "none of them"
-        print(f"believed  {said}   {len(rows)} of {count(d['budget'])} drawn, {d['saved']} saved")
-    elif "saved" in d:
-        risk, why = d["saved_change_probability"], "the budget is used up"
+        print(f"believed  {d['believed'] or 'none of them'}   {spent}")
+    elif spent:
+        why, risk = "the budget is used up", d["saved_change_probability"]
         if d["saved"]:
             change = f"would change it with probability {chance(risk)}"
             why = f"the other {d['saved']} " + (change if risk else "cannot change it")
-        print(f"adaptive: {len(rows)} of {count(d['budget'])} drawn, {d['saved']} saved: {why}")
+        print(f"adaptive: {spent}: {why}")
 
 
 def chance(probability: float) -> str:

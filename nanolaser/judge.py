@@ -82,16 +82,16 @@ def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     one over STRETCH times as long: now, and not as an error of memory hours later."""
     positions = model.config.max_position_embeddings
     lengths = [len(tokenizer.encode_prompt(problem)) for problem in problems]
-    longer = [i for i, length in enumerate(lengths) if length > positions]
+    longer = sum(length > positions for length in lengths)
     if not longer:
         return
-    worst = max(longer, key=lengths.__getitem__)
+    worst = lengths.index(max(lengths))
     begins = f"{' '.join(problems[worst][:200].split())[:40]}..."
     said = f"problem {worst + 1} has {lengths[worst]} tokens; the model was made for {positions}"
     if lengths[worst] > STRETCH * positions:
         raise ValueError(f"{said}: {begins}")
     # A benchmark is the same for every model: such a problem is asked, and hardly ever solved.
-    warn(f"{len(longer)} of {len(problems)} problems are too long: {said}: {begins}")
+    warn(f"{longer} of {len(problems)} problems are too long: {said}: {begins}")
 
 
 # ---------------------------------------------------------------------------------------------

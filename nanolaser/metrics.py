@@ -29,8 +29,7 @@ import numpy as np
 
 # Above this many subsets, votes of k out of n solutions are averaged over DRAWS random subsets
 # instead of over all of them.  C(16, 4) = 1820 is still exact; C(32, 4) = 35960 is not.  The error
-# of 1000 draws on one problem is at most 0.016 (one standard deviation) and averages out over the
-# problems: under 0.001 for 500 of them, far below the sampling error of the solutions.
+# of 1000 draws on one problem is at most 0.016 (one standard deviation), under 0.001 over 500.
 EXACT_SUBSETS = 2000
 DRAWS = 1000
 # Sums of the same weights in another order differ in the last bits: below this they are a tie.
@@ -167,8 +166,7 @@ def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, flo
     """Mean of values and its standard error, clustered by problem where that is given."""
     # Solutions of one problem are alike: taking 32 of each for independent would make the error up
     # to sqrt(32) times too small.  So deviations are summed per problem first (the sandwich
-    # estimator with the P / (P - 1) correction).  Without problems every value is a cluster of its
-    # own, and the formula is the ordinary one.
+    # estimator).  Without problems every value is a cluster of its own: the ordinary formula.
     if not len(values):
         return None, None
     owner = np.arange(len(values)) if problem is None else problem
@@ -209,16 +207,14 @@ def answer_classes(answers: Sequence[str | None], equivalent: Equivalent) -> np.
     `equivalent` raises, two answers differ."""
     # Equality is not always transitive (rounded decimals): each answer joins the oldest class whose
     # first answer it equals, a definite result for a given order.
-    # 8 solutions say 1/2, 0.5, none, 3, 1/2, 1/2, 0.50, 3: the classes are 0 0 -1 1 0 0 0 1, and
-    # `equivalent` was asked 0.5 = 1/2?  3 = 1/2?  0.50 = 1/2?  Exact repeats, the common case, cost
-    # no comparison.
+    # 1/2, 0.5, none, 3, 1/2, 0.50, 3 are the classes 0 0 -1 1 0 0 1; asked was 0.5 = 1/2?  3 = 1/2?
+    # 0.50 = 1/2?  Exact repeats, the common case, cost no comparison.
     equivalent = safely(equivalent)
     seen: dict[str | None, int] = {None: NO_ANSWER}
     founders: list[str] = []
     for answer in answers:
         if answer not in seen:
-            # Lazily: the search ends at the first class that takes the answer, since each
-            # comparison may cost a millisecond of parsing.
+            # Lazily: each comparison may cost a millisecond of parsing.
             matches = (c for c, founder in enumerate(founders) if equivalent(answer, founder))
             seen[answer] = next(matches, len(founders))
             if seen[answer] == len(founders):
@@ -348,8 +344,7 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, flo
     # luck of the order is left, so the mean is unbiased and k = 1 is exactly the accuracy.
     classes, right, score = _columns(classes, right, score, gaps=True)
     # All subsets at once as matrix products: a loop over 1000 subsets of 500 problems would take
-    # minutes in Python, and this takes a second.  Both votes see the same subsets, so that their
-    # difference is not blurred by the draw.
+    # minutes.  Both votes see the same subsets: the draw does not blur their difference.
     subsets = _subsets(len(right), k)                                  # (S, n) of 0 and 1
     ids, column = np.unique(classes, return_inverse=True)
     member = np.eye(len(ids))[column]                                  # (n, M), M answers
@@ -424,8 +419,7 @@ def summarise(rows: Rows, equivalent: Equivalent,
         equivalent = safely(equivalent)
         votes = vote_tables(rows, equivalent)
     accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
-    # What the checker raised, on a solution or where two answers were compared: neither ends an
-    # evaluation, and neither may pass unnoticed.
+    # What the checker raised, on a solution or where two answers were compared, is counted.
     failed = sum(row.get("checker_error") is not None for row in rows)
     return {
         "problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
@@ -711,8 +705,7 @@ def _subset_count(n: int, k: int) -> int:
 @functools.lru_cache(maxsize=64)
 def _subsets(n: int, k: int) -> np.ndarray:
     """(S, n) of 0 and 1, a row a subset of size k: all of them, or DRAWS random ones."""
-    # Problems share the subsets: the solutions of each are drawn independently, so the errors of
-    # two problems are independent all the same, and the table is built once.
+    # Problems share the subsets: their solutions are independent, and so are their errors.
     if _subset_count(n, k) <= EXACT_SUBSETS:
         chosen = np.array(list(itertools.combinations(range(n), k)))
     else:

@@ -94,12 +94,9 @@ def load_problems(
     name: str, split: str = "test", max_problems: int | None = None, seed: int = 0,
     parses: Callable[[str], bool] | None = None,
 ) -> list[Problem]:  # fmt: skip
-    """The problems of an alias, of a file, or made up; the first `max_problems` of them.
-
-    `seed` orders GPQA's choices, and makes up what is made up.  `parses` (checker.parses) is asked
-    about every gold answer.  ValueError, FileNotFoundError or OSError, one line, for a name or a
-    row that makes no sense.
-    """
+    """The problems of an alias, of a file, or made up; the first `max_problems` of them.  `seed`
+    orders GPQA's choices, and makes up what is made up; `parses` (checker.parses) is asked about
+    every gold answer.  ValueError or OSError, one line, for a name or a row without sense."""
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems is {max_problems}, but has to be at least 1")
     if name in MADE_UP:
@@ -140,11 +137,10 @@ def train_and_test(
     data: str, eval_data: str, count: int | None, parses: Callable[[str], bool] | None = None
 ) -> tuple[list[Problem], list[Problem]]:
     """The problems to train on and at most `count` (None: all) to evaluate on; no text is in both.
-
-    Where both names are the same: a benchmark with two splits gives its test split; of all else
-    every n-th problem is held out, at most a fifth (rounded up).  Where problems are made up while
-    training, the first list is empty.  ValueError if nothing is left to train on.
-    """
+    Where they are made up while training, the first list is empty.  ValueError if nothing is left
+    to train on."""
+    # Where both names are the same: a benchmark with two splits gives its test split; of all else
+    # every n-th problem is held out, at most a fifth (rounded up).
     if data in MADE_UP:
         # The splits share no problem: which one it is in, its text decides (tiny/arithmetic.py).
         return [], load_problems(eval_data, "test", count, parses=parses)
@@ -303,11 +299,8 @@ def _text(value: Any, where: str, notes: Counter) -> str:
 def read_solutions(name: str, **how: Any) -> Iterator[tuple[int, dict]]:
     """(line, row) of the solutions in a JSONL file: `problem` or `question` and `response` or
     `solution`, or `messages` as OpenAI's API has them, or token ids; `gold` is the reference
-    answer, where there is one.  All else that a row holds stays in it.
-
-    `how` goes to files.read_jsonl.  ValueError "FILE:LINE ..." for a row that makes no sense; with
-    `on_damage`, that is told (line, why) instead.
-    """
+    answer, where there is one.  All else that a row holds stays in it.  `how` is read_jsonl's, its
+    `on_damage` included; without that, ValueError "FILE:LINE ..." for a row without sense."""
     on_damage = how.get("on_damage")
     for number, row in read_jsonl(name, **how):
         try:
