@@ -111,6 +111,10 @@ class Options(SamplingOptions):
             raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
         if self.scores and self.output is None:
             raise ValueError("--scores needs --output, the folder of the solutions they belong to")
+        # a/rm.jsonl and b/rm.jsonl would be one file of results, and one line of the table
+        labels = [Path(source).stem for source in self.scores]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"--scores: two are called alike ({', '.join(labels)}); rename one")
         if self.samples and (self.generative or self.log_ratio):
             raise ValueError("--samples takes neither --generative nor --log-ratio; "
                              "--scores p-yes on its results asks the model, too")
@@ -393,15 +397,17 @@ def take_in(o: Options, model_given: bool) -> RunFolder:
     rows = []
     for line, row in read_solutions(o.samples):
         # Somebody has to know what is right: the checker, by a gold answer, or whoever judged it.
-        wrong = None
-        if None in (row["problem"], row["response"]):
-            wrong = "problem and response are needed as text"
-        elif row["gold"] is None and type(row.get("r_v")) not in NUMBER:
-            wrong = "neither gold, the reference answer, nor r_v, the verdict"
-        elif type(row.get("r_s")) not in SOME_NUMBER:
-            wrong = "r_s is no number"
-        if wrong:
-            raise ValueError(f"{o.samples}:{line}: {wrong}")
+        judged = row["gold"] is not None or type(row.get("r_v")) in NUMBER
+        for fits, why in (
+            (None not in (row["problem"], row["response"]), "needs problem and response as text"),
+            (judged, "has neither gold, the reference answer, nor r_v, the verdict"),
+            (type(row.get("r_s")) in SOME_NUMBER, "has an r_s that is no number"),
+            (type(row.get("finished", True)) is bool, "has a finished that is not true or false"),
+            (type(row.get("response_tokens")) in (int, type(None)),
+             "has response_tokens that are no count"),
+        ):
+            if not fits:
+                raise ValueError(f"{o.samples}:{line}: the row {why}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{o.samples}: no solutions in it")

@@ -55,7 +55,13 @@ def parse_json(data: bytes, where: str | Path, kind: type = dict, **hooks: Calla
             return float(text)
         raise ValueError(f"{text} is no number")
 
-    hooks = {"parse_float": number, "parse_constant": number} | hooks
+    def whole(text: str) -> int:
+        # Nor is a number of 400 digits one to count or to average with: no float can hold it.
+        if len(text) > 300:
+            raise ValueError(f"{text[:20]}... is too large a number")
+        return int(text)
+
+    hooks = {"parse_float": number, "parse_constant": number, "parse_int": whole} | hooks
     # Every way in which bytes can fail to be JSON ends in the same kind of line.
     try:
         value = json.loads(data.decode("utf-8-sig"), **hooks)

@@ -394,6 +394,8 @@ def test_r_s_of_solutions_sampled_elsewhere(call, tmp_path):
     ({"messages": [{"role": "user", "content": "x"}], "gold": "1"}, "messages"),
     ({"messages": [{"role": "user"}, {"role": "assistant"}], "gold": "1"}, "messages"),
     ({"messages": 5, "gold": "1"}, "messages"),
+    ({"problem": "x", "response": "y", "gold": "1", "finished": "yes"}, "finished"),
+    ({"problem": "x", "response": "y", "gold": "1", "response_tokens": 1.5}, "response_tokens"),
     ({"response_token_ids": [1], "prompt_token_ids": [1], "gold": "1"}, "as text"),
 ])  # fmt: skip
 def test_solutions_without_sense_are_named_by_their_line(call, tmp_path, monkeypatch, bad, said):
@@ -488,6 +490,7 @@ def test_damaged_samples_are_one_line(evaluated, call, tmp_path, damage, how):
 
 
 @pytest.mark.parametrize("line", ['"text"', '{"score": "high"}', '{"score": true}', "{}", "{",
+                                  '{"score": 1' + 400 * "0" + "}",
                                   '{"dataset": [], "prompt_id": 0, "sample": 0, "score": 1}'])
 def test_damaged_scores_are_one_line(evaluated, call, tmp_path, line):
     (tmp_path / "scores.jsonl").write_text('{"score": 1}\n' + line + "\n")
