@@ -225,8 +225,8 @@ def load_sets(o: Options) -> dict[str, list[Problem]]:
 
 
 def trained_on(run: dict, source: str) -> set[str]:
-    """The texts of the problems of a data set that a training run (its options) has learned from,
-    or at least all of them."""
+    """The texts of the problems that a training run (its options) has learned from, as far as the
+    data set may hold them."""
     # A run on FILE holds out every n-th problem of it, or evaluates on another data set; how, its
     # options say, and train_and_test divides today as it did then: 30 problems, 6 held out, and
     # the 24 others are what it was trained on.

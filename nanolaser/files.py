@@ -254,9 +254,9 @@ class RunFolder:
         run = cls(path)  # locked: now nobody else can be about to do the same
         if (path / "config.json").exists():
             there = run_of(path)  # None: unreadable, and of what it is nobody can say
-            differ = f" ({differences(there, config)})" if there else ""
-            raise ValueError(f"{path} holds a run already{differ}; --resume {path} continues it, "
-                             "another --out begins a new one")
+            differ = differences(there, config) if there else ""
+            raise ValueError(f"{path} holds a run already{differ and f' ({differ})'}; --resume "
+                             f"{path} continues it, another --out begins a new one")
         run.describe("options", config)
         return run
 

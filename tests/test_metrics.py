@@ -569,7 +569,7 @@ def test_summarise_is_fast_enough():
     rows = benchmark_rows(500, 32)
     start = time.process_time()
     summarise(rows, same)
-    assert time.process_time() - start < 20            # about 1.5 s of this process, whatever else runs
+    assert time.process_time() - start < 20            # about 1.5 s, whatever else runs
 
 
 # ---------------------------------------------------------------- how sure is a number?
