@@ -33,7 +33,6 @@ all else, or none to clip it.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import zlib
 from collections import Counter
@@ -48,8 +47,8 @@ from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
 from nanolaser.cli import Progress, main_guard, option, parse_args, warn
 from nanolaser.files import (
-    NUMBER, RunFolder, described, differences, read_jsonl, read_log, run_of, to_json, to_jsonl,
-    write_atomic,
+    NUMBER, RunFolder, described, differences, numbered, read_jsonl, read_log, run_of, to_json,
+    to_jsonl, write_atomic,
 )  # fmt: skip
 from nanolaser.judge import (
     OWN_SCORES, SamplingOptions, ask_checker, check_prompts, confidences, fitted_threshold, judge,
@@ -280,8 +279,7 @@ def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
 def open_results(o: Options, mine: dict, name: str) -> RunFolder:
     """The results' folder, new or to go on with; ValueError shows how an existing one differs."""
     # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
-    for tried in itertools.count(1):
-        path = Path(o.output or f"results/{name}" + f"-{tried}" * (tried > 1))
+    for path in [Path(o.output)] if o.output else numbered(Path("results") / name):
         there = read_identity(path)
         differ = differences(there, mine) if there else ""
         # The same evaluation goes on; another one must not be mixed with it.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -48,20 +49,15 @@ def parse_json(data: bytes, where: str | Path, kind: type = dict, **hooks: Calla
     """The JSON value of some bytes; ValueError, one line that begins with `where`, if they are not
     JSON in UTF-8 or hold another kind of value.  `hooks` go to json.loads (parse_int=str)."""
 
-    def number(text: str) -> float:
-        # NaN and 1e999 are no JSON, but Python's reader takes them: infinities would go from here
-        # into sums, and be noticed hours later.
-        if math.isfinite(float(text)):
-            return float(text)
-        raise ValueError(f"{text} is no number")
+    def number(text: str, kind: type = float) -> float:
+        # NaN is no JSON, and 1e999 no float, but Python reads both; and of an integer of 400 digits
+        # nobody can take a mean.  Refused here, not noticed hours later in a sum.
+        if abs(kind(text)) < 1e300:
+            return kind(text)
+        raise ValueError(f"{text:.20} is no number")
 
-    def whole(text: str) -> int:
-        # Nor is a number of 400 digits one to count or to average with: no float can hold it.
-        if len(text) > 300:
-            raise ValueError(f"{text[:20]}... is too large a number")
-        return int(text)
-
-    hooks = {"parse_float": number, "parse_constant": number, "parse_int": whole} | hooks
+    hooks = {"parse_float": number, "parse_constant": number,
+             "parse_int": lambda text: number(text, int), **hooks}
     # Every way in which bytes can fail to be JSON ends in the same kind of line.
     try:
         value = json.loads(data.decode("utf-8-sig"), **hooks)
@@ -95,8 +91,7 @@ def read_jsonl(
     all else; with `on_damage`, it is told (line, why), and the next lines are read."""
     # fields={"step": int, "lr": (float, int)} refuses {"lr": 0.1} and {"step": "2", "lr": 0.1}.
     # Bytes, split at newlines only: text mode would also split at characters such as U+2028,
-    # which may stand unescaped inside a JSON string.
-    # And lazily: of a file of gigabytes the first ten rows cost ten.
+    # which may stand unescaped inside a JSON string.  And lazily: ten rows cost ten.
     with open(path, "rb") if data is None else io.BytesIO(data) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -247,10 +242,8 @@ class RunFolder:
         """A new run's folder: `out`, or runs/NAME, runs/NAME-2, ... where none is given.
         ValueError if `out` holds a run already: results are never overwritten."""
         # Only unnamed runs are numbered: a name that somebody gave is meant.
-        path, count = Path(out or Path("runs") / name), 1
-        while not out and (path / "config.json").exists():
-            count += 1
-            path = Path("runs") / f"{name}-{count}"
+        free = (p for p in numbered(Path("runs") / name) if not (p / "config.json").exists())
+        path = Path(out) if out else next(free)
         run = cls(path)  # locked: now nobody else can be about to do the same
         if (path / "config.json").exists():
             there = run_of(path)  # None: unreadable, and of what it is nobody can say
@@ -273,6 +266,7 @@ class RunFolder:
         "evaluation" is of), and the versions it was made with."""
         import torch  # here: see the top
 
+        # What is missing when the same options give other numbers a year later.
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         self.write_json("config.json", {kind: value, "versions": versions})
 
@@ -321,6 +315,7 @@ class RunFolder:
 
     def point_latest(self, step: int) -> None:
         """Name the checkpoint of `step`, whole on disk by now, as the newest."""
+        # Last of all: until this line is written, a resumed run goes on from the one before.
         if self.first:
             latest = self.path / "checkpoints" / "latest"
             write_atomic(latest, self.checkpoint(step).name + "\n")
@@ -347,6 +342,12 @@ def latest_checkpoint(run: Path) -> Path | None:
             f"name of one that is there ({', '.join(left[-3:]) or 'there is none'})"
         )
     return pointer.parent / name
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """runs/a, runs/a-2, runs/a-3, ..."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
 
 
 def run_of(path: str | Path) -> dict | None:
@@ -381,6 +382,7 @@ def differences(there: dict, here: dict) -> str:
 def peak_memory_bytes(device: Any) -> int:
     """The most memory this process ever held: on the GPU if `device` (torch's) is one, else
     resident."""
+    # What the allocator held: what torch keeps in its pool beyond that can be given back.
     if device.type == "cuda":
         import torch
 

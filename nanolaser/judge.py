@@ -112,7 +112,7 @@ def tokens_of(tokenizer, row: dict, ended: bool = True) -> tuple[list[int], list
         # With the ids of its response those of its prompt fall: they are the same model's.
         prompt, response = None, tokenizer.encode(row["response"])
         ended = ended or row.get("finished", True)  # a text without the word for it is whole
-    if ended and response[-1:] not in [[stop] for stop in tokenizer.stop_ids]:
+    if ended and not (response and response[-1] in tokenizer.stop_ids):
         response = [*response, tokenizer.stop_ids[0]]
     return prompt or tokenizer.encode_prompt(row["problem"]), response
 
@@ -144,7 +144,7 @@ def score_rows(
         done.append(row | {
             "logp_zc": None, "r_s": None, "verdict": None, "tokens_from": "ids" if own else "text",
             "response": tokenizer.decode(response) if own else row["response"],
-            "finished": response[-1] in tokenizer.stop_ids if response else False,
+            "finished": bool(response) and response[-1] in tokenizer.stop_ids,
             "response_tokens": len(response),
         })  # fmt: skip
     # 2. Those that can be read: with an end, and of a sane length.  A row of a megabyte is a
@@ -299,8 +299,7 @@ def confidences(
 
     `size` is the tokenizer's; `budget` tokens, padding included, go to a forward pass.
     """
-    found = {name: [0.0] * len(prompts) for name in
-             ("logprob", "mean-logprob", "self-certainty", "lowest-group")}
+    values = [(0.0,) * 4] * len(prompts)  # in the order above
     head = model.lm_head_weight  # (V, C); rows beyond `size` are padding of the matrix
     block = max(1, BLOCK_LOGITS // len(head))
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
@@ -326,10 +325,10 @@ def confidences(
         for i, (logprob, certainty, confidence) in zip(batch, rows):
             # Groups overlap: 10 tokens have three of 8.  A shorter solution is one group.
             groups = confidence.unfold(0, min(WINDOW, len(confidence)), 1).mean(-1)
-            values = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
-            for name, value in zip(found, values):
-                found[name][i] = value.item()
-    return found
+            four = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
+            values[i] = tuple(x.item() for x in four)
+    names = ("logprob", "mean-logprob", "self-certainty", "lowest-group")
+    return {name: [four[k] for four in values] for k, name in enumerate(names)}
 
 
 # Scores that a model gives its own finished solutions without having been trained to.
