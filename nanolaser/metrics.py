@@ -52,8 +52,8 @@ def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> Verificat
     None where one of the kinds is missing.  A missing score is the verdict "wrong"."""
     right, score = _pair(right, score, gaps=True)
     verdict = score > threshold  # NaN (no score) compares as False, which is the verdict wanted
-    # Not the usual F1: each accuracy is a mean over its kind alone, so both kinds count the same
-    # however many there are, and always answering "right" gets 0.
+    # Not the usual F1: both kinds count the same however many there are, and always answering
+    # "right" gets 0.
     correct, wrong = _mean(verdict[right]), _mean(~verdict[~right])
     if correct is None or wrong is None:
         return VerificationF1(None, correct, wrong)
@@ -93,8 +93,7 @@ def auroc_within(right: Any, score: Any, problem: Any) -> float | None:
     # tells solutions apart, which is what a vote needs.
     ids, problem = np.unique(problem, return_inverse=True)
     _columns(score, problem)
-    # Sums before the division: a problem with 16 pairs says more than one with a single pair, and
-    # one without pairs (all right, all wrong) says nothing and drops out by itself.
+    # Sums before the division: a problem with 16 pairs says more than one with a single pair.
     wins, pairs = _wins_by_problem(*_pair(right, score), problem, len(ids))
     return float(wins.sum() / pairs.sum()) if pairs.sum() else None
 
@@ -124,8 +123,7 @@ def ece(right: Any, score: Any, bins: int = 10) -> float | None:
 
 def brier(right: Any, score: Any) -> float | None:
     """Mean squared difference of the clipped score and the truth; in [0, 1]."""
-    # Unlike the ECE it also rewards telling right from wrong: always saying 0.4 where 40 % are
-    # right is calibrated perfectly, ECE 0, and has a Brier score of 0.24.
+    # Always saying 0.4 where 40 % are right is calibrated perfectly, ECE 0, but tells nothing: 0.24.
     right, score = _pair(right, score)
     return _mean((_clip(score) - right) ** 2)
 
@@ -238,8 +236,7 @@ def tally(classes: Any, score: Any = None) -> list[Candidate]:
     score = [None] * len(classes) if score is None else score
     classes, weights = _columns(classes, score, gaps=True)
     weights, candidates = _clip(weights), []
-    # dict.fromkeys keeps the order of first appearance, which np.unique would lose: it is what
-    # decides ties.
+    # In the order of first appearance, which np.unique would lose: it decides ties.
     for c in dict.fromkeys(classes.astype(int).tolist()):
         members = np.flatnonzero(classes == c)
         # fsum rounds once: the order of the solutions cannot make or break a tie.
@@ -312,7 +309,6 @@ def vote_sizes(n: int) -> list[int]:
 def pass_at_k(right: Any, k: int) -> float:
     """Probability that k of the n solutions hold a right one: 1 - C(n - c, k) / C(n, k), the
     unbiased estimator of Chen et al. (2021), equation 1.  ValueError if k > n."""
-    # math.comb is exact, and 0 where k > wrong: then every subset holds a right one.
     # 8 solutions, 2 right, k = 4: C(6, 4) = 15 of C(8, 4) = 70 subsets have none, 1 - 15/70 = 0.79.
     (right,) = _columns(right)
     return 1.0 - math.comb(int((right <= 0.5).sum()), k) / _subset_count(len(right), k)
@@ -362,8 +358,8 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, flo
     # The same second criterion as in `weighted_vote`.
     second = np.where(by_weight, standing, -np.inf)
     by_weight = second == second.max(axis=1, keepdims=True)
-    # What a class is worth: the share of its members in the subset that are right.  All of them or
-    # none, save where the checker's equality is not transitive.
+    # What a class is worth: the share of its members that are right; all or none of them, save
+    # where the checker's equality is not transitive.
     worth = rights / np.maximum(votes, 1)
     majority, weighted = (float(((worth * tied).sum(axis=1) / tied.sum(axis=1)).mean())
                           for tied in (by_majority, by_weight))
@@ -396,7 +392,7 @@ def right_by_rank(rows: Rows) -> list[float]:
     those without an answer, then those without r_s, coming last.  The first is best-of-n."""
     # Where r_s tells the solutions of a problem apart the shares fall from the first to the last.
     # LaSeR on hard arithmetic once gave .58 .71 .72 .73 .70 .66 .59 .36: the last is rightly
-    # distrusted, and the first is a solution that looks easier than it is.
+    # distrusted, and the first looks easier than it is.
     samples = _group(rows)
     ranked = []
     for where in samples.where:
