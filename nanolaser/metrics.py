@@ -123,7 +123,7 @@ def ece(right: Any, score: Any, bins: int = 10) -> float | None:
 
 def brier(right: Any, score: Any) -> float | None:
     """Mean squared difference of the clipped score and the truth; in [0, 1]."""
-    # Always saying 0.4 where 40 % are right is calibrated perfectly, ECE 0, but tells nothing: 0.24.
+    # Always saying 0.4 where 40 % are right is calibrated perfectly (ECE 0) and useless: 0.24.
     right, score = _pair(right, score)
     return _mean((_clip(score) - right) ** 2)
 
