@@ -4,16 +4,14 @@ Checkpoints: a Hugging Face folder or hub id in, a Hugging Face folder out, and 
     model, tokenizer = load_pretrained("qwen2.5-0.5b")       # alias, hub id or folder
     save_pretrained(model, tokenizer, "my-model")             # transformers and vLLM load it
 
-What is on disk is safetensors and JSON, nothing else: loading either can execute nothing.  (A .bin
-or .pt checkpoint is a pickle, that is, a program; such files are not read at all.)
-
-Loading is strict.  A tensor that is missing, surplus or of another shape, or that holds a NaN, is
-an error with its name: a model that runs with a random layer in it looks almost like one that was
-trained.  Saving is whole or not at all: the folder takes its name when everything is in it.
+On disk there is safetensors and JSON, which can execute nothing.  (A .bin or .pt checkpoint is a
+pickle, that is, a program; it is not read at all.)  Loading is strict: a model that runs with a
+random layer in it looks almost like one that was trained.  Saving is whole or not at all.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -37,31 +35,23 @@ from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
 from .tokenizer import Tokenizer
 
-# Short names of models: --model qwen2.5-7b.
-ALIASES = {
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
-    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
-    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
-    "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B",
+# Short names of models.  Most are those of the hub in small letters, without the owner: --model
+# qwen2.5-7b is Qwen/Qwen2.5-7B.  (Qwen3's bare name is the instruct model's, and so is ours.)
+PUBLISHED = {
+    "Qwen": "Qwen2.5-0.5B Qwen2.5-0.5B-Instruct Qwen2.5-1.5B Qwen2.5-1.5B-Instruct Qwen2.5-3B "
+            "Qwen2.5-7B Qwen2.5-7B-Instruct Qwen2.5-Math-1.5B Qwen2.5-Math-7B Qwen3-0.6B "
+            "Qwen3-0.6B-Base Qwen3-1.7B Qwen3-1.7B-Base Qwen3-4B Qwen3-4B-Base Qwen3-8B "
+            "Qwen3-8B-Base",
+    "meta-llama": "Llama-3.2-1B Llama-3.2-3B Llama-3.1-8B",
+    "HuggingFaceTB": "SmolLM2-135M SmolLM2-135M-Instruct SmolLM2-360M SmolLM2-1.7B",
+}  # fmt: skip
+ALIASES = {name.lower(): f"{owner}/{name}" for owner in PUBLISHED
+           for name in PUBLISHED[owner].split()}  # fmt: skip
+ALIASES |= {
     "orz-7b": "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
     "octothinker-3b": "OctoThinker/OctoThinker-3B-Short-Base",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
-# Qwen3's bare name is the instruct model's, and so is ours.
-ALIASES |= {f"qwen3-{size}{kind}".lower(): f"Qwen/Qwen3-{size}{kind}"
-            for size in ("0.6B", "1.7B", "4B", "8B") for kind in ("", "-Base")}  # fmt: skip
 # The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
 EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
@@ -103,6 +93,7 @@ def load_pretrained(
     the weights are spread.  lora: the adapters to give it; the weights are then those of lora.base.
     ValueError, FileNotFoundError or OSError, one line, for all that can be wrong with it.
     """
+    # 1. Where is it, and in what shall it compute?
     folder = find_checkpoint(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,23 +103,25 @@ def load_pretrained(
         dtype = auto_dtype(folder, device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
-    # Tokenizer and config first: seconds spent on gigabytes are lost if these are wrong.
+    # 2. The tokenizer before the weights: seconds spent on gigabytes are lost if it is wrong.
     tokenizer = Tokenizer.from_folder(folder)
     if z_c is not None:
         tokenizer.set_z_c(z_c)
     if lora is not None:
+        # A checkpoint of adapters holds merged weights too; but what they are learned beside is the
+        # base model, to the last bit, and merging has rounded it away.
         folder, base = find_checkpoint(lora.base), ALIASES.get(lora.base.lower(), lora.base)
         lora = replace(lora, base=base, z_c_id=tokenizer.z_c_id)
+    # 3. The weights.
     model = _load_model(folder, torch.device(device), DTYPES[dtype], world, lora)
     return model, tokenizer
 
 
 def auto_dtype(folder: Path | None, device: str) -> str:
-    """What dtype auto means: float32 on a CPU; on a GPU bfloat16, unless config.json says that the
-    checkpoint is stored in float32.  None: a published model that was not downloaded yet."""
-    # bfloat16 halves memory and more than doubles speed on GPUs; most CPUs emulate it, slowly.
-    # What is stored in 16 bits loses nothing by it.  What is stored in 32 may need them, as the
-    # embedded model does, and is rounded only if somebody asks for it.
+    """What dtype auto means for a checkpoint; None: one that was not downloaded yet."""
+    # float32 on a CPU, for most emulate bfloat16, slowly.  On a GPU bfloat16 halves memory and more
+    # than doubles speed, and what is stored in 16 bits loses nothing by it.  What is stored in 32
+    # may need them, as the embedded model does, and is rounded only if somebody asks for it.
     raw = {} if folder is None else read_json(folder / "config.json")
     stored = raw.get("dtype") or raw.get("torch_dtype")  # transformers 5 and before
     return "float32" if device == "cpu" or stored == "float32" else "bfloat16"
@@ -139,10 +132,12 @@ def find_checkpoint(name: str | Path) -> Path:
     its newest checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
     path = EMBEDDED.get(text) or Path(text).expanduser()
+    # 1. What is here goes before what is elsewhere: a folder called Qwen/Qwen2.5-7B is that folder.
     if path.is_dir():
         return _local(path)
     if path.exists():
         raise ValueError(f"{path} is a file; a model is a folder that holds a config.json")
+    # 2. A name on the hub.  What can only be a path is not asked for there.
     hub_id = ALIASES.get(text.lower(), text)
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
@@ -179,26 +174,29 @@ def _load_model(
     folder: Path, device: torch.device, dtype: torch.dtype, world: World, lora: Lora | None
 ) -> CausalLM:
     """Build the model without memory (device meta), then hand it its tensors one by one."""
+    # 1. The shape.  On the device meta a tensor is nothing else; made on the CPU, the model would
+    #    first be filled with random numbers that take as long to draw as the weights to read.
     config = load_config(folder)
-    # On the device meta a tensor is a shape without memory.  Made on the CPU, the model would
-    # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
         if lora is not None:
             attach(model, lora)
     world.fully_shard(model, device)
-    # All headers before any tensor: what does not fit is said at once, not after gigabytes.
-    files = {path: _read_header(path) for path in _weight_files(folder)}  # {path: {name: shape}}
+    # 2. All headers before any tensor: what does not fit is said at once, not after gigabytes.
+    found, places = {}, {}
+    for path in _weight_files(folder):
+        header = _read_header(path)
+        found |= header
+        places |= dict.fromkeys(header, path)
     expected = {name: list(t.shape) for name, t in _weights(model).items()}
-    found = {name: shape for shapes in files.values() for name, shape in shapes.items()}
     _check_names(folder, expected, found, config.tie_word_embeddings)
-    places, tensors = {n: path for path, shapes in files.items() for n in shapes}, {}
+    # 3. The tensors, mapped, copied and unmapped one by one: the peak is the model and one tensor.
+    #    A copy also where the dtype is right already: a mapped tensor would change with its file,
+    #    and starts at an odd address, on which fast kernels round differently.
+    tensors = {}
     for name, path in places.items():
         if name not in expected:  # not needed, see _check_names
             continue
-        # Mapped, copied and unmapped, one by one: the peak is the model and one tensor.  A copy
-        # also where the dtype is right already: a mapped tensor would change with its file, and
-        # starts at an odd address, on which fast kernels round differently.
         with _open(path) as file:
             tensors[name] = world.scatter(file.get_tensor(name), device, dtype)
         _check_finite(path, name, local(tensors[name]))
@@ -222,10 +220,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        hint = "pickles such as .bin can run any code, and are neither read nor downloaded"
-        if pickles:
-            hint = f"{pickles[0]} is a pickle, which can run any code, and is not read"
-        raise FileNotFoundError(f"{folder}: no weights there; {WEIGHTS} is missing ({hint})")
+        which = pickles[0] if pickles else "a .bin or .pt file"
+        raise FileNotFoundError(f"{folder}: no weights there; {WEIGHTS} is missing ({which} is a "
+                                "pickle, which can run any code, and is not read)")  # fmt: skip
+    # Large models come in pieces: {"weight_map": {"model.norm.weight": "model-00002-of-...", ...}}
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{folder / INDEX} is damaged: no weight_map in it")
@@ -273,11 +271,9 @@ def _check_names(folder: Path, expected: dict, found: dict, tied: bool) -> None:
         "misshapen": [f"{n} {found[n]} instead of {shape}" for n, shape in expected.items()
                       if found.get(n, shape) != shape],
     }  # fmt: skip
-    said = [
-        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for kind, names in wrong.items()
-        if names
-    ]
+    # "12 missing: a, b, c, ...; 1 misshapen: d [31] instead of [32]"
+    said = [f"{len(names)} {kind}: {', '.join(names[:3] + ['...'] * (len(names) > 3))}"
+            for kind, names in wrong.items() if names]  # fmt: skip
     if said:
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(said)}")
 
@@ -295,7 +291,7 @@ def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
 def _check_tied(path: Path, model: CausalLM, world: World) -> None:
     """ValueError if the config ties the output matrix, but the file holds another one: whichever of
     the two were used, half of those who saved such a checkpoint would have meant the other."""
-    with _open(path) as file:
+    with _open(path) as file:  # in the model's dtype: what differs by its rounding alone is equal
         own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
     if not torch.equal(world.local_rows(own), local(model.lm_head_weight)):
         raise ValueError(
@@ -338,6 +334,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
     sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
     sliding = sliding or not isinstance(layers, list) or any(x != "full_attention" for x in layers)
+    # 1. What would be computed differently.
     for unsupported, what in (
         (str(kind) not in FAMILIES, f"model_type {kind!r:.40} (only {', '.join(FAMILIES)} are)"),
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r:.40}"),
@@ -346,13 +343,14 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     ):
         if unsupported:
             raise ValueError(f"config.json: {what} is not supported")
+    # 2. Numbers.  transformers leaves out what equals the family's default.
     numbers = {name: _number(raw, name, *accepted) for name, accepted in NUMBERS.items()}
     heads, head_dim = numbers["num_attention_heads"], FAMILIES[kind][1]
     head_dim = head_dim or numbers["hidden_size"] // heads
     theta, scaling = _rope_from_hf(raw)
     eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
-    # Qwen2 has q, k, v biases by construction and never an output bias; the one switch of the other
-    # families means all four.  transformers leaves out what equals the family's default: no.
+    # 3. What a family says by its name: Qwen2 has q, k, v biases and never an output bias; the one
+    #    switch of the other families means all four.
     bias = bool(raw.get("attention_bias"))
     config = ModelConfig(
         model_type=kind,
@@ -417,6 +415,8 @@ def _number(raw: dict, name: str, kind: type, default: Any = REQUIRED, most: flo
 
 def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
     """rope_theta and rope_scaling out of either dialect; ValueError for a type we lack."""
+    # transformers 4:  "rope_theta": 5e5, "rope_scaling": {"rope_type" or "type": "llama3", ...}
+    # transformers 5:  "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", ...}
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     if not isinstance(new, dict) or not isinstance(old, dict):
         raise ValueError("config.json: rope_parameters or rope_scaling is no JSON object")
@@ -450,19 +450,14 @@ def save_pretrained(
     world: World = ALONE,
 ) -> None:
     """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
-    also what `load_state` reads, in its folder `state/`.
-
-    Weights keep the model's dtype; a tied matrix is written once.  LoRA's adapters are merged into
-    them, and lie in the folder `adapter/` as well, as PEFT has them.  The folder appears whole.  In
-    a folder that exists each file is replaced whole, and foreign files stay.  OSError if the disk
-    is full or read-only; nothing is left behind then.
-
-    Of many ranks each calls this, and the first one writes the same files: it is handed the parts
-    of one tensor after the other, and never holds a second model.
+    also what `load_state` reads, in its folder `state/`.  OSError if the disk is full or read-only;
+    nothing is left behind then.
     """
+    # Weights keep the model's dtype; a tied matrix is written once.  LoRA's adapters are merged
+    # into them, for whoever knows nothing of adapters, and lie in adapter/ as well, as PEFT has
+    # them.  The tokenizer's files go along unchanged: a checkpoint must not need its ancestor.
     adapter_config, adapters = in_peft(model, world)
     dtype = str(model.dtype).removeprefix("torch.")
-    # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
     files = {"config.json": _json(config_to_hf(model.config, dtype)), **tokenizer.files()}
     if adapters:
         files[str(ADAPTER.with_name("adapter_config.json"))] = _json(adapter_config)
@@ -470,7 +465,8 @@ def save_pretrained(
         for name, content in files.items() if world.is_first else ():
             (temporary / name).parent.mkdir(exist_ok=True)
             write_atomic(temporary / name, content)
-        # Here all ranks meet, tensor by tensor, in the same order.
+        # Here all ranks meet, tensor by tensor, in the same order: the first one writes, handed the
+        # parts of one tensor after the other, and never holds a second model.
         with merged(model, world):
             _write_tensors(temporary / WEIGHTS, _weights(model), world)
         if adapters:
@@ -493,20 +489,31 @@ def _whole(folder: Path, world: World) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         sync_folder(temporary)
-        _move_into_place(temporary, folder)
+        if not folder.exists():
+            os.rename(temporary, folder)  # the usual case: all of it at once
+        else:
+            # A folder that is there may hold files of somebody else: ours are replaced one by one.
+            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                file = folder / path.relative_to(temporary)
+                file.parent.mkdir(exist_ok=True)
+                os.replace(path, file)
+            # The weights are one file now.  vLLM would read an old index and its shards instead.
+            for old in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+                old.unlink(missing_ok=True)
+            sync_folder(folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     """One safetensors file, flushed to the disk; of many ranks each gives its rows of the tensors.
-    OSError if the disk is full.
-
-    The format: the length of the header in 8 bytes, the header (JSON), the tensors' bytes.  The
-    library's own writer wants all tensors at once, which for 7B parameters and AdamW's state is
-    100 GB; here each is gathered and brought to the CPU when its turn comes.
-    """
+    OSError if the disk is full."""
+    # The format: the length of the header in 8 bytes, the header (JSON), the tensors' bytes.  The
+    # library's own writer wants all tensors at once, which for 7B parameters and AdamW's state is
+    # 100 GB; here each is gathered and brought to the CPU when its turn comes.
     tensors = {name: local(t.detach()) for name, t in tensors.items()}
+    # 1. The header.  How many rows a tensor has is the sum over the ranks.
     rows = world.gather([[len(t) if t.dim() else 0 for t in tensors.values()]])
     lengths = dict(zip(tensors, map(sum, zip(*rows))))
     # The widest first, as the library has it: so each begins at a multiple of its item's size.
@@ -519,10 +526,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
         header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    wholes = (world.all_gather(tensors[name]) for name in order)  # one by one, all ranks together
+    # 2. The bytes, one tensor after the other.  What the others gather they throw away.
+    wholes = (world.all_gather(tensors[name]) for name in order)
     if not world.is_first:
-        for _ in wholes:
-            pass
+        collections.deque(wholes, maxlen=0)
         return
     try:
         with open(path, "wb") as file:
@@ -535,22 +542,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
     except OSError as error:
         error.filename = str(path)  # a full disk does not say by itself
         raise
-
-
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Give a finished folder its name; where that exists, replace its files one by one."""
-    if not folder.exists():
-        os.rename(temporary, folder)
-    else:
-        files = sorted(p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file())
-        for file in files:
-            (folder / file).parent.mkdir(exist_ok=True)
-            os.replace(temporary / file, folder / file)
-        # The weights are one file now.  vLLM would read an old index and its shards all the same.
-        for old in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
-            old.unlink(missing_ok=True)
-        sync_folder(folder)
-    sync_folder(folder.parent)
 
 
 def _json(value: Any) -> str:
@@ -566,9 +557,8 @@ def save_state(
     folder: str | Path, tensors: dict[str, Tensor], meta: dict, world: World = ALONE
 ) -> None:
     """Write what resuming needs: tensors (the optimizer's; of many ranks, this one's rows of them)
-    into state.safetensors and meta, which is anything that JSON can hold, into state.json; with
-    the checksums of both, and of the checkpoint files in the folder above.  ValueError for a NaN
-    in meta; OSError as in writing."""
+    into state.safetensors and meta, which is anything that JSON can hold, into state.json.
+    ValueError for a NaN in meta; OSError as in writing."""
     folder = Path(folder)
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -576,7 +566,12 @@ def save_state(
     _write_tensors(folder / "state.safetensors", tensors, world)
     if not world.is_first:
         return
-    sums = {name: _sha256(folder / name) for name in _guarded(folder)}
+    # A state fits the weights it was saved with and no others, and a disk that lost a byte would
+    # change a resumed run without a word: so the checksums of both stand in the state, and that of
+    # meta itself.  {"state.safetensors": "9f8c...", "../model.safetensors": ...}
+    beside = {p for pattern in (*NEEDED, "adapter/*") for p in folder.parent.glob(pattern)}
+    names = [f"../{p.relative_to(folder.parent)}" for p in sorted(beside)]
+    sums = {name: _sha256(folder / name) for name in ("state.safetensors", *names)}
     sums["meta"] = _sha256_of(meta)
     write_atomic(folder / "state.json", _json({"meta": meta, "sha256": sums}))
 
@@ -608,16 +603,6 @@ def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tens
     # Read and copied, not mapped: these tensors are about to be updated in place.
     with _open(folder / "state.safetensors") as file:
         return {name: world.local_rows(file.get_tensor(name)).clone() for name in file.keys()}, meta
-
-
-def _guarded(folder: Path) -> list[str]:
-    """The files whose checksums the state keeps, as paths from its folder: its own tensors, and
-    the checkpoint around it, for a state fits those weights and no others."""
-    names = ["state.safetensors"]
-    if (folder.parent / "config.json").is_file():
-        beside = {p for pattern in (*NEEDED, "adapter/*") for p in folder.parent.glob(pattern)}
-        names += sorted(f"../{p.relative_to(folder.parent)}" for p in beside)
-    return names
 
 
 def _sha256(path: Path) -> str:
