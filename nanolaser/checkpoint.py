@@ -33,7 +33,7 @@ from .files import HUB_ID, fetch, latest_checkpoint, read_json, sync_folder, wri
 from .lora import ADAPTER, Lora, attach, fill, in_peft, is_adapter, merged
 from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, to_json
 
 # Short names of models.  Most are those of the hub in small letters, without the owner: --model
 # qwen2.5-7b is Qwen/Qwen2.5-7B.  (Qwen3's bare name is the instruct model's, and so is ours.)
@@ -458,9 +458,9 @@ def save_pretrained(
     # them.  The tokenizer's files go along unchanged: a checkpoint must not need its ancestor.
     adapter_config, adapters = in_peft(model, world)
     dtype = str(model.dtype).removeprefix("torch.")
-    files = {"config.json": _json(config_to_hf(model.config, dtype)), **tokenizer.files()}
+    files = {"config.json": to_json(config_to_hf(model.config, dtype)), **tokenizer.files()}
     if adapters:
-        files[str(ADAPTER.with_name("adapter_config.json"))] = _json(adapter_config)
+        files[str(ADAPTER.with_name("adapter_config.json"))] = to_json(adapter_config)
     with _whole(Path(folder).expanduser().resolve(), world) as temporary:
         for name, content in files.items() if world.is_first else ():
             (temporary / name).parent.mkdir(exist_ok=True)
@@ -544,11 +544,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
         raise
 
 
-def _json(value: Any) -> str:
-    # allow_nan=False: NaN is not JSON, and other readers would reject the file
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 # ---------------------------------------------------------------------------------------------
 # resume state
 
@@ -562,7 +557,7 @@ def save_state(
     folder = Path(folder)
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-    meta = json.loads(_json(meta))  # as it will be read back: tuples are lists, keys are texts
+    meta = json.loads(to_json(meta))  # as it will be read back: tuples are lists, keys are texts
     _write_tensors(folder / "state.safetensors", tensors, world)
     if not world.is_first:
         return
@@ -573,7 +568,7 @@ def save_state(
     names = [f"../{p.relative_to(folder.parent)}" for p in sorted(beside)]
     sums = {name: _sha256(folder / name) for name in ("state.safetensors", *names)}
     sums["meta"] = _sha256_of(meta)
-    write_atomic(folder / "state.json", _json({"meta": meta, "sha256": sums}))
+    write_atomic(folder / "state.json", to_json({"meta": meta, "sha256": sums}))
 
 
 def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tensor], dict]:
