@@ -67,7 +67,7 @@ OLDER = "resume from an older checkpoint: put its name (step-000080) into checkp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISK_DTYPES = ("F32", "BF16", "F16", "F64")  # as safetensors calls them; others are quantised
-# What is written may also be counts and the like, in a state.
+# What is written may also be counts and the like, in a state: AdamW's steps, say.
 DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -79,13 +79,9 @@ DTYPE_NAMES = {
 
 
 def load_pretrained(
-    name: str | Path,
-    device: str = "cpu",
-    dtype: str = "float32",
-    z_c: str | None = None,
-    world: World = ALONE,
-    lora: Lora | None = None,
-) -> tuple[CausalLM, Tokenizer]:
+    name: str | Path, device: str = "cpu", dtype: str = "float32", z_c: str | None = None,
+    world: World = ALONE, lora: Lora | None = None,
+) -> tuple[CausalLM, Tokenizer]:  # fmt: skip
     """Model and tokenizer of an alias, a hub id, a checkpoint folder or a run's folder.
 
     device: auto, cpu, cuda; dtype: auto (see auto_dtype), float32, bfloat16, float16, whatever the
@@ -155,7 +151,8 @@ def find_checkpoint(name: str | Path) -> Path:
 
 def _local(path: Path) -> Path:
     """The checkpoint folder that a local folder is, or points to."""
-    # A run's folder has a config.json too (its options), so this comes first.
+    # runs/a, runs/a/checkpoints and runs/a/checkpoints/step-000120 all mean a checkpoint.  A run's
+    # folder has a config.json too (its options), so whether it is one is asked first.
     config = path / "config.json"
     inside = path.name == "checkpoints" and not config.is_file()
     newest = latest_checkpoint(path.parent if inside else path)
@@ -164,9 +161,7 @@ def _local(path: Path) -> Path:
     if not config.is_file():
         raise FileNotFoundError(f"{path}: no config.json there, so this is not a model's folder")
     if "options" in read_json(config):
-        raise FileNotFoundError(
-            f"{path} is a run that has saved no checkpoint yet (checkpoints/latest names none)"
-        )
+        raise FileNotFoundError(f"{path} is a run that has saved no checkpoint yet")
     return path
 
 
@@ -216,7 +211,8 @@ def _weights(model: CausalLM) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, one or many."""
-    if (folder / WEIGHTS).is_file():  # transformers, too, prefers it to an index beside it
+    # One file; transformers, too, prefers it to an index beside it.
+    if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -241,9 +237,7 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or corrupt ({error}); copy or download it again"
-        ) from None
+        raise ValueError(f"{path} is truncated or corrupt ({error}); copy it again") from None
 
 
 def _read_header(path: Path) -> dict[str, list[int]]:
@@ -252,11 +246,9 @@ def _read_header(path: Path) -> dict[str, list[int]]:
     with _open(path) as file:
         for name in file.keys():
             part = file.get_slice(name)
-            if str(part.get_dtype()) not in DISK_DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is {part.get_dtype()}: quantised weights are not supported"
-                )
-            shapes[name] = part.get_shape()
+            dtype, shapes[name] = str(part.get_dtype()), part.get_shape()
+            if dtype not in DISK_DTYPES:
+                raise ValueError(f"{path}: {name} is {dtype}: quantised weights are not supported")
     return shapes
 
 
@@ -282,10 +274,8 @@ def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
     """ValueError if a weight is NaN or infinite: one is enough to make every answer noise."""
     # Smallest and largest number tell (a NaN is both), and are found as fast as memory is read.
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise ValueError(
-            f"{path}: the weights hold NaN or infinity ({name}, read as {tensor.dtype}): they were "
-            "damaged or badly trained; take an older checkpoint, or copy them again"
-        )
+        what = f"the weights hold NaN or infinity ({name}, read as {tensor.dtype})"
+        raise ValueError(f"{path}: {what}; take an older checkpoint, or copy it again")
 
 
 def _check_tied(path: Path, model: CausalLM, world: World) -> None:
@@ -294,10 +284,8 @@ def _check_tied(path: Path, model: CausalLM, world: World) -> None:
     with _open(path) as file:  # in the model's dtype: what differs by its rounding alone is equal
         own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
     if not torch.equal(world.local_rows(own), local(model.lm_head_weight)):
-        raise ValueError(
-            f"{path}: lm_head.weight differs from the embedding, to which config.json ties it; set "
-            "tie_word_embeddings to false there to use it"
-        )
+        what = "lm_head.weight differs from the embedding, to which config.json ties it"
+        raise ValueError(f"{path}: {what}; set tie_word_embeddings to false there to use it")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,10 +357,9 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     )
     # Turning pairs halves a head; a key-value head serves a whole number of query heads.
     if config.head_dim % 2 or heads % config.num_key_value_heads:
-        raise ValueError(
-            f"config.json: {heads} heads of head_dim {config.head_dim} (an even number) that share "
-            f"{config.num_key_value_heads} key-value heads: that does not divide"
-        )
+        what = f"{heads} heads of head_dim {config.head_dim} (an even number) that share"
+        raise ValueError(f"config.json: {what} {config.num_key_value_heads} key-value heads: that "
+                         "does not divide")  # fmt: skip
     return config
 
 
@@ -384,14 +371,15 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "architectures": [FAMILIES[kind][0]],
         **asdict(config),
         "hidden_act": "silu",
-        # both dialects: the old pair, and transformers 5's rope_parameters
+        # Both dialects: rope_theta and rope_scaling, which asdict has, and transformers 5's name;
+        # torch_dtype, and what it is called by now.
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
         "eos_token_id": [*eos] if len(eos) > 1 else eos[0] if eos else None,
     }
-    # What the family says by itself (see above) is left out.
+    # What a family says by its name (see config_from_hf) is left out.
     del raw["attention_output_bias"], raw["qk_norm"]
     if kind == "qwen2":
         del raw["attention_bias"]
@@ -404,12 +392,12 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 def _number(raw: dict, name: str, kind: type, default: Any = REQUIRED, most: float = 1e12) -> Any:
     """A number above 0 from the config; absent or null stands for the default."""
     value = default if raw.get(name) is None else raw[name]
-    value = float(value) if kind is float and type(value) is int else value
+    # by type: True is an int to Python, and "12" a text.  (No float is as large as JSON's 1 and 400
+    # zeros: that stays an int, and is refused.)
+    value = float(value) if kind is float and type(value) is int and value < 1e300 else value
     if type(value) is not kind or not 0 < value <= most:
-        value, what = raw.get(name), "whole number" if kind is int else "number"
-        raise ValueError(
-            f"config.json: {name} is {value!r:.40}, but has to be a {what} above 0, at most {most}"
-        )
+        wanted = f"a {'whole ' * (kind is int)}number above 0, at most {most}"
+        raise ValueError(f"config.json: {name} is {raw.get(name)!r:.40}, but has to be {wanted}")
     return value
 
 
@@ -443,12 +431,9 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
 
 
 def save_pretrained(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    state: tuple[dict[str, Tensor], dict] | None = None,
-    world: World = ALONE,
-) -> None:
+    model: CausalLM, tokenizer: Tokenizer, folder: str | Path,
+    state: tuple[dict[str, Tensor], dict] | None = None, world: World = ALONE,
+) -> None:  # fmt: skip
     """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
     also what `load_state` reads, in its folder `state/`.  OSError if the disk is full or read-only;
     nothing is left behind then.
@@ -593,8 +578,7 @@ def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tens
         if not file.is_file():
             raise ValueError(f"{file} is missing; {OLDER}")
         if _sha256(file) != written:
-            changed = "is damaged or was changed: its checksum is not the one it was saved with"
-            raise ValueError(f"{file} {changed}; {OLDER}")
+            raise ValueError(f"{file} is damaged: its checksum is not the saved one; {OLDER}")
     # Read and copied, not mapped: these tensors are about to be updated in place.
     with _open(folder / "state.safetensors") as file:
         return {name: world.local_rows(file.get_tensor(name)).clone() for name in file.keys()}, meta

@@ -191,6 +191,7 @@ def scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, n
 
 def votes_panel(votes: Mapping[str, Mapping[int, Any]], title: str = "Accuracy of votes") -> str:
     """Accuracy of each kind of vote against k, with standard errors over problems."""
+    # method: name at the end of its line, colour, dashes
     styles = {"majority_vote": ("majority vote", GREY, DASH),
               "weighted_vote": ("weighted by r_s", RIGHT, ""),
               "best_of": ("best by r_s", OTHERS[0], "8 3 2 3"),
@@ -351,7 +352,7 @@ def _smooth_line(points: np.ndarray, colour: str, dash: str, name: str) -> list[
 
 
 def save(path: str | Path, svg: str) -> str:
-    """Write a picture, whole or not at all; the line to tell."""
+    """Write a picture or page, whole or not at all; the line to tell."""
     write_atomic(path, svg)
     return f"picture {path}"
 
@@ -424,6 +425,7 @@ def read_run(folder: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
 
 def _shown(row: Mapping[str, Any]) -> dict:
     """What a page shows of a solution: of a long chain of thought its beginning and its end."""
+    # What the page has a place for, and no other keys of samples.jsonl.
     keys = "step problem gold response answer r_v r_s advantage response_tokens finished".split()
     row = {key: row.get(key) for key in keys}
     text = str(row["response"])

@@ -94,6 +94,7 @@ def panel(
 
 def picture(panels: Sequence[str], columns: int = 2) -> str:
     """Panels in rows of so many columns, as one SVG text."""
+    # Panel 5 of 3 columns: column 2 of row 1, moved by 800 and 240 pixels.
     columns = min(columns, len(panels)) or 1
     width, height = WIDTH * columns, HEIGHT * math.ceil(len(panels) / columns)
     placed = [f'<g transform="translate({i % columns * WIDTH} {i // columns * HEIGHT})">{p}</g>'
@@ -112,7 +113,7 @@ def _text(x, y, text, anchor="start", colour="#222", size=12, turn=0) -> str:
 
 def _span(values: np.ndarray) -> tuple[float, float]:
     """A range that holds all finite values, with some air; never empty."""
-    values = values[np.isfinite(values)]
+    values = values[np.isfinite(values)]  # a border's infinite ends stretch no axis
     low, high = values.min(), values.max()
     air = 0.04 * (high - low) or abs(low) / 10 or 0.5  # all alike: no range to take a part of
     return low - air, high + air

@@ -322,10 +322,12 @@ class Tokenizer:
         """Take over laser.json, key by key; ValueError for values that cannot be right."""
         for name, (kind, default, sound) in LASER.items():
             value = default if laser.get(name) is None else laser[name]
-            value = float(value) if kind is float and type(value) is int else value
-            # (by type: True is an int to Python)
+            # JSON's -20 for -20.0; by type, for True is an int to Python, and no float is as large as
+            # a whole number may be.
+            if kind is float and type(value) is int and abs(value) < 1e300:
+                value = float(value)
             if value is not default and (type(value) is not kind or not sound(value)):
-                raise ValueError(f"laser.json: {name} is {value!r}, which it cannot be")
+                raise ValueError(f"laser.json: {name} is {value!r:.40}, which it cannot be")
             setattr(self, name, value)
         self.z_c = self.z_c or self._default_z_c()
         self.set_z_c(self.z_c)

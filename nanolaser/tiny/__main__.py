@@ -72,15 +72,14 @@ class Options:
                           shown="11000; 2400 for subset-sum")
     out: str | None = option(None, "folder to write", shown="where --task has its model")
     seed: int = option(0, "of the initial weights and of the texts")
-    threads: int = option(1, "processor threads", min=1)
-    lr: float = option(0.02, "peak learning rate of the matrices (Muon)", above=0)
-    embedding_lr: float = option(2e-3, "peak learning rate of all else (AdamW)", above=0)
-    batch: int = option(32, "texts per update", min=1)
     wrong: float = option(0.2, "share of steps that go wrong", min=0, max=1,
                           shown="0.2; 0.03 for subset-sum")
     checks: float = option(0.65, "share of texts that go on with a check", min=0, max=1,
                            shown="0.65; 0.8 for subset-sum")
-    marks: float = option(0.2, "share of arithmetic with marked steps", min=0, max=1)
+
+
+BATCH = 32  # texts per update
+MARKS = 0.2  # share of arithmetic with marked steps
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,14 +131,14 @@ def text(rng: random.Random, options: Options) -> tuple[str, str]:
         return text(rng, options)  # wrong steps can run away: not worth the tokens
     # 2. One number decides between the three kinds of text: 0 .. 0.2 marks, .. 0.85 a check.
     kind = rng.random()
-    marked = kind < options.marks
+    marked = kind < MARKS
     mark = lambda ok: ("v" if ok else "x") if marked else ""  # noqa: E731
     chain = "".join(f"{step}{mark(ok)}\n" for step, ok in steps)
     prompt = f"{USER}{'mark ' if marked else ''}{problem}=?{END}"
     # 3. The next chat's <|user|> closes every text: so the position after <|end|>, where z_c will
     #    be read, is trained like any other, as it is in packed pre-training.
     answer = f"{chain}\\boxed{{{result}}}{END}{USER}"
-    if not marked and kind < options.marks + options.checks:
+    if not marked and kind < MARKS + options.checks:
         # By the result, as the checker will judge in RL: two wrong steps may cancel, rarely.
         verdict = "y" if result == arithmetic_value(expression) else "n"
         answer += f"ok?{END}{verdict}{END}{USER}"
@@ -151,9 +150,9 @@ def batches(options: Options, encode):
     rng = random.Random(options.seed)
     while True:
         # 16 batches at a time, sorted by length and then shuffled: little padding, no order
-        texts = [tuple(map(encode, text(rng, options))) for _ in range(16 * options.batch)]
+        texts = [tuple(map(encode, text(rng, options))) for _ in range(16 * BATCH)]
         texts.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        chunks = [texts[i : i + options.batch] for i in range(0, len(texts), options.batch)]
+        chunks = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
         rng.shuffle(chunks)
         for chunk in chunks:
             tokens, lengths = pad([prompt + answer for prompt, answer in chunk])
@@ -222,7 +221,7 @@ TASKS = {
 }  # fmt: skip
 
 
-def optimizers(model: CausalLM, options: Options) -> list[torch.optim.Optimizer]:
+def optimizers(model: CausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms.
 
     Muon (Jordan 2024, in torch since 2.9) gives all directions of a matrix the same step size.
@@ -235,15 +234,15 @@ def optimizers(model: CausalLM, options: Options) -> list[torch.optim.Optimizer]
     others = [p for p in model.parameters() if p not in chosen]
     # eps 1e-7: the gradient of a token that never occurs shrinks to nothing, and Adam would
     # divide it by its own size and go on pushing that token down for ever; so would z_c drift.
-    adam = dict(lr=options.embedding_lr, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True)
-    muon = dict(lr=options.lr, momentum=0.95, weight_decay=0.01)
+    adam = dict(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True)
+    muon = dict(lr=0.02, momentum=0.95, weight_decay=0.01)
     return [torch.optim.AdamW(others, **adam), torch.optim.Muon(matrices, **muon)]
 
 
 def train(model: CausalLM, encode, options: Options) -> None:
     """Supervised training on random texts for options.updates steps; cosine learning rate."""
     # Two optimizers, and one schedule for both: up in 100 steps, then half a cosine down to 2 %.
-    both = optimizers(model, options)
+    both = optimizers(model)
     groups = [group for optimizer in both for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     yes, no, *_ = verdicts = torch.tensor([VOCABULARY.index(c) for c in "ynvx"])
@@ -285,7 +284,7 @@ def main() -> None:
     options, given = parse_args(Options, description=__doc__.split("\n\n")[0])
     preset, folder, smaller = TASKS[options.task]
     options = apply_preset(options, given, preset)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # several would add up in another order, and make another model
     out = Path(options.out or folder)
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written fails now, not in half an hour
     model = CausalLM(dataclasses.replace(CONFIG, **smaller)).init_weights(options.seed)

@@ -43,6 +43,7 @@ def subset_sum(rng: random.Random) -> tuple[int, dict[str, int], str]:
 
 def subset_text(target: int, numbers: dict[str, int]) -> str:
     """The problem as it is asked."""
+    # 50, {"a": 7, "b": 10, ...}  ->  50 from a7 b10 ...
     return f"{target} from " + " ".join(f"{letter}{n}" for letter, n in numbers.items())
 
 
@@ -63,10 +64,12 @@ def reward(problem: str, response: str, answer: str | None = None) -> float:
     # The same verdict as the checker's, and no gold answer is needed for it: one adds up.
     target = int(re.search(r"\d+", problem).group())
     numbers = {letter: int(n) for letter, n in re.findall(r"([a-z])(\d+)", problem)}
+    # Two boxes are no answer: whoever may name several solutions need not find one.
     boxes = re.findall(r"\\boxed\{([a-z](?:,[a-z])*)\}", response)
     if len(boxes) != 1 or response.count("\\boxed{") != 1:
         return 0.0
     chosen = boxes[0].split(",")
+    # Each letter once, and only those of the problem: 50 from a7 ... is not seven times a7 and 1.
     once = len(set(chosen)) == len(chosen) and set(chosen) <= set(numbers)
     return float(once and sum(map(numbers.get, chosen)) == target)
 
