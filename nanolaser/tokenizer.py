@@ -98,7 +98,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._settings = _json_object(files, "tokenizer_config.json")
         # Ids from `size` on have no text and are never sampled.  Usually the output matrix has such
-        # rows to spare (Qwen2.5-7B: 387); a tokenizer with more ids than rows is cut.
+        # rows to spare (Qwen2.5-7B: 399); a tokenizer with more ids than rows is cut.
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values(), default=-1)
         if isinstance(config.get("vocab_size"), int):
@@ -176,7 +176,7 @@ class Tokenizer:
 
     def prompt_text(self, problem: str) -> str:
         """What the model is to read: problem and instruction as the user's turn of its template."""
-        # "What is 2+3?" for Qwen2.5:  <|im_start|>user\nWhat is 2+3? Please reason step by step,
+        # "What is 2+3?" in ChatML:  <|im_start|>user\nWhat is 2+3? Please reason step by step,
         # and put ...<|im_end|>\n<|im_start|>assistant\n   and here the answer begins.
         content = f"{problem} {self.instruction}" if self.instruction else problem
         return self._render(content)
@@ -322,8 +322,8 @@ class Tokenizer:
         """Take over laser.json, key by key; ValueError for values that cannot be right."""
         for name, (kind, default, sound) in LASER.items():
             value = default if laser.get(name) is None else laser[name]
-            # JSON's -20 for -20.0; by type, for True is an int to Python, and no float is as large as
-            # a whole number may be.
+            # JSON's -20 for -20.0; by type, for True is an int to Python; and a whole number may be
+            # larger than any float.
             if kind is float and type(value) is int and abs(value) < 1e300:
                 value = float(value)
             if value is not default and (type(value) is not kind or not sound(value)):
