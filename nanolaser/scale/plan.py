@@ -219,8 +219,9 @@ class Plan:
 
     @property
     def host_needed(self) -> int:
-        """Bytes of host memory for each rank of a GPU run: fp32 masters, moments and gradients if
-        offloaded, the weights beside which adapters learn, and what Python and torch take."""
+        """Bytes of host memory for each rank of a GPU run."""
+        # fp32 masters, moments and gradients if offloaded, the weights beside which adapters learn,
+        # and what Python and torch take.  (A CPU run's are on its device.)
         offloaded = 16 * self.learning // self.world * self.settings.offload_optimizer
         return 0 if self.device == "cpu" else offloaded + frozen_copy(self) + 3 * GIB
 
@@ -538,23 +539,22 @@ def _shape_of(model: str) -> ModelConfig:
 def plan_for(options) -> Plan:
     """The plan of a run with train.py's options on this machine; under torchrun, of one of its
     ranks.  ValueError if the shape of --model is not known."""
-    # All that is read of the options, here and in `settle`: model, data, device, dtype, steps,
-    # problems_per_step, group_size, max_prompt_tokens, max_new_tokens, max_rows, kv_cache_gb,
-    # c_ref, lora_rank, lora_targets, and the three of Settings.
     o, config = options, _shape_of(options.model)
-    # What `auto` will mean when the model is loaded.
+    # 1. What `auto` will mean when the model is loaded.
     device, dtype = o.device, o.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, auto_dtype(local_folder(o.model), device) if dtype == "auto" else dtype)
-    # problems that are made up are one line each; other data may go up to the limit
+    # 2. What is to be done.  Problems that are made up are one line each; other data may go up to
+    #    the limit.
     prompt = 64 if o.data in MADE_UP else o.max_prompt_tokens
     work = Workload(
         o.problems_per_step, o.group_size, prompt, o.max_new_tokens, o.steps, o.max_rows,
         o.lora_rank, o.lora_targets,
     )  # fmt: skip
+    # 3. What there is for each rank: those of one machine share its memory.
     world, here = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    host = available_bytes("cpu") // here  # the ranks of a machine share its memory
+    host = available_bytes("cpu") // here
     return plan(
         config, Settings(**{name: getattr(o, name) for name in asdict(Settings())}),
         device_bytes=available_bytes(device) if device == "cuda" else host, host_bytes=host,
@@ -586,14 +586,14 @@ def settle(options):
     # The same options with every known model, the largest first, until one fits.
     by_size = sorted(SHAPES, key=lambda alias: parameters(SHAPES[alias]), reverse=True)
     fitting = (x for x in by_size if plan_for(replace(options, model=x)).fits)
-    needs = (p.device, p.peak_bytes, p.device_bytes)
+    where, needed, there = p.device, p.peak_bytes, p.device_bytes
     if p.peak_bytes <= FILL * p.device_bytes:  # the device would do
-        needs = ("host", p.host_needed, p.host_bytes)
+        where, needed, there = "host", p.host_needed, p.host_bytes
     raise ValueError(
-        f"{p.name} does not fit on this machine: training needs {needs[1] / GIB:.1f} GiB of "
-        f"{needs[0]} memory, and there are {needs[2] / GIB:.1f} (the plan is above); with these "
-        f"options the largest that fits is {next(fitting, 'none of those known')}; a smaller "
-        "--max-new-tokens or --max-prompt-tokens needs less"
+        f"{p.name} does not fit on this machine: training needs {needed / GIB:.1f} GiB of {where} "
+        f"memory, and there are {there / GIB:.1f} (the plan is above); with these options the "
+        f"largest that fits is {next(fitting, 'none of those known')}; a smaller --max-new-tokens "
+        "or --max-prompt-tokens needs less"
     )
 
 
