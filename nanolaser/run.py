@@ -57,13 +57,14 @@ class Stop:
         # says nothing new there: torchrun passes on what a terminal has sent to all already.  (It
         # also sends one when a rank has died; the next exchange with that one then says so.)
         alone = self.world.size == 1
+        # os.write, not print: it may be a print that was interrupted.
         if not self.in_step or (self.signal and alone):
-            if self.world.may_speak():  # not print: it may be a print that was interrupted
+            if self.world.may_speak():
                 os.write(2, f"\nstopped{self.how_to_resume}\n".encode())
             raise SystemExit(128 + number)
         if alone:
-            said = "stopping after this step, with a checkpoint; once more stops now, without"
-            os.write(2, f"\n{said}\n".encode())
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops now, "
+                        b"without\n")  # fmt: skip
         self.signal = number
 
     def agreed(self) -> int:
@@ -115,16 +116,13 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     folder, saved = RunFolder.reopen(o.resume)
     saved = check_options(type(o), saved, f"{folder.path}/config.json")
     # What was typed and differs.  Where to compute and what to show are no part of the run.
-    differ = [
-        f"--{name.replace('_', '-')} {getattr(o, name)} differs from the run's "
-        f"{getattr(saved, name)}"
-        for name in sorted(given - {"resume", "device", "plan", "log"})
-        if getattr(o, name) != getattr(saved, name)
-    ]
-    if differ:
-        raise ValueError(f"{'; '.join(differ)}; leave it out to resume, or start a new run")
+    for name in sorted(given - {"resume", "device", "plan", "log"}):
+        typed, own = getattr(o, name), getattr(saved, name)
+        if typed != own:
+            raise ValueError(f"--{name.replace('_', '-')} {typed} differs from the run's {own}; "
+                             "leave it out to resume, or start a new run")  # fmt: skip
+    # Code is executed where the command line names it, not because a folder says so.
     if saved.reward and "reward" not in given:
-        # code is executed where the command line names it, not because a folder says so
         raise ValueError(f"this run has a reward of its own: repeat --reward {saved.reward}")
     return folder, dataclasses.replace(saved, device=o.device, plan=o.plan, log=o.log or saved.log)
 
@@ -136,25 +134,21 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
     if o.log and importlib.util.find_spec(o.log) is None:
         raise ValueError(f"--log {o.log}: it is not installed (pip install {o.log})")
     load_reward(o.reward)
-    stop, reference = Stop(world), None
+    stop, reference, lora = Stop(world), None, None
     with world.first():  # a machine downloads once
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
         source = checkpoint or start
         train, test = train_and_test(o.data, o.eval_data, o.eval_problems, parses)
     # 2. The model: that of --model, or of the checkpoint; with adapters, and with a frozen second
     #    one, if the options say so.
-    lora = None
     if o.lora_rank:
         alpha = o.lora_alpha or 2 * o.lora_rank
         lora = Lora(o.lora_rank, alpha, o.lora_targets, 0, o.seed, o.model, checkpoint)
-    model, tokenizer = load_pretrained(
-        source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world, lora=lora
-    )
+    how = {"device": world.device(o.device), "dtype": o.dtype, "world": world}
+    model, tokenizer = load_pretrained(source, z_c=o.z_c, lora=lora, **how)
     model.gradient_checkpointing = o.gradient_checkpointing
     if o.c_ref == "exact":
-        device = world.device(o.device)
-        reference, _ = load_pretrained(start, device=device, dtype=o.dtype, world=world)
-        reference.requires_grad_(False)
+        reference = load_pretrained(start, **how)[0].requires_grad_(False)
     if o.template and not checkpoint:  # (a checkpoint of ours has it with it)
         tokenizer.use_template(o.template)
     if o.thinking is not None and not checkpoint:
@@ -194,8 +188,8 @@ def announce(run: Run, count: int) -> None:
     print(f"{o.model}: {sum(p.numel() for p in parameters):,} parameters{adapters} on "
           f"{run.model.device} in {run.model.dtype}{ranks}; run {run.folder.path}")  # fmt: skip
     others = "others of it" if o.eval_data == o.data else f"of {o.eval_data}"
-    print(f"learns from {f'{count:,}' if count else 'new'} problems of {o.data}, evaluated on "
-          f"{len(run.test)} {others}")  # fmt: skip
+    problems = f"{count:,}" if count else "new"
+    print(f"learns from {problems} problems of {o.data}, evaluated on {len(run.test)} {others}")
     for doubt in log.doubts(o, run.model.config.max_position_embeddings):
         warn(doubt)
 
@@ -207,9 +201,10 @@ def short_name(o) -> str:
 
 def begin(run: Run) -> int:
     """c_ref and the first evaluation: what the untouched model says.  Returns the first step."""
+    # 1. c_ref: measured, the model's own, or given.  "exact" is measured as well: the checkpoint,
+    #    and every evaluation of it, has to do without the reference.
     o, tokenizer = run.o, run.tokenizer
     own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
-    # "exact" as well: the checkpoint, and every evaluation of it, has to do without the reference.
     measured = o.c_ref in ("estimate", "exact") or (o.c_ref == "auto" and not own)
     c_ref = f"{o.c_ref_pairs} solutions for c_ref, " if measured else ""
     print(f"before the first step: {c_ref}{len(run.test)} problems x {o.eval_n} evaluated")
@@ -224,6 +219,7 @@ def begin(run: Run) -> int:
         tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
     # The tokenizer carries the scale of r_s: saved with it, every checkpoint can be used at once.
     tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
+    # 2. What it can do before it learns.
     before = {"step": 0, **evaluate(run, run.test, "before")[0]}
     run.folder.cut_back(-1)  # of a run that was stopped before its first checkpoint
     begin_live(run, 0)
@@ -322,6 +318,7 @@ def frozen(run: Run) -> int | None:
 
 def finish(run: Run) -> int:
     """The last evaluation, the summary of the whole run, its page.  Returns exit code 0."""
+    # 1. The same problems as before the first step, and what has become of the answers.
     o, folder = run.o, run.folder
     after, rows = evaluate(run, run.test, "after")
     after = {"step": o.steps, **after}
@@ -331,14 +328,17 @@ def finish(run: Run) -> int:
     header = (f"{len(run.test)} held-out problems", "before", "after", "change")
     print("\n" + report.table(header, report.before_after(before, after)))
     print("\n" + log.vote_lines(rows) + "\n")
-    # From the logs, not from memory: they hold what earlier parts of a resumed run did as well.
-    groups = lambda m: o.problems_per_step + m.get("refilled_groups", 0)  # noqa: E731
-    tokens = (m["response_tokens"] * groups(m) for m in folder.read("metrics.jsonl"))
+    # 2. The summary, from the logs and not from memory: they hold what earlier parts of a resumed
+    #    run did as well.
+    tokens = 0
+    for m in folder.read("metrics.jsonl"):  # a mean over so many solutions
+        groups = o.problems_per_step + m.get("refilled_groups", 0)
+        tokens += round(m["response_tokens"] * groups * o.group_size)
     folder.write_json("summary.json", {
         "before": before,
         "after": after,
         "seconds": time.perf_counter() - run.began,
-        "tokens": sum(round(x * o.group_size) for x in tokens),
+        "tokens": tokens,
         "c_ref": run.tokenizer.c_ref,
         "c_ref_std": run.tokenizer.c_ref_std,
         "peak_memory_bytes": peak_memory_bytes(run.model.device),
@@ -347,9 +347,9 @@ def finish(run: Run) -> int:
         page = report.page({folder.path.name: folder.path})
         report.save(folder.path / "report.html", page)
     run.end_live()
+    # 3. What to do now, with a problem of its own kind, about as long as fits on a line.
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now open its report.html, and:")
-    # A problem of its own kind, the longest that fits on a line.
     example = max((p.problem for p in run.test), key=lambda p: (len(p) <= 60, -abs(len(p) - 40)))
     example = shlex.quote(example) if len(example) <= 200 else '"a problem"'
     name = shlex.quote(str(folder.path))
