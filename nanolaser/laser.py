@@ -43,7 +43,7 @@ has a closed form,  r = beta_v log(pi(z_c) / pi_ref(z_c)) + beta_v log Z.  pi_re
 log pi_ref(z_c) hardly varies (-23.11 +- 0.04 nats), so the constant c_ref replaces a whole second
 model.
 
-Equations 7 and 12 are the PAPER's numbers, where they could be confirmed; else its section is named.
+Equations carry the PAPER's number where it could be confirmed, else the name of its section.
 P problems, G group size, M response tokens; log-probabilities in nats.  A truncated solution has no
 end, hence no z_c: `finished` says which solutions have one.
 """
