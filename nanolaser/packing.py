@@ -76,7 +76,6 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[int]]:
     groups: dict[tuple, list[int]] = {}
     for i in longest_first(length):
         groups.setdefault(tuple(rollouts[i].prompt_tokens), []).append(i)
-
     prompt = {i: (g, len(tokens)) for g, tokens in enumerate(groups) for i in groups[tokens]}
 
     def cost(rows: list[int]) -> float:
