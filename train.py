@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 from nanolaser import grpo, laser, log, scoring
 from nanolaser.cli import is_terminal, main_guard, option, parse_args, warn
-from nanolaser.reward import load_reward
-from nanolaser.rollout import Rollout, judge
+from nanolaser.reward import judge, load_reward
+from nanolaser.rollout import Rollout
 from nanolaser.run import Run, begin, choose, evaluate, finish, new_options, prepare, save, take_up
 from nanolaser.scale.distributed import join
 from nanolaser.scale.plan import plan_for
