@@ -175,10 +175,6 @@ class Options:
 
 # fmt: on
 
-# Updates in a row without a finite gradient, after which the run stops: one may be a wild batch,
-# five are a model that is broken.
-MAX_SKIPPED = 5
-
 # ---------------------------------------------------------------------------------------------
 # one step: the algorithm
 
@@ -251,8 +247,9 @@ def sample_and_check(run: Run, step: int) -> tuple[list[Rollout], dict[str, floa
     gate = "tags" if tokenizer.asks_for_tags else "box"
     rollouts, fresh, checking = [], 0, 0.0
     for _ in range(1 + o.refill):
-        # 1. Sample.  P problems, G solutions of each; every rank samples its share of the problems.
-        #    The seed depends on the step alone: a resumed run draws what it would have drawn.
+        # 1. Sample.  G solutions of P problems, later of the `fresh` ones from `first` on; every
+        #    rank samples its share.  The seed depends on the step alone: a resumed run draws what
+        #    it would have drawn.
         problems, first = run.stream.at(step, fresh), len(rollouts) // o.group_size
         how = {"seed": o.seed * 1_000_003 + step, **o.sampling()}
         mine = grpo.sample(run.model, tokenizer, problems, o.group_size, world, first, **how)
@@ -290,10 +287,13 @@ def learning_rate(step: int, o: Options) -> float:
 # ---------------------------------------------------------------------------------------------
 # the loop
 
+# Updates in a row without a finite gradient, after which the run stops: one may be a wild batch,
+# five are a model that is broken.
+MAX_SKIPPED = 5
+
 
 def main() -> int:
-    """Parse the options, then train: as a process of its own, or as one of torchrun's, which go
-    through all this alike."""
+    """Parse the options, then train: a process of its own, or each of torchrun's alike."""
     with join() as world:
         with world.first():  # what is wrong with the options is said once
             o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
@@ -333,8 +333,8 @@ def loop(run: Run, first: int) -> int:
         for text in watch.look(m, o.problems_per_step):
             warn(text)
 
-        # An update that was skipped has harmed nothing; five in a row will not get better.  (In
-        # between, a batch without any gradient, norm 0, is no sign of health.)
+        # An update that was skipped has harmed nothing.  (A batch without any gradient, norm 0, is
+        # no sign of health.)
         if m["skipped_updates"]:
             skipped_in_a_row += 1
         elif m["grad_norm"]:

@@ -181,8 +181,8 @@ class KVCache:
         return True
 
     def decode(self) -> Decode:
-        """Every sequence gets one token longer: to be given to the forward pass over these tokens
-        (R, 1), in the order of `running`.  `reserve` comes first."""
+        """For the forward pass over one more token of every sequence (R, 1), in the order of
+        `running`; `reserve` comes first."""
         return Decode([bucket for bucket in self.buckets if bucket.sequences])
 
     def drop(self, sequences: list[int]) -> None:

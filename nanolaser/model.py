@@ -77,8 +77,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles; the first half of
-    `sin` comes negated."""
+    """Turn the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles, see `_rope`."""
     # The textbook, with a and b the two halves of a head (Hugging Face pairs halves, not
     # neighbours, and the weights assume it):
     #     torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -258,6 +257,7 @@ class CausalLM(nn.Module):
         if self._inv_freq is None or self._inv_freq.device != positions.device:
             self._inv_freq = inverse_frequencies(self.config).to(positions.device)
         angles = positions[..., None].float() * self._inv_freq  # (B, T, D/2)
-        # both halves of a head turn by the same angle, the first one backwards: cos(-x) is cos(x)
+        # Both halves of a head turn by the same angle; the first one backwards, which changes the
+        # sign of sin, as `rotate` wants it, and not cos.
         angles = torch.cat((-angles, angles), dim=-1)[:, None]  # (B, 1, T, D)
         return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -34,11 +34,11 @@ from .rollout import Rollout
 # In attention texts are padded, and each has the prompt for itself: R * T is at most so many times
 # the token budget.
 ATTENDED = 2
-# With a mask is worth it up to so many times the scores without: measured on a CPU, assumed for a
-# GPU, whose fastest kernels take no mask.  A mask has so many numbers at most, 64 MiB in fp32.
+# A mask is worth it up to so many times the scores without: measured on a CPU, assumed for a GPU,
+# whose fastest kernels take none.
 UNMASKED = {"cpu": 1.6}
 ON_A_GPU = 0.5
-MASK_NUMBERS = 2**24
+MASK_NUMBERS = 2**24  # of a mask at most: 64 MiB in fp32
 
 # ---------------------------------------------------------------------------------------------
 # which rows share a forward pass
@@ -57,12 +57,8 @@ def longest_first(lengths: list[int]) -> list[int]:
 
 
 def cut_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
-    """Cut rows of these lengths into batches of at most `budget` tokens, padding included: lists
-    of row indices, the longest rows first.  A row longer than the budget is a batch of its own.
-
-        cut_by_tokens([3, 9, 4, 8], 20)  ->  [1, 3], [2, 0]      # 2 x 9 and 2 x 4 tokens
-        in the order given              ->  [0, 1], [2, 3]      # 2 x 9 and 2 x 8
-    """
+    """Rows of these lengths in batches of at most `budget` tokens, padding included: lists of row
+    indices.  [3, 9, 4, 8] and 20  ->  [1, 3], [2, 0], of 2 x 9 and 2 x 4 tokens."""
     padded = lambda rows: len(rows) * lengths[rows[0]]  # noqa: E731
     return list(_join(([i] for i in longest_first(lengths)), padded, budget))
 
@@ -93,8 +89,7 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[int]]:
 def _join(
     parts: Iterable[list[int]], cost: Callable[[list[int]], float], budget: float
 ) -> Iterator[list[int]]:
-    """Join neighbours as long as their common cost is within the budget; a part that costs more by
-    itself stays alone."""
+    """Join neighbours while their common cost is within the budget; what costs more stays alone."""
     rows: list[int] = []
     for part in parts:
         if rows and cost(rows + part) > budget:
@@ -131,12 +126,12 @@ class Packing:
         for text in self.texts:
             positions[text] = torch.arange(len(text))
 
-        # 2. Which queries look at which keys?  Either every text as a whole: nobody looks right, as
-        #    everywhere, so no mask is needed; but a prompt's queries are computed for each of its
-        #    rollouts.  Or the prompts by themselves, and of the texts the responses' queries alone;
-        #    that needs a mask, since each response begins behind a prompt of its own length.
-        #    8 responses of 16 tokens to a prompt of 1,000 have 1/6 of the scores in the second way,
-        #    8 of 1,000 to a prompt of 16 have twice as many.
+        # 2. Which queries look at which keys?  Either every text as a whole: causal attention, but
+        #    a prompt's queries are computed for each of its rollouts.  Or the prompts by
+        #    themselves, and of the texts the responses' queries alone; that needs a mask, since
+        #    each response begins behind a prompt of its own length.  8 responses of 16 tokens to a
+        #    prompt of 1,000 have 1/6 of the scores in the second way, 8 of 1,000 to a prompt of 16
+        #    twice as many.
         own = [t[len(r.prompt_tokens) :] for t, r in zip(self.texts, rollouts)]
         responses, _ = pad(own, filler=-1)  # (R, n)
         masked = responses.numel() * texts.shape[1]  # R * n * T scores

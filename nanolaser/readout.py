@@ -46,8 +46,7 @@ CHUNK_VOCAB = 8192
 
 
 def mixed(weight: Tensor) -> bool:
-    """Whether this device multiplies bf16 numbers, and sums and returns fp32 (torch 2.8 and later,
-    on CUDA)."""
+    """Whether products of bf16 numbers are summed and returned in fp32 (torch 2.8 on, on CUDA)."""
     return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype")
 
 
@@ -59,8 +58,7 @@ def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _widened(weight: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (vocabulary slice, its rows of the output matrix in `wide`): a view, or a copy of a
-    bf16 matrix that is gone before the next one is made."""
+    """Yield (vocabulary slice, its rows of the output matrix in `wide`: a view, or a copy)."""
     step = CHUNK_VOCAB if weight.dtype != wide else len(weight)
     for first in range(0, len(weight), step):
         v = slice(first, first + step)
@@ -184,9 +182,9 @@ class _TokenLogprobs(torch.autograd.Function):
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
 ) -> Tensor:
-    """Log-probs in nats, fp32 (...), of `targets` (...) after hidden states (..., C): it can be
-    differentiated by these and by the output matrix `weight` (V, C).  ValueError for a target
-    outside the vocabulary (on a CPU; on a GPU it is a failed device assertion)."""
+    """Log-probs (...) in nats, fp32, of `targets` (...) after hidden states (..., C), for whose
+    gradient and that of the output matrix (V, C) the logits are computed again.
+    ValueError for a target that is no token (on a CPU)."""
     h, ids, inverse = _flat(hidden, weight, targets, temperature)
     return _TokenLogprobs.apply(h, weight, ids, inverse).view(targets.shape)
 

@@ -151,8 +151,7 @@ def generate(
 
 
 class _Engine:
-    """Which rollouts wait, which run, and one step of all that run.  Rollout i is sequence i of the
-    cache, and runs while it has a row there."""
+    """Which rollouts wait, and which run: rollout i while sequence i has a row in the cache."""
 
     def __init__(self, model, tokenizer, rollouts, streams, cache, max_rows):
         self.model, self.tokenizer, self.rollouts, self.cache = model, tokenizer, rollouts, cache
@@ -164,8 +163,7 @@ class _Engine:
         self.waiting = list(range(len(rollouts)))[::-1]  # a stack: the first prompts go first
 
     def step(self, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> list:
-        """One token for every rollout that goes on, and z_c of every one that has ended: returns
-        those that left."""
+        """A token for every rollout that goes on, z_c of all that have ended; those that left."""
         # 1. DECODE: the newest token of every running rollout passes the model.  Rows that
         #    outgrow the cache's budget make room for each other: the youngest is preempted, having
         #    the least to lose.  Prompt and response are prefilled again later, as one prompt.
@@ -197,24 +195,23 @@ class _Engine:
         last = logits[self.to_device(torch.tensor(ended, dtype=torch.long))]  # (E, V)
         logp_zc = last[:, self.tokenizer.z_c_id] - last.logsumexp(-1)
         # The one place in a step where the host waits for the device.  (fp64 holds ids and fp32.)
-        numbers = torch.cat([x.double() for x in (tokens, logprobs, logp_zc)]).tolist()
-        R = len(rollouts)
-        tokens, logprobs, logp_zc = numbers[:R], numbers[R : 2 * R], numbers[2 * R :]
+        numbers = torch.cat([x.double() for x in (tokens, logprobs, logp_zc)]).cpu()
+        parts = numbers.split([len(rollouts), len(rollouts), len(ended)])
+        tokens, logprobs, logp_zc = (part.tolist() for part in parts)
         # 5. LEAVE: those whose z_c is read, and those that have reached their limit without end.
-        leaving = list(ended)
-        for row, value in zip(ended, logp_zc):
-            rollouts[row].logp_zc = value
-        for row, rollout in enumerate(rollouts):
-            if rollout.finished:
-                continue  # what was drawn after its end is nobody's
-            token = int(tokens[row])
-            rollout.response_tokens.append(token)
-            rollout.logprobs.append(logprobs[row])
+        leaving, logp_zc = [], iter(logp_zc)
+        for i, rollout, token, logprob in zip(running, rollouts, tokens, logprobs):
+            if rollout.finished:  # and what was drawn after its end is nobody's
+                rollout.logp_zc = next(logp_zc)
+                leaving.append(i)
+                continue
+            rollout.response_tokens.append(int(token))
+            rollout.logprobs.append(logprob)
             rollout.finished = token in self.tokenizer.stop_ids  # read in the next step
             if not rollout.finished and len(rollout.response_tokens) == max_new_tokens:
-                leaving.append(row)  # truncated
-        self.cache.drop([running[row] for row in leaving])
-        return [rollouts[row] for row in leaving]
+                leaving.append(i)  # truncated
+        self.cache.drop(leaving)
+        return [self.rollouts[i] for i in leaving]
 
     def admit(self) -> list[list[int]]:
         """As many waiting rollouts as there is room for, in groups that share their tokens."""
@@ -260,8 +257,7 @@ class _Engine:
 
 
 def refuse_empty(prompts: list[list[int]]) -> None:
-    """ValueError for a prompt of no tokens."""
-    # The first token is drawn at the prompt's last one: without any it would be another row's.
+    """ValueError for a prompt of no tokens: its first token would be drawn at another row's."""
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([])} is empty: no token to go on from; does the "
                          "chat template write the message?")  # fmt: skip
