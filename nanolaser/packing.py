@@ -1,6 +1,6 @@
 """
-Lists of token ids as forward passes: padded rows, where each is read at its end (the sampler); for
-the update packed ones, with each prompt once, and no padding in between.
+Lists of token ids as forward passes: padded side by side where only their ends are read (`pad`,
+`cut_by_tokens`); packed for the update, with each prompt once and no padding in between.
 
 The textbook (tests/plain.py) sends prompt and response of every rollout through the model.  But the
 G rollouts of a group begin with the same prompt, and a causal model computes the same numbers for
@@ -45,7 +45,7 @@ MASK_NUMBERS = 2**24  # of a mask at most: 64 MiB in fp32
 
 
 def pad(rows: list[list[int]], device="cpu", filler: int = 0) -> tuple[Tensor, Tensor]:
-    """Token lists -> ids (B, T), filled up on the right, and lengths (B,)."""
+    """Token lists -> ids (B, T), filled up on the right, and their lengths (B,)."""
     tokens = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, filler)
     return tokens.to(device), torch.tensor([len(row) for row in rows]).to(device)
 
