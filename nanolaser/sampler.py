@@ -195,11 +195,11 @@ class _Engine:
         last = logits[self.to_device(torch.tensor(ended, dtype=torch.long))]  # (E, V)
         logp_zc = last[:, self.tokenizer.z_c_id] - last.logsumexp(-1)
         # The one place in a step where the host waits for the device.  (fp64 holds ids and fp32.)
-        numbers = torch.cat([x.double() for x in (tokens, logprobs, logp_zc)]).cpu()
-        parts = numbers.split([len(rollouts), len(rollouts), len(ended)])
-        tokens, logprobs, logp_zc = (part.tolist() for part in parts)
+        numbers = torch.cat([x.double() for x in (tokens, logprobs, logp_zc)]).tolist()
+        R = len(rollouts)
+        tokens, logprobs, logp_zc = numbers[:R], numbers[R : 2 * R], iter(numbers[2 * R :])
         # 5. LEAVE: those whose z_c is read, and those that have reached their limit without end.
-        leaving, logp_zc = [], iter(logp_zc)
+        leaving = []
         for i, rollout, token, logprob in zip(running, rollouts, tokens, logprobs):
             if rollout.finished:  # and what was drawn after its end is nobody's
                 rollout.logp_zc = next(logp_zc)
