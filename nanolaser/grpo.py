@@ -189,7 +189,7 @@ def accumulate_gradients(
     learned = [i for i in range(len(rollouts)) if A[i] or w[i]]
     sums, sizes = [torch.zeros(9, device=model.device)], [(0, 0)]  # where nothing is to be learned
     cuts = micro_batches([rollouts[i] for i in learned], micro_batch_tokens)
-    for rows, counts in world.rounds([[learned[j] for j in cut] for cut in cuts]):
+    for rows, counted in world.rounds([[learned[j] for j in cut] for cut in cuts]):
         # 2. Forward pass, up to the hidden states: one for all rows, each prompt in it once, where
         #    the textbook has  hidden = model(prompt + response)  for each.
         packing = Packing([rollouts[i] for i in rows], model.device, model.dtype)
@@ -198,7 +198,7 @@ def accumulate_gradients(
         # 3. What is read, and what it is to teach: nothing, if a rank only computes along.
         these = [(rollouts[i], A[i], w[i], c_ref[i], (old_logprobs or {}).get(i)) for i in rows]
         t = targets(these, packing.texts, c, model.device)
-        t = t._replace(advantage=counts * t.advantage, weight=counts * t.weight)
+        t = t._replace(advantage=counted * t.advantage, weight=counted * t.weight)
 
         # 4. Loss and backward pass.  The textbook:
         #        logprobs = token_logprobs(hidden[t.place], W, t.token, t.temperature)
@@ -213,7 +213,7 @@ def accumulate_gradients(
             optimizer.accumulate()  # gradients of a bf16 model are summed in fp32
 
         # 5. Statistics, from the log-probs that came by; they stay where they are until the end.
-        if counts:
+        if counted:
             sums.append(statistics(logprobs, entropy, t, c))
             sizes.append(packing.sizes)
         if old_logprobs is not None and rows[0] not in old_logprobs:

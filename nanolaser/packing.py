@@ -59,7 +59,7 @@ def longest_first(lengths: list[int]) -> list[int]:
 def cut_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
     """Rows of these lengths in batches of at most `budget` tokens, padding included: lists of row
     indices.  [3, 9, 4, 8] and 20  ->  [1, 3], [2, 0], of 2 x 9 and 2 x 4 tokens."""
-    padded = lambda rows: len(rows) * lengths[rows[0]]  # noqa: E731
+    padded = lambda rows: len(rows) * lengths[rows[0]]  # noqa: E731  the first is the longest
     return list(_join(([i] for i in longest_first(lengths)), padded, budget))
 
 
