@@ -25,9 +25,10 @@ from .checkpoint import load_pretrained
 from .cli import ModelOptions, option, warn
 from .files import read_jsonl
 from .model import CausalLM
+from .packing import cut_by_tokens, pad
 from .readout import BLOCK_LOGITS
 from .rollout import Rollout, self_reward
-from .sampler import cut_by_tokens, generate, pad
+from .sampler import generate
 from .scale.plan import default_kv_cache_gb
 from .scoring import read_last, score
 

@@ -1,5 +1,6 @@
 """
-A reward of the user's own in the checker's place: --reward my_reward.py:function.
+r_v, the verified reward: what the checker says of the boxed answer, or a function of the user's own
+in its place, --reward my_reward.py:function.
 
     def function(problem, response, answer): ...       # texts -> a number in [0, 1]
     def function(problems, responses, answers): ...    # lists of texts -> as many numbers
@@ -17,8 +18,70 @@ import numbers
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from .checker import extract_answer, is_equivalent
+
+
+def judge(
+    rollouts: list, problems: Sequence, tokenizer, gate: str | None = None, reward=None
+) -> None:
+    """Fill in text, answer and r_v of rollouts, whose prompt_id is a place in `problems`; `gate`:
+    see `boxed_answer`; `reward`, from `load_reward`, takes the checker's place."""
+    # In a group many solutions end in the same answer: each distinct one is judged once.
+    verdicts: dict[tuple[str, str], tuple[bool | None, str | None]] = {}
+    for r in rollouts:
+        problem = problems[r.prompt_id]
+        r.problem, r.gold = problem.problem, problem.answer
+        r.response = tokenizer.decode(r.response_tokens)
+        answer, r.checker_error = _without_raising(boxed_answer, r.response, gate)
+        # A model that repeats the instruction leaves its \boxed{} empty: that is no answer, and
+        # must not win a vote.
+        r.answer = answer or None
+        # Without a gold answer (sample.py) there is no verdict, only an answer to vote with.
+        if r.gold is None or reward is not None:
+            continue
+        pair = r.answer, r.gold
+        if r.answer is not None and pair not in verdicts:
+            verdicts[pair] = _without_raising(is_equivalent, *pair)
+        correct, error = verdicts.get(pair, (False, r.checker_error))
+        r.r_v, r.checker_error = float(bool(correct)), error
+    # All solutions at once: a reward may be a model of its own, and batches are cheaper.
+    if reward is not None and rollouts:
+        texts = zip(*((r.problem, r.response, r.gold) for r in rollouts))
+        for r, r_v in zip(rollouts, reward(*texts)):
+            r.r_v = r_v
+
+
+def boxed_answer(response: str, gate: str | None) -> str | None:
+    """The answer in a response's box, or None where the gate is shut.
+
+    The gates of the paper's training reward (reward_score/__init__.py of the released code):
+        "box"   \\boxed{ stands in it exactly once
+        "tags"  for prompts that ask for <think> and <answer>: </think>, <answer> and </answer> once
+                each, in this order, with a box in the answer
+        None    for evaluation: any text, its last box
+    """
+    if gate == "box":
+        return extract_answer(response, strict=True)
+    if gate == "tags":
+        once = all(response.count(tag) == 1 for tag in ("</think>", "<answer>", "</answer>"))
+        inside = response.partition("</think>")[2].partition("<answer>")[2]
+        box = inside.partition("\\boxed{")[2]
+        if not (once and "}" in box and response.endswith("</answer>")):
+            return None
+    return extract_answer(response.partition("</answer>")[0])
+
+
+def _without_raising(function, *arguments):
+    """(What the function returns, None), or (None, what it raised)."""
+    # The checker promises not to raise, and is fuzzed.  But one degenerate text among millions must
+    # cost one reward, not a training run of days.
+    try:
+        return function(*arguments), None
+    except Exception as error:  # noqa: BLE001
+        return None, f"{type(error).__name__}: {error}"[:200]
 
 
 @functools.cache  # a file is executed once

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from .grpo import of_all_ranks, sample
 from .model import CausalLM
+from .packing import cut_by_tokens, pad
 from .readout import token_logprobs
 from .rollout import Rollout
-from .sampler import cut_by_tokens, pad, refuse_empty
+from .sampler import refuse_empty
 from .scale.distributed import ALONE, World, gathered
 
 FEW_ENDED = 30  # solutions below which c_ref is said to be uncertain

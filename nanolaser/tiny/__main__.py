@@ -48,7 +48,7 @@ from ..checkpoint import save_pretrained
 from ..cli import apply_preset, main_guard, option, parse_args
 from ..files import write_atomic
 from ..model import CausalLM, ModelConfig
-from ..sampler import pad
+from ..packing import pad
 from ..tokenizer import Tokenizer
 from . import subset_sum
 from .arithmetic import LARGEST, OPERATORS, arithmetic_expression, arithmetic_text
