@@ -392,9 +392,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 def _number(raw: dict, name: str, kind: type, default: Any = REQUIRED, most: float = 1e12) -> Any:
     """A number above 0 from the config; absent or null stands for the default."""
     value = default if raw.get(name) is None else raw[name]
-    # by type: True is an int to Python, and "12" a text.  (No float is as large as JSON's 1 and 400
-    # zeros: that stays an int, and is refused.)
-    value = float(value) if kind is float and type(value) is int and value < 1e300 else value
+    # by type: True is an int to Python, and "12" a text
+    value = float(value) if kind is float and type(value) is int else value
     if type(value) is not kind or not 0 < value <= most:
         wanted = f"a {'whole ' * (kind is int)}number above 0, at most {most}"
         raise ValueError(f"config.json: {name} is {raw.get(name)!r:.40}, but has to be {wanted}")

@@ -135,7 +135,9 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     # With the process id: two runs never write into one temporary file.
     temporary = real.with_name(f"{real.name}.{os.getpid()}.tmp")
     try:
-        mode = path.stat().st_mode if path.exists() else None  # of what a link leads to
+        mode = None
+        with contextlib.suppress(FileNotFoundError):  # a link to itself is another error, and told
+            mode = path.stat().st_mode  # of what a link leads to
         if mode is not None and not stat.S_ISREG(mode):
             path.write_bytes(content)
             return

@@ -166,11 +166,12 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     folder, saved = RunFolder.reopen(o.resume)
     saved = check_options(type(o), saved, f"{folder.path}/config.json")
     # What was typed and differs.  Where to compute and what to show are no part of the run.
-    for name in sorted(given - {"resume", "device", "plan", "log"}):
-        typed, own = getattr(o, name), getattr(saved, name)
-        if typed != own:
-            raise ValueError(f"--{name.replace('_', '-')} {typed} differs from the run's {own}; "
-                             "leave it out to resume, or start a new run")  # fmt: skip
+    typed = [(name, getattr(o, name), getattr(saved, name))
+             for name in sorted(given - {"resume", "device", "plan", "log"})]  # fmt: skip
+    differ = "; ".join(f"--{name.replace('_', '-')} {value} differs from the run's {own}"
+                       for name, value, own in typed if value != own)  # fmt: skip
+    if differ:
+        raise ValueError(f"{differ}; leave it out to resume, or start a new run")
     # Code is executed where the command line names it, not because a folder says so.
     if saved.reward and "reward" not in given:
         raise ValueError(f"this run has a reward of its own: repeat --reward {saved.reward}")

@@ -322,9 +322,8 @@ class Tokenizer:
         """Take over laser.json, key by key; ValueError for values that cannot be right."""
         for name, (kind, default, sound) in LASER.items():
             value = default if laser.get(name) is None else laser[name]
-            # JSON's -20 for -20.0; by type, for True is an int to Python; and a whole number may be
-            # larger than any float.
-            if kind is float and type(value) is int and abs(value) < 1e300:
+            # JSON's -20 for -20.0; by type, for True is an int to Python.
+            if kind is float and type(value) is int:
                 value = float(value)
             if value is not default and (type(value) is not kind or not sound(value)):
                 raise ValueError(f"laser.json: {name} is {value!r:.40}, which it cannot be")

@@ -443,8 +443,7 @@ def test_laser_json_round_trip(tokenizer_of, tmp_path):
     ({"c_ref": 5}, "c_ref is 5"),
     ({"beta_v": 0}, "beta_v is 0"),
     ({"beta_v": True}, "beta_v is True"),
-    ({"beta_v": 10**400}, "beta_v is 1000"),  # larger than any float
-    ({"c_ref": -(10**400)}, "c_ref is -1000"),
+    ({"beta_v": 10**400}, "laser.json is damaged"),  # larger than any float
     ("[]", "laser.json is damaged"),
     ("{", "laser.json is damaged"),
 ])  # fmt: skip
