@@ -27,28 +27,39 @@ middle, the two long ones go on from their last checkpoint.
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanolaser import grpo  # noqa: E402
+from benchmarks import real_model_text  # noqa: E402
+from benchmarks.easy_to_check import intervals  # noqa: E402
+from nanolaser import grpo, metrics, report  # noqa: E402
 from nanolaser.checkpoint import load_pretrained, load_state, save_pretrained  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
-from nanolaser.files import read_json, read_jsonl, to_jsonl, write_atomic  # noqa: E402
+from nanolaser.files import latest_checkpoint, read_json, read_jsonl  # noqa: E402
+from nanolaser.files import to_jsonl, write_atomic  # noqa: E402
+from nanolaser.judge import tokens_of  # noqa: E402
 from nanolaser.problems import Problem  # noqa: E402
 from nanolaser.rollout import Rollout, judged_rows  # noqa: E402
+from nanolaser.sampler import cut_by_tokens, pad  # noqa: E402
 from nanolaser.scale.optimizer import Optimizer  # noqa: E402
+from nanolaser.scoring import score  # noqa: E402
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+OTHERS = ("p-yes", "mean-logprob", "vote-share")  # scores beside r_s, see evaluate.py
 STAGES = ("prepare", "problems", "warm-start", "laser", "grpo", "evaluate", "probe", "c-ref",
           "user", "report")  # fmt: skip
 
@@ -68,6 +79,14 @@ class Options:
     updates: int = option(400, "of the warm start, at most", min=1)
     warm_lr: float = option(2e-4, "its peak learning rate", above=0)
     solved: float = option(0.33, "share of held-out problems at which it ends", above=0, max=1)
+    steps: int = option(80, "of GRPO and of LaSeR, 8 problems x 8 solutions each", min=8)
+    lr: float = option(5e-5, "their peak learning rate", above=0)
+    alpha: float = option(0.5, "weight of the loss on r_s", min=0)
+    grad_clip: float = option(0.5, "largest gradient norm of RL", above=0)
+    problems: int = option(200, "held-out problems evaluated, 8 solutions each", min=2)
+    probe_problems: int = option(400, "problems whose solutions, 4 each, the probe is fitted on",
+                                 min=9)  # fmt: skip
+    gsm8k: str = option("gsm8k", "alias or file for what a user would run")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,10 +122,8 @@ def prepare(o: Options, runs: Path) -> None:
     config = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     plain.load_state_dict(loaded.state_dict())
-    tokenizer.chat_template = TEMPLATE
     plain.save_pretrained(runs / "loading")
     tokenizer.save_pretrained(runs / "loading")
-    write_atomic(runs / "loading" / "laser.json", '{"instruction": ""}\n')
     (runs / "loading").rename(runs / "base")
 
 
@@ -236,6 +253,8 @@ def warm_start(o: Options, runs: Path) -> None:
     place, log = runs / "warming", []
     done = sorted(place.glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
     model, tokenizer = load_pretrained(done[-1] if done else runs / "base", dtype=o.dtype)
+    write_atomic(runs / "short.jinja", TEMPLATE)
+    tokenizer.use_template(runs / "short.jinja")
     optimizer, first, seconds = Optimizer(model, o.warm_lr, 0.01), 0, 0.0
     if done:
         tensors, meta = load_state(done[-1] / "state")
@@ -286,6 +305,305 @@ def warm_start(o: Options, runs: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# the scripts of this project, as a user runs them
+
+
+def call(script: str, *arguments) -> dict:
+    """A script as a process of its own: {command, seconds, gigabytes at the peak, output}; what it
+    prints is shown as it comes.  ValueError if it fails."""
+    command = [script, *map(str, arguments)]
+    begun, lines = time.perf_counter(), []
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    # wait4, and not wait: it also says what this one child has needed
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ValueError(f"{' '.join(command)} failed")
+    return {"command": command, "seconds": time.perf_counter() - begun,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "gigabytes": usage.ru_maxrss * 1024 / 1e9, "output": lines}  # fmt: skip
+
+
+def train(o: Options, runs: Path, algorithm: str) -> None:
+    """GRPO or LaSeR from the warm start, in runs/ALGORITHM; a run that was stopped goes on."""
+    folder = runs / algorithm
+    if (folder / "config.json").exists():
+        call("train.py", "--resume", folder)
+        return
+    call("train.py", "--model", runs / "warm", "--data", runs / "train.jsonl",
+         "--eval-data", runs / "test.jsonl", "--algorithm", algorithm, "--out", folder,
+         "--dtype", o.dtype, "--seed", o.seed, "--steps", o.steps,
+         "--problems-per-step", 8, "--group-size", 8, "--max-new-tokens", 48,
+         "--reasoning-warmup", o.steps // 8, "--self-reward-warmup", o.steps * 3 // 8,
+         "--lr", o.lr, "--lr-warmup", 5, "--lr-final", 0.2, "--grad-clip", o.grad_clip,
+         "--micro-batch-tokens", 2048, "--c-ref-pairs", 200, "--eval-problems", 40, "--eval-n", 4,
+         "--eval-every", o.steps, "--save-every", max(1, o.steps // 4),
+         *(("--alpha", o.alpha) if algorithm == "laser" else ()))  # fmt: skip
+
+
+def evaluate(o: Options, runs: Path) -> None:
+    """runs/results/NAME of the warm start and of what RL made of it, on the same problems."""
+    same = ["--data", runs / "test.jsonl", "--dtype", o.dtype, "--seed", o.seed]
+    results = runs / "results"
+    if not (results / "base" / "results.json").exists():
+        # As it was published, in its own template, with the instruction and room to talk.
+        call("evaluate.py", "--model", runs / "base", *same, "--n", 1, "--max-problems", 100,
+             "--max-new-tokens", 160, "--output", results / "base")  # fmt: skip
+    for name in ("laser", "warm", "grpo"):
+        if not (runs / name / "config.json").exists():
+            continue
+        folder = results / name
+        # GRPO has no c_ref of its own use, and the warm start none at all: that of the LaSeR run.
+        c_ref = read_json(runs / "laser" / "summary.json")["c_ref"]
+        call("evaluate.py", "--model", runs / name, *same, "--n", 8, "--max-problems", o.problems,
+             "--max-new-tokens", 48, "--c-ref", c_ref, "--token-ids", "--output", folder)
+        if not (folder / "scores-vote-share.json").exists():  # the last one that is written
+            call("evaluate.py", "--model", runs / name, "--dtype", o.dtype, "--output", folder,
+                 "--scores", ",".join(OTHERS))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# probe: was there anything to read?
+
+
+@torch.no_grad()
+def states(model, tokenizer, rows: list[dict]) -> torch.Tensor:
+    """The hidden states (N, C) at the ends of N solutions: what r_s is read from."""
+    texts, found = [tokens_of(tokenizer, row) for row in rows], None
+    for batch in cut_by_tokens([len(p) + len(r) for p, r in texts], 8192):
+        tokens, lengths = pad([texts[i][0] + texts[i][1] for i in batch])
+        last = model(tokens)[torch.arange(len(batch)), lengths - 1].float()
+        found = torch.zeros(len(rows), last.shape[1]) if found is None else found
+        found[batch] = last
+    return found
+
+
+def fit(x: torch.Tensor, right: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Weights (C + 1,) of a logistic regression with an L2 penalty; right and wrong weigh the
+    same, as in the loss on r_s."""
+    w = torch.zeros(x.shape[1] + 1, requires_grad=True)
+    weight = torch.where(right, 0.5 / right.float().mean(), 0.5 / (~right).float().mean())
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(
+            x @ w[1:] + w[0], right.float(), weight=weight)  # fmt: skip
+        loss = losses + penalty * w[1:].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return w.detach()
+
+
+def probed(seen: dict, test: dict) -> dict[str, float]:
+    """AUROC and F1 on held-out problems of a probe fitted on solutions of training problems;
+    each is {states (N, C), right (N,), problem (N,)}."""
+    mean, std = seen["states"].mean(0), seen["states"].std(0) + 1e-6
+    scale = lambda x: (x - mean) / std  # noqa: E731
+    x, right = scale(seen["states"]), seen["right"]
+    # How hard to regularise is chosen on a third of the training problems, never on the test's.
+    third = seen["problem"] % 3 == 0
+    penalties = (1e-3, 1e-2, 1e-1, 1.0)
+    scores = [metrics.auroc(right[third].numpy(), (x[third] @ fit(x[~third], right[~third], p)[1:])
+                            .numpy()) for p in penalties]  # fmt: skip
+    best = penalties[max(range(len(scores)), key=lambda i: scores[i] or 0)]
+    w = fit(x, right, best)
+    score = torch.sigmoid(scale(test["states"]) @ w[1:] + w[0]).numpy()
+    truth = test["right"].numpy()
+    return {"auroc": metrics.auroc(truth, score), "f1": metrics.verification_f1(truth, score).f1,
+            "auroc_within": metrics.auroc_within(truth, score, test["problem"].numpy()),
+            "penalty": best, "solutions": len(right)}  # fmt: skip
+
+
+def probe(o: Options, runs: Path) -> None:
+    """runs/probe.json: a linear probe of each model on its own solutions, and of the untouched
+    model reading those of the warm start."""
+    train, found = read(runs / "train.jsonl"), {}
+    # Problems that no run has drawn would be best, but the runs draw from all: these are the last.
+    problems = [Problem(id=str(i), problem=r["problem"], answer=r["answer"])
+                for i, r in enumerate(train[-o.probe_problems:])]  # fmt: skip
+    for name in ("warm", "grpo", "laser"):
+        if not (runs / "results" / name / "results.json").exists():
+            continue
+        model, tokenizer = load_pretrained(runs / name, dtype=o.dtype)
+        rollouts = grpo.sample(model, tokenizer, problems, 4, seed=o.seed, max_new_tokens=48)
+        seen = judged_rows(rollouts, problems, tokenizer, token_ids=True)
+        test = read(runs / "results" / name / "samples.jsonl")
+        readers = {name: model}
+        if name == "warm":
+            readers["untouched"] = load_pretrained(runs / "base", dtype=o.dtype)[0]
+        for reader, read_by in readers.items():
+            sides = []
+            for rows in (seen, test):
+                rows = [row for row in rows if row["finished"]]
+                sides.append({"states": states(read_by, tokenizer, rows),
+                              "right": torch.tensor([row["r_v"] > 0.5 for row in rows]),
+                              "problem": torch.tensor([row["prompt_id"] for row in rows])})
+            found[reader] = probed(*sides)
+            print(reader, found[reader], flush=True)
+    write_atomic(runs / "probe.json", json.dumps(found) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# c-ref: how constant is it, and would another token be steadier?
+
+
+@torch.no_grad()
+def c_ref(o: Options, runs: Path) -> None:
+    """runs/c-ref.json: log pi(token) after solutions of the warm start, for every token there is,
+    read by the untouched model and by the warm start."""
+    rows = [r for r in read(runs / "results" / "warm" / "samples.jsonl") if r["finished"]][:600]
+    right = np.array([row["r_v"] > 0.5 for row in rows])
+    found: dict = {"solutions": len(rows), "models": {}}
+    for name in ("base", "warm"):
+        model, _ = load_pretrained(runs / name, dtype=o.dtype)
+        _, tokenizer = load_pretrained(runs / "warm", dtype=o.dtype)
+        logp = (states(model, tokenizer, rows) @ model.lm_head_weight.float().T).log_softmax(-1)
+        mean, std = logp.mean(0), logp.std(0)  # (V,)
+        special = [tokenizer.z_c_id, *tokenizer.unused_special_ids()]
+        # r_s = 1 lies 10 nats above c_ref, and must be a probability: those below -10 alone.
+        able = (mean < -10).nonzero()[:, 0]
+        steady = able[std[able].argsort()[:5]].tolist()
+        found["models"][name] = {
+            kind: [{"token": tokenizer.tokens([i])[0], "mean": mean[i].item(),
+                    "std": std[i].item(), "auroc": metrics.auroc(right, logp[:, i].numpy())}
+                   for i in ids] for kind, ids in (("special", special), ("steadiest", steady))
+        } | {"able": len(able)}  # fmt: skip
+    # The exact reference: what LaSeR's r_s would be if each solution had its own c_ref.
+    model, tokenizer = load_pretrained(runs / "warm", dtype=o.dtype)
+    z_c = tokenizer.z_c_id
+    laser = [r for r in read(runs / "results" / "laser" / "samples.jsonl") if r["finished"]]
+    texts = [tokens_of(tokenizer, row) for row in laser]
+    own = np.array(score(model, z_c, *map(list, zip(*texts))))
+    right, said = (np.array([row[k] for row in laser]) for k in ("r_v", "logp_zc"))
+    problem = np.array([row["prompt_id"] for row in laser])
+    found["exact"] = {
+        "z_c": tokenizer.z_c, "std": float(own.std()), "mean": float(own.mean()),
+        **{name: [metrics.auroc(right > 0.5, x), metrics.auroc_within(right > 0.5, x, problem)]
+           for name, x in (("constant", said), ("own", said - own), ("reference", own))},
+    }  # fmt: skip
+    write_atomic(runs / "c-ref.json", json.dumps(found) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# user: what somebody with a model of this kind would do on GSM8K, and what it costs
+
+
+def user(o: Options, runs: Path) -> None:
+    """runs/user.json: commands on GSM8K-like problems with seconds, memory, warnings; and r_s as
+    transformers computes it."""
+    if o.gsm8k != "gsm8k" and not Path(o.gsm8k).is_file():
+        raise ValueError(f"--gsm8k {o.gsm8k}: no such file")
+    trial, laser = runs / "trial", runs / "laser"
+    shutil.rmtree(trial, ignore_errors=True)
+    rows = [r for r in read(runs / "results" / "laser" / "samples.jsonl") if r["finished"]][:200]
+    write_atomic(runs / "solutions.jsonl", to_jsonl(
+        {"problem": r["problem"], "response": r["response"], "gold": r["gold"]} for r in rows))
+    question = rows[0]["problem"]
+    done = [
+        call("train.py", "--model", runs / "base", "--data", o.gsm8k, "--trial", "--out", trial),
+        call("train.py", "--model", runs / "base", "--data", o.gsm8k, "--trial", "--out",
+             runs / "trial-bf16", "--dtype", "bfloat16"),
+        call("evaluate.py", "--model", laser, "--data", o.gsm8k, "--max-problems", 25, "--n", 4,
+             "--max-new-tokens", 96, "--output", runs / "results" / "gsm8k"),
+        call("sample.py", "--model", laser, "--max-new-tokens", 64, "--vote", question),
+        call("verify.py", "--model", laser, "--input", runs / "solutions.jsonl", "--output",
+             runs / "scored.jsonl"),
+    ]  # fmt: skip
+    for row in done:
+        row["command"] = [x.replace(str(runs), "runs/real") for x in row["command"]]
+        row["output"] = [line.replace(str(runs), "runs/real") for line in row["output"]]
+    write_atomic(runs / "user.json", json.dumps({"commands": done, "same": same(runs)}) + "\n")
+
+
+@torch.no_grad()
+def same(runs: Path) -> dict[str, float]:
+    """The largest difference of log pi(z_c), nats, and of r_s between verify.py and transformers,
+    both in float32, over 20 of the solutions that verify.py has scored."""
+    import transformers
+
+    folder = latest_checkpoint(runs / "laser")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    laser, gaps = read_json(folder / "laser.json"), []
+    for row in read(runs / "scored.jsonl")[:20]:
+        chat = [{"role": "user", "content": f"{row['problem']} {laser['instruction']}".strip()}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        text = prompt + row["response"] + tokenizer.eos_token
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        logp = model(ids).logits[0, -1].log_softmax(-1)[laser["z_c_id"]].item()
+        gaps.append(abs(logp - row["logp_zc"]))
+    return {"nats": max(gaps), "r_s": laser["beta_v"] * max(gaps), "solutions": len(gaps)}
+
+
+# ---------------------------------------------------------------------------------------------
+# report: all numbers in one file, the page from that file alone
+
+SHOWN = ("step", "phase", "reward", "r_s_correct", "r_s_wrong", "verification_f1", "entropy",
+         "response_tokens", "self_reward_loss", "grad_norm", "seconds_rollout",
+         "seconds_update")  # fmt: skip
+
+
+def collect(o: Options, runs: Path) -> dict:
+    """Everything that the page says, from the files of the stages that are there."""
+    count = {side: len(read(runs / f"{side}.jsonl")) for side in ("train", "test")}
+    found: dict = {
+        "options": {k: v for k, v in vars(o).items() if k not in ("stage", "runs", "docs", "gsm8k")},
+        "problems": count, "examples": read(runs / "test.jsonl")[:3],
+        "warm": read(runs / "warm.jsonl"), "runs": {}, "results": {}, "r_s": {},
+    }  # fmt: skip
+    for name in ("grpo", "laser"):
+        if not (runs / name / "metrics.jsonl").exists():
+            continue
+        steps = read(runs / name / "metrics.jsonl")
+        run = {"steps": [{k: row[k] for k in SHOWN} for row in steps]}
+        if (runs / name / "summary.json").exists():
+            summary = read_json(runs / name / "summary.json")
+            run |= {k: summary[k] for k in ("seconds", "c_ref", "c_ref_std", "peak_memory_bytes")}
+        found["runs"][name] = run
+    for name in ("base", "warm", "grpo", "laser"):
+        folder = runs / "results" / name
+        if not (folder / "results.json").exists():
+            continue
+        rows = read(folder / "samples.jsonl")
+        if name == "base":
+            found["base"] = {"right": sum(r["r_v"] for r in rows), "solutions": len(rows),
+                             "boxed": sum(r["answer"] is not None for r in rows)}  # fmt: skip
+            continue
+        found["results"][name] = intervals([rows], 500)
+        for score in OTHERS:
+            if (folder / f"scores-{score}.json").exists():
+                (entry,) = read_json(folder / f"scores-{score}.json").values()
+                found["results"][name][score] = [
+                    entry["verification"][k] for k in ("auroc", "auroc_within")]
+        found["r_s"][name] = [[round(r["r_s"], 2), r["r_v"], r["response_tokens"]]
+                              for r in rows if r["r_s"] is not None]  # fmt: skip
+    for name in ("probe", "c-ref", "user"):
+        path = runs / f"{name}.json"
+        found[name] = read_json(path) if path.exists() else None
+    return json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 5))
+
+
+def write(o: Options, runs: Path) -> None:
+    """docs/real-model.json (where the runs are), then the page and its pictures."""
+    docs = Path(o.docs).resolve()
+    if (runs / "warm.jsonl").exists():
+        write_atomic(docs / "real-model.json", json.dumps(collect(o, runs)) + "\n")
+    found = read_json(docs / "real-model.json")
+    for name, picture in real_model_text.pictures(found).items():
+        (docs / "pictures").mkdir(exist_ok=True)
+        report.save(docs / "pictures" / name, picture)
+    write_atomic(docs / "real-model.md", real_model_text.page(found))
+    print(f"{docs / 'real-model.md'}")
+
+
+# ---------------------------------------------------------------------------------------------
 # in order
 
 
@@ -298,6 +616,13 @@ def main() -> None:
         "prepare": ("base", prepare),
         "problems": ("test.jsonl", make_problems),
         "warm-start": ("warm", warm_start),
+        "laser": ("laser/summary.json", lambda o, runs: train(o, runs, "laser")),
+        "grpo": ("grpo/summary.json", lambda o, runs: train(o, runs, "grpo")),
+        "evaluate": ("results/grpo/scores-vote-share.json", evaluate),
+        "probe": ("probe.json", probe),
+        "c-ref": ("c-ref.json", c_ref),
+        "user": ("user.json", user),
+        "report": ("none", write),
     }
     for stage, (leaves, make) in work.items():
         if o.stage not in ("all", stage):
