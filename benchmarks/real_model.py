@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -83,8 +84,8 @@ class Options:
     lr: float = option(5e-5, "their peak learning rate", above=0)
     alpha: float = option(0.5, "weight of the loss on r_s", min=0)
     grad_clip: float = option(0.5, "largest gradient norm of RL", above=0)
-    problems: int = option(200, "held-out problems evaluated, 8 solutions each", min=2)
-    probe_problems: int = option(400, "problems whose solutions, 4 each, the probe is fitted on",
+    problems: int = option(150, "held-out problems evaluated, 8 solutions each", min=2)
+    probe_problems: int = option(300, "problems whose solutions, 4 each, the probe is fitted on",
                                  min=9)  # fmt: skip
     gsm8k: str = option("gsm8k", "alias or file for what a user would run")
 
@@ -354,8 +355,8 @@ def evaluate(o: Options, runs: Path) -> None:
         call("evaluate.py", "--model", runs / "base", *same, "--n", 1, "--max-problems", 100,
              "--max-new-tokens", 160, "--output", results / "base")  # fmt: skip
     for name in ("laser", "warm", "grpo"):
-        if not (runs / name / "config.json").exists():
-            continue
+        if name != "warm" and not (runs / name / "summary.json").exists():
+            continue  # not there, or not done yet
         folder = results / name
         # GRPO has no c_ref of its own use, and the warm start none at all: that of the LaSeR run.
         c_ref = read_json(runs / "laser" / "summary.json")["c_ref"]
@@ -421,23 +422,37 @@ def probed(seen: dict, test: dict) -> dict[str, float]:
             "penalty": best, "solutions": len(right)}  # fmt: skip
 
 
+def by_kind(seen: list[dict], test: list[dict]) -> float | None:
+    """AUROC of a score that knows the kind of a problem alone, and how often those are solved: what
+    can be had without looking at the solution."""
+    kind = lambda row: re.sub(rf"\d+|\b({'|'.join(NAMES + THINGS)})\b", "_",  # noqa: E731
+                              row["problem"])  # fmt: skip
+    of: dict[str, list[float]] = {}
+    for row in seen:
+        of.setdefault(kind(row), []).append(row["r_v"])
+    scores = [float(np.mean(of.get(kind(row), 0.0))) for row in test]
+    return metrics.auroc([row["r_v"] > 0.5 for row in test], scores)
+
+
 def probe(o: Options, runs: Path) -> None:
-    """runs/probe.json: a linear probe of each model on its own solutions, and of the untouched
+    """runs/probe/NAME.json: a linear probe of each model on its own solutions, and of the untouched
     model reading those of the warm start."""
-    train, found = read(runs / "train.jsonl"), {}
+    train, folder = read(runs / "train.jsonl"), runs / "probe"
+    folder.mkdir(exist_ok=True)
     # Problems that no run has drawn would be best, but the runs draw from all: these are the last.
     problems = [Problem(id=str(i), problem=r["problem"], answer=r["answer"])
                 for i, r in enumerate(train[-o.probe_problems:])]  # fmt: skip
     for name in ("warm", "grpo", "laser"):
-        if not (runs / "results" / name / "results.json").exists():
+        done = (folder / f"{name}.json").exists()
+        if done or not (runs / "results" / name / "results.json").exists():
             continue
         model, tokenizer = load_pretrained(runs / name, dtype=o.dtype)
         rollouts = grpo.sample(model, tokenizer, problems, 4, seed=o.seed, max_new_tokens=48)
         seen = judged_rows(rollouts, problems, tokenizer, token_ids=True)
         test = read(runs / "results" / name / "samples.jsonl")
-        readers = {name: model}
-        if name == "warm":
-            readers["untouched"] = load_pretrained(runs / "base", dtype=o.dtype)[0]
+        readers = {"untouched": load_pretrained(runs / "base", dtype=o.dtype)[0]} if (
+            name == "warm") else {}
+        readers[name] = model  # last: its file says that the model is done
         for reader, read_by in readers.items():
             sides = []
             for rows in (seen, test):
@@ -445,9 +460,9 @@ def probe(o: Options, runs: Path) -> None:
                 sides.append({"states": states(read_by, tokenizer, rows),
                               "right": torch.tensor([row["r_v"] > 0.5 for row in rows]),
                               "problem": torch.tensor([row["prompt_id"] for row in rows])})
-            found[reader] = probed(*sides)
-            print(reader, found[reader], flush=True)
-    write_atomic(runs / "probe.json", json.dumps(found) + "\n")
+            found = probed(*sides) | {"kind_auroc": by_kind(seen, test)}
+            print(reader, found, flush=True)
+            write_atomic(folder / f"{reader}.json", json.dumps(found) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -584,7 +599,8 @@ def collect(o: Options, runs: Path) -> dict:
                     entry["verification"][k] for k in ("auroc", "auroc_within")]
         found["r_s"][name] = [[round(r["r_s"], 2), r["r_v"], r["response_tokens"]]
                               for r in rows if r["r_s"] is not None]  # fmt: skip
-    for name in ("probe", "c-ref", "user"):
+    found["probe"] = {p.stem: read_json(p) for p in sorted((runs / "probe").glob("*.json"))}
+    for name in ("c-ref", "user"):
         path = runs / f"{name}.json"
         found[name] = read_json(path) if path.exists() else None
     return json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 5))
@@ -619,7 +635,7 @@ def main() -> None:
         "laser": ("laser/summary.json", lambda o, runs: train(o, runs, "laser")),
         "grpo": ("grpo/summary.json", lambda o, runs: train(o, runs, "grpo")),
         "evaluate": ("results/grpo/scores-vote-share.json", evaluate),
-        "probe": ("probe.json", probe),
+        "probe": ("probe/grpo.json", probe),
         "c-ref": ("c-ref.json", c_ref),
         "user": ("user.json", user),
         "report": ("none", write),
