@@ -85,7 +85,7 @@ class Options:
     alpha: float = option(0.5, "weight of the loss on r_s", min=0)
     grad_clip: float = option(0.5, "largest gradient norm of RL", above=0)
     problems: int = option(150, "held-out problems evaluated, 8 solutions each", min=2)
-    probe_problems: int = option(300, "problems whose solutions, 4 each, the probe is fitted on",
+    probe_problems: int = option(200, "problems whose solutions, 4 each, the probe is fitted on",
                                  min=9)  # fmt: skip
     gsm8k: str = option("gsm8k", "alias or file for what a user would run")
 
@@ -354,17 +354,17 @@ def evaluate(o: Options, runs: Path) -> None:
         # As it was published, in its own template, with the instruction and room to talk.
         call("evaluate.py", "--model", runs / "base", *same, "--n", 1, "--max-problems", 100,
              "--max-new-tokens", 160, "--output", results / "base")  # fmt: skip
-    for name in ("laser", "warm", "grpo"):
-        if name != "warm" and not (runs / name / "summary.json").exists():
-            continue  # not there, or not done yet
-        folder = results / name
-        # GRPO has no c_ref of its own use, and the warm start none at all: that of the LaSeR run.
-        c_ref = read_json(runs / "laser" / "summary.json")["c_ref"]
+    # A run without a summary is not there, or not done yet.
+    done = [name for name in ("laser", "grpo") if (runs / name / "summary.json").exists()]
+    # GRPO has no use for a c_ref, and the warm start has none: all are read with LaSeR's.
+    c_ref = read_json(runs / "laser" / "summary.json")["c_ref"]
+    for name in (*done, "warm"):
         call("evaluate.py", "--model", runs / name, *same, "--n", 8, "--max-problems", o.problems,
-             "--max-new-tokens", 48, "--c-ref", c_ref, "--token-ids", "--output", folder)
-        if not (folder / "scores-vote-share.json").exists():  # the last one that is written
-            call("evaluate.py", "--model", runs / name, "--dtype", o.dtype, "--output", folder,
-                 "--scores", ",".join(OTHERS))  # fmt: skip
+             "--max-new-tokens", 48, "--c-ref", c_ref, "--token-ids", "--output", results / name)
+    for name in (*done, "warm"):
+        if not (results / name / f"scores-{OTHERS[-1]}.json").exists():
+            call("evaluate.py", "--model", runs / name, "--dtype", o.dtype,
+                 "--output", results / name, "--scores", ",".join(OTHERS))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def probe(o: Options, runs: Path) -> None:
     # Problems that no run has drawn would be best, but the runs draw from all: these are the last.
     problems = [Problem(id=str(i), problem=r["problem"], answer=r["answer"])
                 for i, r in enumerate(train[-o.probe_problems:])]  # fmt: skip
-    for name in ("warm", "grpo", "laser"):
+    for name in ("laser", "warm", "grpo"):
         done = (folder / f"{name}.json").exists()
         if done or not (runs / "results" / name / "results.json").exists():
             continue
@@ -486,7 +486,7 @@ def c_ref(o: Options, runs: Path) -> None:
         able = (mean < -10).nonzero()[:, 0]
         steady = able[std[able].argsort()[:5]].tolist()
         found["models"][name] = {
-            kind: [{"token": tokenizer.tokens([i])[0], "mean": mean[i].item(),
+            kind: [{"token": tokenizer.decode([i], skip_special=False), "mean": mean[i].item(),
                     "std": std[i].item(), "auroc": metrics.auroc(right, logp[:, i].numpy())}
                    for i in ids] for kind, ids in (("special", special), ("steadiest", steady))
         } | {"able": len(able)}  # fmt: skip
@@ -560,6 +560,7 @@ def same(runs: Path) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------
 # report: all numbers in one file, the page from that file alone
 
+KEPT = ("dtype", "seed", "texts", "warm_lr", "steps", "lr", "alpha", "grad_clip", "problems")
 SHOWN = ("step", "phase", "reward", "r_s_correct", "r_s_wrong", "verification_f1", "entropy",
          "response_tokens", "self_reward_loss", "grad_norm", "seconds_rollout",
          "seconds_update")  # fmt: skip
@@ -569,7 +570,7 @@ def collect(o: Options, runs: Path) -> dict:
     """Everything that the page says, from the files of the stages that are there."""
     count = {side: len(read(runs / f"{side}.jsonl")) for side in ("train", "test")}
     found: dict = {
-        "options": {k: v for k, v in vars(o).items() if k not in ("stage", "runs", "docs", "gsm8k")},
+        "options": {k: getattr(o, k) for k in KEPT},
         "problems": count, "examples": read(runs / "test.jsonl")[:3],
         "warm": read(runs / "warm.jsonl"), "runs": {}, "results": {}, "r_s": {},
     }  # fmt: skip
@@ -592,10 +593,10 @@ def collect(o: Options, runs: Path) -> dict:
                              "boxed": sum(r["answer"] is not None for r in rows)}  # fmt: skip
             continue
         found["results"][name] = intervals([rows], 500)
-        for score in OTHERS:
-            if (folder / f"scores-{score}.json").exists():
-                (entry,) = read_json(folder / f"scores-{score}.json").values()
-                found["results"][name][score] = [
+        for other in OTHERS:
+            if (folder / f"scores-{other}.json").exists():
+                (entry,) = read_json(folder / f"scores-{other}.json").values()
+                found["results"][name][other] = [
                     entry["verification"][k] for k in ("auroc", "auroc_within")]
         found["r_s"][name] = [[round(r["r_s"], 2), r["r_v"], r["response_tokens"]]
                               for r in rows if r["r_s"] is not None]  # fmt: skip
@@ -634,7 +635,7 @@ def main() -> None:
         "warm-start": ("warm", warm_start),
         "laser": ("laser/summary.json", lambda o, runs: train(o, runs, "laser")),
         "grpo": ("grpo/summary.json", lambda o, runs: train(o, runs, "grpo")),
-        "evaluate": ("results/grpo/scores-vote-share.json", evaluate),
+        "evaluate": ("results/warm/scores-vote-share.json", evaluate),
         "probe": ("probe/grpo.json", probe),
         "c-ref": ("c-ref.json", c_ref),
         "user": ("user.json", user),

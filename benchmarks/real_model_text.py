@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from nanolaser import report
 from nanolaser.report import decimal, percent
 
@@ -50,19 +52,20 @@ def reading_table(found: dict) -> str:
 
 
 def c_ref_table(found: dict) -> str:
-    """Every token that might be z_c."""
-    rows = []
+    """Every token that might be z_c: the default, the two steadiest special ones, the two steadiest
+    of the whole vocabulary."""
+    rows, steadiest = [], lambda tokens: sorted(tokens, key=lambda x: x["std"])[:2]
     for model, name in (("base", "untouched"), ("warm", "warm start")):
         entry = found["c-ref"]["models"][model]
-        special = entry["special"]
-        picked = [(special[0], "the default"),
-                  *((x, "best special") for x in sorted(special[1:], key=lambda x: x["std"])[:2]),
-                  *((x, "steadiest of all") for x in entry["steadiest"][:2])]
-        rows += [[name, f"`{x['token']}`", kind, decimal(x["mean"], 2), decimal(x["std"], 2),
-                  decimal(x["std"] / 10, 3), percent(x["auroc"])] for x, kind in picked]
-    head = ["read by", "z_c", "", "mean, nats", "spread", "in r_s", "AUROC"]
-    return grid(head, rows)
-
+        default, *others = entry["special"]
+        kinds = {"the default": [default], "steadiest special": steadiest(others),
+                 "steadiest of all": steadiest(entry["steadiest"])}  # fmt: skip
+        for kind, tokens in kinds.items():
+            for x in tokens:
+                token = json.dumps(x["token"], ensure_ascii=False).replace("|", "\\|")
+                rows.append([name, f"`{token}`", kind, decimal(x["mean"], 2), decimal(x["std"], 2),
+                             decimal(x["std"] / 10, 3), percent(x["auroc"])])  # fmt: skip
+    return grid(["read by", "z_c", "", "mean, nats", "spread", "in r_s", "AUROC"], rows)
 
 
 def user_table(found: dict) -> str:
@@ -97,22 +100,81 @@ def example(found: dict) -> str:
                        for row in found["examples"])  # fmt: skip
 
 
-def page(found: dict) -> str:
-    """docs/real-model.md."""
-    o, warm, results = found["options"], found["warm"], found["results"]
-    laser, base = found["runs"]["laser"], found.get("base")
-    steps = found["runs"]["laser"]["steps"]
-    after, before = results.get("laser"), results.get("warm")
-    return PAGE.format(
-        example=example(found), updates=warm[-1]["update"], texts=o["texts"],
-        warm_minutes=f"{warm[-1]['seconds'] / 60:.0f}", solved=f"{100 * warm[-1]['solved']:.0f}",
-        steps=len(steps), lr=f"{o['lr']:g}", alpha=o["alpha"], clip=o["grad_clip"],
-        problems=o["problems"], train=f"{found['problems']['train']:,}",
-        test=f"{found['problems']['test']:,}", main=main_table(found),
-        reading=reading_table(found), course=course(found), c_ref=c_ref_table(found),
-        users=user_table(found),
+def headline(found: dict) -> str:
+    """What came out, in five points."""
+    after, before = found["results"]["laser"], found["results"]["warm"]
+    grpo = found["results"].get("grpo")
+    probe, point = found["probe"]["laser"], lambda x: percent(x[0])
+    words = after.get("p-yes", [None])[0]
+    return HEADLINE.format(
+        auroc_before=point(before["AUROC"]), auroc=point(after["AUROC"]), f1=point(after["F1"]),
+        words=percent(words), within=point(after["within problem"]),
+        kind=percent(probe["kind_auroc"]), free=percent(after["mean-logprob"][0]),
+        free_within=percent(after["mean-logprob"][1]), probe=percent(probe["auroc"]),
+        probe_within=percent(probe["auroc_within"]),
+        one=point(after["one solution"]),
+        weighted=point(after["weighted of 8"]), majority=point(after["majority of 8"]),
+        best=point(after["best of 8"]), one_before=point(before["one solution"]),
+        steps=found["options"]["steps"],
+        one_grpo=f", {point(grpo['one solution'])} after GRPO" if grpo else "",
     )  # fmt: skip
 
+
+def minutes(found: dict) -> str:
+    """How long RL took, and its memory."""
+    said = [f"{NAMES[name].strip('*')} took {run['seconds'] / 60:.0f} minutes and "
+            f"{run['peak_memory_bytes'] / 1e9:.1f} GB" for name, run in found["runs"].items()
+            if "seconds" in run]  # fmt: skip
+    return "; ".join(said) + ", evaluations and all"
+
+
+def clipped(found: dict) -> str:
+    """How many times the policy's gradient norm the first of the loss on r_s is."""
+    steps = found["runs"]["laser"]["steps"]
+    policy = [row["grad_norm"] for row in steps if row["phase"] == "reasoning"]
+    first = next(row["grad_norm"] for row in steps if row["phase"] != "reasoning")
+    return f"{first / (sum(policy) / len(policy)):.0f}"
+
+
+def page(found: dict) -> str:
+    """docs/real-model.md."""
+    o, warm, base, exact = (found[k] for k in ("options", "warm", "base", "c-ref"))
+    exact = exact["exact"]
+    special = {m: found["c-ref"]["models"][m]["special"] for m in ("base", "warm")}
+    pair = lambda x: f"{percent(x[0])} (within {percent(x[1])})"  # noqa: E731
+    return PAGE.format(
+        headline=headline(found), example=example(found), base=f"{base['right']:.0f}",
+        boxed=base["boxed"], updates=warm[-1]["update"], texts=o["texts"],
+        warm_minutes=f"{warm[-1]['seconds'] / 60:.0f}", solved=f"{100 * warm[-1]['solved']:.0f}",
+        steps=o["steps"], lr=f"{o['lr']:g}", alpha=o["alpha"], clip=o["grad_clip"],
+        first=o["steps"] // 8, second=o["steps"] * 3 // 8, minutes=minutes(found),
+        problems=o["problems"], train=f"{found['problems']['train']:,}",
+        test=f"{found['problems']['test']:,}", main=main_table(found),
+        probed=f"{found['probe']['laser']['solutions']:,}", reading=reading_table(found),
+        course=course(found), c_count=found["c-ref"]["solutions"], c_ref=c_ref_table(found),
+        z_c=exact["z_c"], spread=decimal(special["warm"][0]["std"], 2),
+        noise=decimal(special["warm"][0]["std"] / 10, 3), constant=pair(exact["constant"]),
+        own=pair(exact["own"]), reference=pair(exact["reference"]), users=user_table(found),
+        nats=f"{found['user']['same']['nats']:.0e}", r_s=f"{found['user']['same']['r_s']:.0e}",
+        compared=found["user"]["same"]["solutions"], times=clipped(found),
+    )  # fmt: skip
+
+
+HEADLINE = """\
+*  **r_s learns something, from nothing**: before RL z_c says, if anything, the contrary (AUROC
+   {auroc_before}), after LaSeR r_s has {auroc}, F1 {f1}. Asked in words the same model has an AUROC
+   of {words}.
+*  **But it learns which problems it can solve, not which solutions are right**: within a problem
+   its AUROC is {within}, where chance is 50. A score that knows only which of the 22 kinds a
+   problem is of, and how often the model solves those, has {kind}.
+*  **So it brings no vote forward**: one solution {one}, majority of eight {majority}, weighted by
+   r_s {weighted}, best by r_s {best}.
+*  **More could be read**: a solution's mean log-probability, which is free, has {free} and within
+   problems {free_within}; a linear probe on the state that r_s is read from, fitted on solutions
+   of the same model, {probe} and {probe_within}.
+*  **{steps} steps are few**, and r_s was not steady at their end. They did not make the model better:
+   one solution is right in {one_before} % of the cases before, {one} after LaSeR{one_grpo}.
+"""
 
 PAGE = """\
 # A real language model
@@ -143,7 +205,7 @@ python benchmarks/real_model.py report                        # this page from r
 2. **Untouched** the model solves {base} of 100 of them (its own template, the instruction, 160
    tokens), and {boxed} answer is in a box.
 3. **Warm start**: {updates} updates of {texts} worked solutions, {warm_minutes} minutes on a shared
-   core, until {solved} % of 150 held-out problems are solved, one sampled solution each.
+   core, until {solved} % of 150 held-out problems are solved.
 4. **GRPO and LaSeR** from there: the same {steps} steps of 8 problems x 8 solutions, the same
    problems and seed, lr {lr}, clip {clip}; LaSeR with alpha {alpha}, {first} steps of plain GRPO and
    {second} before r_s enters the advantage. {minutes}.
@@ -173,8 +235,6 @@ of training problems. Asked in words: P(yes) against P(no) in a second turn.
 
 {reading}
 
-{reading_said}
-
 ## How constant is c_ref?
 
 log pi(z_c) after {c_count} solutions of the warm start. "In r_s" is the spread times beta_v = 0.1:
@@ -183,7 +243,14 @@ it has learned anything (50: no; below: it is likelier after wrong ones).
 
 {c_ref}
 
-{c_ref_said}
+*  **The constant holds**: after the warm start `{z_c}` varies by {spread} nats, {noise} of r_s's scale
+   from 0 to 1. (The paper has 0.04 nats for a model of 7 billion weights.)
+*  **The warm start moves it**: c_ref belongs to the model that RL begins from, and is measured
+   there; so does `--c-ref auto`.
+*  **The exact reference would change little**: AUROC of LaSeR's log pi(z_c) {constant}, with what
+   the warm start says of the same solution taken off (read afterwards: the run itself was trained
+   with the constant) {own}; the warm start's own number {reference}.
+*  **A steadier token is there**, but what it would save is noise of a twentieth of r_s's scale.
 
 ## What a user meets
 
@@ -191,9 +258,14 @@ On GSM8K's problems, one core, beside other programs:
 
 {users}
 
-{user_said}
+USERSAID
 
 ## What it is not
 
-{limits}
+*  One seed, {steps} steps, {problems} problems: differences of a few points mean nothing here.
+*  Generated problems of 22 kinds: the numbers are new in the held-out ones, the kinds are not.
+*  alpha, lr and clip were chosen by reasoning, and not searched. The first step of the loss on r_s
+   has {times} times the norm of the policy's gradient, and is clipped (see [the log](log.md)).
+*  The warm start's learning rate was first laid out for 400 updates, and after 40 of them for 120;
+   the script has 120 from the start.
 """
