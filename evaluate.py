@@ -11,21 +11,14 @@ Benchmarks: how often is a model right, does it know when, and what do votes mak
     python evaluate.py --output results/a --scores p-yes,rm.jsonl    # other scores, same solutions
     python evaluate.py --compare results/a results/b            # two runs, paired intervals
 
-What is written into --output:
-
-    config.json     what was evaluated; a folder that holds something else is refused
-    samples.jsonl   every solution, a problem's as soon as all of them are there
-    results.json    {data set: accuracy, votes, verification, ...}
-    NAME.svg        votes, reliability, r_s, length of each data set: a picture
+Into --output go samples.jsonl, every solution, a problem's as soon as all of them are there;
+results.json, {data set: accuracy, votes, verification, ...}; NAME.svg, a picture of each data set;
+and config.json, what was evaluated: a folder that holds something else is refused.
 
 Stopped?  The same command goes on where it was: what is finished is not sampled again, and the
 solutions of a problem depend on --seed and its text alone, whatever is sampled beside them (but
-for the last digits, which the rounding of a sum owes to the rows that share a batch).
-
-A model that is a training run's folder knows what it was trained on: those problems are left out.
-
-F1 comes under the two names of the authors' script: f1_all, over all solutions, those without an
-answer being judged wrong, which is also `f1`; and f1_filtered, over those with an answer.
+for the last digits).  A model that is a training run's folder knows what it was trained on: those
+problems are left out.
 
 --samples reads what verify.py reads (problem and response, or OpenAI's messages), each with `gold`
 or with its `r_v`.  Without --model r_s is what stands in the file; with it, the model reads it.
@@ -40,10 +33,7 @@ all else, or none to clip it.
 from __future__ import annotations
 
 import functools
-import itertools
-import json
 import math
-import platform
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -56,7 +46,10 @@ from nanolaser import metrics, report
 from nanolaser.checker import is_equivalent, parses
 from nanolaser.checkpoint import find_checkpoint, load_pretrained
 from nanolaser.cli import Progress, main_guard, option, parse_args, warn
-from nanolaser.files import NUMBER, RunFolder, read_json, read_jsonl, run_of, to_jsonl, write_atomic
+from nanolaser.files import (
+    NUMBER, RunFolder, described, differences, numbered, read_jsonl, read_log, run_of, to_json,
+    to_jsonl, write_atomic,
+)  # fmt: skip
 from nanolaser.judge import (
     OWN_SCORES, SamplingOptions, ask_checker, check_prompts, confidences, fitted_threshold, judge,
     open_model, own_scores, score_rows, tokens_of,
@@ -72,7 +65,7 @@ from nanolaser.sampler import generate
 ENOUGH = 200  # of problems that are made up, where --max-problems does not say
 
 
-# One helper a heading of --help.
+# One helper a heading of --help: the field's name, its default and its meaning are one line.
 what, sampling, verifiers = (
     functools.partial(option, group=group) for group in ("what", "sampling", "verifiers")
 )
@@ -88,7 +81,6 @@ class Options(SamplingOptions):
     n: int = what(8, "solutions per problem", min=1)
     max_problems: int | None = what(None, "problems per data set", min=1,
         shown="all; of what is made up 200")
-    # what a model has learned by heart says nothing about what it can do
     include_trained: bool = what(False, "of a training run, also what it was trained on")
     samples: str | None = what(None, metavar="FILE", help="solutions sampled elsewhere, in the "
         "place of --data; r_s by --model if that is given, else as the file has it")
@@ -113,10 +105,15 @@ class Options(SamplingOptions):
     # fmt: on
 
     def __post_init__(self):
+        # What contradicts itself is refused before a model is loaded for it.
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"--compare takes two folders, got {len(self.compare)}")
         if self.scores and self.output is None:
             raise ValueError("--scores needs --output, the folder of the solutions they belong to")
+        # a/rm.jsonl and b/rm.jsonl would be one file of results, and one line of the table
+        labels = [Path(source).stem for source in self.scores]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"--scores: two are called alike ({', '.join(labels)}); rename one")
         if self.samples and (self.generative or self.log_ratio):
             raise ValueError("--samples takes neither --generative nor --log-ratio; "
                              "--scores p-yes on its results asks the model, too")
@@ -125,6 +122,8 @@ class Options(SamplingOptions):
 def main() -> int:
     """Load, sample what is missing, measure, write, show."""
     o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
+    # Three questions that need no sampling: two runs beside each other, other scores of solutions
+    # that are there, solutions of somebody else.
     if o.compare:
         return compare(*o.compare)
     if o.scores:
@@ -136,6 +135,7 @@ def main() -> int:
     # 1. What is evaluated.  Everything that can be wrong fails here, before anything is sampled.
     sets = load_sets(o)
     load_reward(o.reward)
+    # Numbers of another judge than the one in training are not wrong, but rarely meant.
     trained = (run_of(o.model) or {}).get("reward")
     if trained and not o.reward:
         warn(f"{o.model} was trained with --reward {trained}; here the checker decides")
@@ -143,9 +143,11 @@ def main() -> int:
     reference = find_checkpoint(o.log_ratio) if o.log_ratio else None
     for problems in sets.values():
         check_prompts(model, tokenizer, [p.problem for p in problems])
+    # The folder last: what failed above has left nothing behind.
     how = o.how(model)
     mine = identity(o, sets, model, tokenizer, how)
     run = open_results(o, mine, Path(o.model.rstrip("/")).name)
+    # What it will cost is said before it is spent.
     count = f"{sum(map(len, sets.values()))} problems x {o.n}"
     print(f"{o.model}: {count}, up to {how['max_new_tokens']} tokens each, results in {run.path}")
 
@@ -168,18 +170,25 @@ def main() -> int:
 
 
 def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # noqa: B006
-    """Numbers, from the files alone: the same ones however often the run was interrupted."""
-    # `more` holds what other verifiers said: {"log_ratio": {data set: entry}}.
+    """Numbers, tables and pictures; `more` is what other verifiers said: {"log_ratio": {data set:
+    entry}}."""
+    # From the files alone: the same numbers however often the run was interrupted.
+    sets = by_set(read_log(run.path / "samples.jsonl", SAMPLE))
     results, votes = {}, {}
-    for name, rows in samples_of(run).items():
+    for name, rows in sets.items():
         results[name], votes[name] = entry_of(name, rows)
+        # Verdicts at 0.5 are the paper's; those at a fitted threshold stand beside them.
         if o.fit_threshold:
             threshold = fitted_threshold(o.fit_threshold, rows)
             results[name]["verification_fitted"] = {
                 "threshold": threshold, **metrics.verification(rows, threshold)}
         results[name] |= {kind: entries[name] for kind, entries in more.items()}
     run.write_json("results.json", results)
-    show(run, results, votes)
+    show(results, votes)
+    for name, rows in sets.items():
+        picture = run.path / f"{name.replace('/', '-')}.svg"
+        print(report.save(picture, report.evaluation(name, rows, votes[name])))
+    print(f"results {run.path}/results.json")
     return 0
 
 
@@ -189,28 +198,28 @@ def finish(run: RunFolder, o: Options, more: dict[str, dict] = {}) -> int:  # no
 
 def load_sets(o: Options) -> dict[str, list[Problem]]:
     """{name: problems} of all data sets; ValueError or FileNotFoundError says what is wrong."""
+    # What a model has learned by heart says nothing about what it can do.
     run = None if o.include_trained else run_of(o.model)
     sets: dict[str, list[Problem]] = {}
     for source in o.data:
         name = set_name(source)
-        if name in sets:
-            name = source  # two files called alike: then by their paths
+        name = source if name in sets else name  # two files called alike: then by their paths
         if name in sets:
             raise ValueError(f"--data names {source} twice")
         # The test split: of arithmetic, neither the embedded model nor its training has seen any.
         most = o.max_problems or (ENOUGH if source in MADE_UP else None)
         trained = trained_on(run, source) if run else set()
-        sets[name] = load_problems(source, "test", None if trained else most, parses=parses)
+        problems = load_problems(source, "test", None if trained else most, parses=parses)
+        # By text, not by name: a problem may be in two files, and a file have two names.
+        left = [p for p in problems if p.problem not in trained]
+        if not left:
+            raise ValueError(f"{o.model} was trained on all of {source}; --include-trained "
+                             "evaluates it there all the same")
         if trained:
-            # By text, not by name: a problem may be in two files, and a file have two names.
-            left = [p for p in sets[name] if p.problem not in trained]
-            print(f"{name}: the run was trained on {len(sets[name]) - len(left)} of its "
-                  f"{len(sets[name])} problems; evaluated are the other {len(left)} "
+            print(f"{name}: the run was trained on {len(problems) - len(left)} of its "
+                  f"{len(problems)} problems; evaluated are the other {len(left)} "
                   "(--include-trained: all)")
-            if not left:
-                raise ValueError(f"{o.model} was trained on all of {source}; --include-trained "
-                                 "evaluates it there all the same")
-            sets[name] = left[:most]
+        sets[name] = left[:most]
     return sets
 
 
@@ -218,7 +227,8 @@ def trained_on(run: dict, source: str) -> set[str]:
     """The texts of the problems that a training run (its options) has learned from, as far as the
     data set may hold them."""
     # A run on FILE holds out every n-th problem of it, or evaluates on another data set; how, its
-    # options say, and train_and_test divides today as it did then.
+    # options say, and train_and_test divides today as it did then: 30 problems, 6 held out, and
+    # the 24 others are what it was trained on.
     data, eval_data, most = run.get("data"), run.get("eval_data"), run.get("eval_problems")
     if not isinstance(data, str) or has_test_split(data):
         return set()  # what is evaluated is another split
@@ -234,7 +244,8 @@ def trained_on(run: dict, source: str) -> set[str]:
 
 def set_name(source: str) -> str:
     """What a data set is called in results.json: its alias, or its file's name, or where that says
-    nothing (math500/test.jsonl) its folder's."""
+    nothing its folder's."""
+    # gsm8k -> gsm8k, my/problems.jsonl -> problems, math500/test.jsonl -> math500
     path = Path(source)
     if not path.suffix:
         return source
@@ -245,67 +256,59 @@ def set_name(source: str) -> str:
 def identity(o: Options, sets: dict, model, tokenizer, how: dict) -> dict:
     """What decides about the results: two evaluations with equal identities are the same one.
     --device and --max-rows are not among it: they change no more than the last bits."""
+    digest = lambda x: f"{zlib.crc32(x):08x}"  # noqa: E731
     # A run's folder gets better checkpoints under the same name, and a file may be edited: both
     # are recognised by what they hold.  A few numbers of every tensor tell checkpoints apart.
     weights = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
-    digest = lambda x: f"{zlib.crc32(x):08x}"  # noqa: E731
-    data = {name: digest(repr([(p.id, p.problem, p.answer) for p in problems]).encode())
-            for name, problems in sets.items()}
+    data = {}
+    for name, problems in sets.items():
+        held = repr([(p.id, p.problem, p.answer) for p in problems]).encode()
+        data[name] = f"{len(problems)} problems, {digest(held)}"
+    reward = o.reward
+    if reward:
+        reward += " " + digest(Path(reward.rpartition(":")[0]).expanduser().read_bytes())
     return {
         "model": o.model, "weights": digest(weights.numpy().tobytes()),
         "dtype": str(model.dtype).removeprefix("torch."), "thinking": o.thinking,
         **{name: getattr(tokenizer, name) for name in ("z_c", "c_ref", "beta_v")},
-        "data": {name: f"{len(sets[name])} problems, {x}" for name, x in data.items()},
-        "n": o.n, "token_ids": o.token_ids,
+        "data": data, "n": o.n, "token_ids": o.token_ids, "reward": reward,
         **{name: how[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")},
-        "reward": o.reward
-        and f"{o.reward} {digest(Path(o.reward.rpartition(':')[0]).expanduser().read_bytes())}",
-    }  # fmt: skip
+    }
 
 
 def open_results(o: Options, mine: dict, name: str) -> RunFolder:
     """The results' folder, new or to go on with; ValueError shows how an existing one differs."""
     # Without --output: results/NAME, results/NAME-2, ... until one is free or the same.
-    for tried in itertools.count(1):
-        path = Path(o.output or f"results/{name}" + f"-{tried}" * (tried > 1))
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--output {path} is a file, not a folder")
+    for path in [Path(o.output)] if o.output else numbered(Path("results") / name):
         there = read_identity(path)
-        if there is None:
-            run = RunFolder(path)
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            run.write_json("config.json", {"evaluation": mine, "versions": versions})
-            return run
+        differ = differences(there, mine) if there else ""
         # The same evaluation goes on; another one must not be mixed with it.
-        differ = [f"{k} {there.get(k)} there, {mine[k]} here"
-                  for k in mine if there.get(k) != mine[k]]
+        if differ and o.output:
+            raise ValueError(f"{path} holds other results ({differ}); give another --output")
         if not differ:
-            return RunFolder(path)
-        if o.output:
-            raise ValueError(
-                f"{path} holds other results ({'; '.join(differ[:3])}); give another --output")
+            run = RunFolder(path)
+            if there is None:
+                run.describe("evaluation", mine)
+            return run
 
 
 def read_identity(path: Path) -> dict | None:
     """What the results in a folder are of; None for a folder that is new; ValueError where it
     holds something that is not an evaluation."""
-    if not (path / "config.json").exists():
-        # never write into somebody's files
-        other = next((n for n in ("samples.jsonl", "results.json") if (path / n).exists()), None)
-        if other:
+    if (path / "config.json").exists():
+        return described(path, "evaluation")
+    # Never write into somebody's files, should they be called like ours.
+    for other in ("samples.jsonl", "results.json"):
+        if (path / other).exists():
             raise ValueError(f"{path} holds a {other} without config.json; give another --output")
-        return None
-    there = read_json(path / "config.json").get("evaluation")
-    if not isinstance(there, dict):
-        # a training run, a model, anything that has a config.json
-        raise ValueError(f"{path} is in use for something else; give another --output")
-    return there
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
 # sampling
 
-# What every line of the files must hold; anything else is a damaged line, and is named.
+# What every line of the files must hold; anything else is a damaged line, and is named.  That a
+# file was written by this script is no promise: people edit, and disks fail.
 #     {"dataset": "arithmetic", "prompt_id": 0, "sample": 3, "problem": "2+3=?", "gold": "5",
 #      "response": "\\boxed{5}", "answer": "5", "r_v": 1.0, "r_s": 0.93, "finished": true, ...}
 SOME_NUMBER = (*NUMBER, type(None))
@@ -315,14 +318,8 @@ SAMPLE = KEYS | {"problem": str, "response": str, "answer": (str, type(None)), "
 JUDGEMENT = KEYS | {"score": SOME_NUMBER, "tokens": int}
 
 
-def samples_of(run: RunFolder) -> dict[str, list[dict]]:
-    """The solutions on disk, {data set: rows} in the order of the file, which is that of --data."""
-    # A last line that a kill cut short is no row.
-    return by_set(run.read("samples.jsonl", SAMPLE))
-
-
 def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """Rows by data set, in the order of the rows."""
+    """Rows by data set, in the order of the rows, which in a finished file is that of --data."""
     sets: dict[str, list[dict]] = {}
     for row in rows:
         sets.setdefault(row["dataset"], []).append(row)
@@ -332,10 +329,11 @@ def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
 def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) -> None:
     """Fill samples.jsonl, problem by problem, skipping those that are there."""
     # 1. What is there?  A problem that a kill left half-written is sampled again.
-    rows = run.read("samples.jsonl", SAMPLE)
+    samples = run.path / "samples.jsonl"
+    rows = read_log(samples, SAMPLE)
     have = Counter((row["dataset"], row["prompt_id"]) for row in rows)
     rows = [row for row in rows if have[row["dataset"], row["prompt_id"]] == o.n]
-    write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
+    write_atomic(samples, to_jsonl(rows))
     missing = [(name, place, problem) for name, problems in sets.items()
                for place, problem in enumerate(problems) if have[name, place] != o.n]
     problems, groups = [problem for *_, problem in missing], {}
@@ -345,14 +343,16 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
         progress.update()
         group = groups.setdefault(rollout.prompt_id, [])
         group.append(rollout)
-        if len(group) == o.n:
-            name, place, problem = missing[rollout.prompt_id]
-            group.sort(key=lambda r: r.sample_id)
-            rows = judged_rows(groups.pop(rollout.prompt_id), problems, tokenizer, o.token_ids,
-                               load_reward(o.reward))
-            which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
-            run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
+        if len(group) < o.n:
+            return
+        # Whole: judged now, so that a kill costs no more than the problems in flight.
+        group = sorted(groups.pop(rollout.prompt_id), key=lambda r: r.sample_id)
+        rows = judged_rows(group, problems, tokenizer, o.token_ids, load_reward(o.reward))
+        name, place, problem = missing[rollout.prompt_id]
+        which = {"dataset": name, "problem_id": problem.id, "prompt_id": place}
+        run.append("samples.jsonl", [row | which | {"sample": j} for j, row in enumerate(rows)])
 
+    # All data sets in one call: the last rows of one share their batch with the first of the next.
     total = sum(map(len, sets.values())) * o.n
     if rows:
         print(f"{len(rows)} of {total} solutions are there already")
@@ -365,43 +365,47 @@ def sample(model, tokenizer, run: RunFolder, sets: dict, how: dict, o: Options) 
             streams=[zlib.crc32(p.problem.encode()) << 20 for p in problems],
             on_finish=finish, **how,
         )  # fmt: skip
-    # 3. A finished file is in the order of the data: other runs and other scores pair with it.
-    order = {name: place for place, name in enumerate(sets)}
-    write_atomic(run.path / "samples.jsonl", to_jsonl(sorted(
-        run.read("samples.jsonl", SAMPLE),
-        key=lambda row: (order[row["dataset"]], row["prompt_id"], row["sample"]))))
+    # 3. A finished file is in the order of the data, whatever ended first: other runs and other
+    #    scores pair with it line by line.
+    order = list(sets)
+    rows = sorted(read_log(samples, SAMPLE), key=lambda row: (
+        order.index(row["dataset"]), row["prompt_id"], row["sample"]))
+    write_atomic(samples, to_jsonl(rows))
 
 
 def end_what_was_cut_off(model, tokenizer, run: RunFolder) -> None:
     """Read r_s of solutions cut off after their box as the authors' script does, as if they had
     ended there, into r_s_if_ended: F1 counts it, nothing else."""
-    rows = run.read("samples.jsonl", SAMPLE)
+    # Long solutions are often cut off after their answer: who drops them measures another set.
+    rows = read_log(run.path / "samples.jsonl", SAMPLE)
     cut = [row for row in rows if not row["finished"] and row["answer"] is not None]
-    if not any("r_s_if_ended" not in row for row in cut):
-        return
-    tokens = [tokens_of(tokenizer, row) for row in cut]
-    values = score(model, tokenizer.z_c_id, [p for p, _ in tokens], [r for _, r in tokens])
-    for row, logp_zc in zip(cut, values):
+    if all("r_s_if_ended" in row for row in cut):
+        return  # read already, before an interruption
+    prompts, responses = zip(*(tokens_of(tokenizer, row) for row in cut))
+    for row, logp_zc in zip(cut, score(model, tokenizer.z_c_id, prompts, responses)):
         row["r_s_if_ended"] = self_reward(logp_zc, tokenizer)
     write_atomic(run.path / "samples.jsonl", to_jsonl(rows))
 
 
 def take_in(o: Options, model_given: bool) -> RunFolder:
     """The results' folder of solutions sampled elsewhere, with a samples.jsonl as if sampled here.
-
-    ValueError names the line of a solution of which nobody says whether it is right.
-    """
+    ValueError names the line of a solution of which nobody says whether it is right."""
     # 1. Read, strictly: accuracy over the rows that happen to be whole is that of another data set.
     model, tokenizer = open_model(o) if model_given else (None, None)
     rows = []
     for line, row in read_solutions(o.samples):
-        where = f"{o.samples}:{line}"
-        if None in (row["problem"], row["response"]):
-            raise ValueError(f"{where}: problem and response are needed as text")
-        if type(row.get("r_v") if row["gold"] is None else 0) not in NUMBER:
-            raise ValueError(f"{where}: neither gold, the reference answer, nor r_v, the verdict")
-        if type(row.get("r_s")) not in SOME_NUMBER:
-            raise ValueError(f"{where}: r_s is no number")
+        # Somebody has to know what is right: the checker, by a gold answer, or whoever judged it.
+        judged = row["gold"] is not None or type(row.get("r_v")) in NUMBER
+        for fits, why in (
+            (None not in (row["problem"], row["response"]), "needs problem and response as text"),
+            (judged, "has neither gold, the reference answer, nor r_v, the verdict"),
+            (type(row.get("r_s")) in SOME_NUMBER, "has an r_s that is no number"),
+            (type(row.get("finished", True)) is bool, "has a finished that is not true or false"),
+            (type(row.get("response_tokens")) in (int, type(None)),
+             "has response_tokens that are no count"),
+        ):
+            if not fits:
+                raise ValueError(f"{o.samples}:{line}: the row {why}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{o.samples}: no solutions in it")
@@ -421,6 +425,7 @@ def take_in(o: Options, model_given: bool) -> RunFolder:
         row |= {"dataset": name, "prompt_id": place, "sample": counts[place]}
         counts[place] += 1
     rows.sort(key=lambda row: row["prompt_id"])
+    # 4. From here on they are solutions like any others: --scores and --compare take them as well.
     digest = f"{zlib.crc32(Path(o.samples).read_bytes()):08x}"
     mine = {"samples": f"{o.samples}, {digest}", "model": o.model if model_given else None}
     run = open_results(o, mine, name)
@@ -447,29 +452,25 @@ def entry_of(name: str, rows: list[dict]) -> tuple[dict, dict]:
     return entry, votes
 
 
-def show(run: RunFolder, results: dict, votes: dict) -> None:
-    """The tables in the terminal, and the pictures."""
+def show(results: dict, votes: dict) -> None:
+    """The tables in the terminal: accuracy and votes, then every verifier that was asked."""
+    # Does it solve?  Do votes help?
     print("\n" + report.accuracy_table(results, votes))
+    # Does it know when it is right?  One table for all that was asked, r_s first.
     verifiers = {}
     for name, entry in results.items():
-        verifiers[name] = entry["verification"]
-        if "verification_fitted" in entry:
-            fitted = entry["verification_fitted"]
-            verifiers[f"{name}: r_s > {fitted['threshold']:.3f}"] = fitted
-        for key, label in (("generative_verification", "in words"), ("log_ratio", "log ratio")):
-            if key in entry:
-                verifiers[f"{name}: {label}"] = entry[key]
+        threshold = entry.get("verification_fitted", {}).get("threshold", math.nan)
+        labels = {"verification": name, "verification_fitted": f"{name}: r_s > {threshold:.3f}",
+                  "generative_verification": f"{name}: in words", "log_ratio": f"{name}: log ratio"}
+        verifiers |= {label: entry[key] for key, label in labels.items() if key in entry}
     print("\n" + report.verification_table(verifiers))
+    # The question in words costs a second generation, which is what LaSeR replaces.
     for name, entry in results.items():
         if "generative_verification" in entry:
             words = entry["generative_verification"]
             print(f"{name}: a judgement in words takes {report.decimal(words['tokens'], 1)} tokens "
                   f"(r_s: 1); {report.percent(words['undecided'])} % undecided")
     print()
-    for name, rows in samples_of(run).items():
-        picture = run.path / f"{name.replace('/', '-')}.svg"
-        print(report.save(picture, report.evaluation(name, rows, votes[name])))
-    print(f"results {run.path}/results.json")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -484,6 +485,7 @@ def key_of(row: dict) -> tuple:
 def rescored(rows: list[dict], scores: Iterable[float | None]) -> list[dict]:
     """The rows with another verifier's score in the place of r_s: every metric that is defined for
     r_s is then that of the score."""
+    # ... and what r_s would have been at a cut is not the other's business
     return [row | {"r_s": s, "r_s_if_ended": None} for row, s in zip(rows, scores)]
 
 
@@ -495,6 +497,7 @@ def judge_all(model, tokenizer, run: RunFolder, how: dict) -> None:
     left = [row for row in asked if key_of(row) not in done]
     with Progress("judging in words", len(asked), "judgement", done=len(done)) as progress:
 
+        # On disk at once: a judgement in words takes as long as a solution.
         def finish(index: int, facts: dict) -> None:
             place = {key: left[index][key] for key in KEYS}
             run.append("judgements.jsonl", [place | facts])
@@ -510,10 +513,11 @@ def generative_entries(run: RunFolder) -> dict[str, dict]:
     # Put in the place of r_s, it goes through the same metrics and the same votes.
     judgements = {key_of(row): row for row in run.read("judgements.jsonl", JUDGEMENT)}
     entries = {}
-    for name, rows in samples_of(run).items():
-        mine = [judgements[key_of(row)] for row in rows if key_of(row) in judgements]
-        scored = rescored(rows, (judgements.get(key_of(row), {}).get("score") for row in rows))
-        entry, _ = entry_of(name, scored)
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
+        # None for a solution that was cut off: of that one nothing was asked.
+        said = [judgements.get(key_of(row)) for row in rows]
+        entry, _ = entry_of(name, rescored(rows, (j and j["score"] for j in said)))
+        mine = [j for j in said if j]
         count = len(mine) or math.nan  # RunFolder writes NaN as null
         entries[name] = entry["verification"] | {
             "weighted_vote": entry["weighted_vote"],
@@ -531,13 +535,16 @@ def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Opti
     # The implicit reward of DPO (Rafailov et al. 2023) without its factor, which orders nothing.
     before, cutter = load_pretrained(reference, device=o.device, dtype=o.dtype)
     entries = {}
-    for name, rows in samples_of(run).items():
+    for name, rows in by_set(run.read("samples.jsonl", SAMPLE)).items():
         ended = [row for row in rows if row["finished"]]  # those that have an r_s: a fair contest
+        # Sums over other tokens are not comparable; a hundred texts show whether they are others.
         if any(cutter.encode(row["response"]) != tokenizer.encode(row["response"])
                for row in ended[:100]):
             raise ValueError(f"--log-ratio {o.log_ratio}: it cuts text into other tokens than "
                              f"{o.model}")
-        prompts, responses = zip(*(tokens_of(tokenizer, row) for row in ended)) or ((), ())
+        # The same tokens through both models; the difference is what RL has changed.
+        tokens = [tokens_of(tokenizer, row) for row in ended]
+        prompts, responses = [p for p, _ in tokens], [r for _, r in tokens]
         sums = [confidences(m, prompts, responses, tokenizer.size)["logprob"]
                 for m in (model, before)]
         quality = metrics.verification(rescored(ended, (a - b for a, b in zip(*sums))))
@@ -557,63 +564,64 @@ def read_samples(folder: str) -> list[dict]:
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    if read_identity(path) is None or not (path / "samples.jsonl").exists():
-        raise ValueError(f"{folder} holds no evaluation: samples.jsonl or config.json is missing")
-    rows = [row for _, row in read_jsonl(path / "samples.jsonl", SAMPLE)]
+    # Not to be locked: one may look at an evaluation that is still running.
+    rows = read_log(path / "samples.jsonl", SAMPLE) if read_identity(path) is not None else []
     if not rows:
-        raise ValueError(f"{folder}: no solutions there")
+        raise ValueError(f"{folder} holds no evaluation: config.json or solutions are missing")
     return rows
 
 
 def other_scores(o: Options, model_given: bool) -> int:
     """The same metrics for other scores of the same solutions, beside those of r_s."""
-    # 1. r_s first: it is what the others are compared with.
     rows = read_samples(o.output)
+    # A score is a number for each solution, wherever it comes from; put in the place of r_s it goes
+    # through the same metrics.  r_s first: it is what the others are compared with.
     shown = {f"{name}: r_s": metrics.verification(mine) for name, mine in by_set(rows).items()}
+    asked = own_scores_of(rows, o, model_given)
+    for source in o.scores:
+        if source in asked:
+            scores, scale = asked[source], o.score_scale
+            # Of these it is known what they are: nats have an order, and that is all.
+            if scale is None and source not in ("p-yes", "vote-share"):
+                scale = "rank"
+        else:
+            scores, scale = read_scores(source, rows, o.score_scale), o.score_scale
+        # In the place of r_s: with the numbers as they are for the table, its votes on a scale.
+        label, results, votes = Path(source).stem, {}, {}
+        for name, mine in by_set(rescored(rows, scores)).items():
+            values = scaled([row["r_s"] for row in mine], scale)
+            results[name], votes[name] = entry_of(name, rescored(mine, values))
+            results[name]["score_scale"] = scale
+            shown[f"{name}: {label}"] = results[name]["verification"]
+        out = Path(o.output) / f"scores-{label}.json"
+        write_atomic(out, to_json(results))
+        print(f"votes weighted by {label} (wrote {out}):")
+        print(report.accuracy_table(results, votes) + "\n")
+    print(report.verification_table(shown))
+    return 0
+
+
+def own_scores_of(rows: list[dict], o: Options, model_given: bool) -> dict[str, list]:
+    """{name: one score for each row} of the --scores that are no files; ValueError if there is no
+    model to ask."""
     found, names = {}, [name for name in o.scores if name in OWN_SCORES]
-    # 2. Scores that a model has to be asked for, all of them in one go.
+    if "vote-share" in o.scores:
+        # Solutions of one problem: of the same place in the same data set, in whatever order.
+        owners = [row | {"prompt_id": key_of(row)[:2]} for row in rows]
+        found["vote-share"] = metrics.vote_share(owners, is_equivalent)
+    # All that need a model in one go: it is loaded once.
     if names:
         # The model that wrote the solutions, unless another one is asked for.
         wrote = o.model if model_given else read_identity(Path(o.output)).get("model")
         if wrote is None:
             raise ValueError(f"--scores {names[0]} needs the --model to ask")
         model, tokenizer = open_model(replace(o, model=wrote))
+        # One that was cut off has no end to be asked about: no score.
         ended = [i for i, row in enumerate(rows) if row["finished"]]
         for name, x in own_scores(model, tokenizer, [rows[i] for i in ended], names).items():
             mine = dict(zip(ended, x))
             found[name] = [mine.get(i) for i in range(len(rows))]
-    # 3. Each verifier's scores in the place of r_s, its votes, its line in the table.
-    for source in o.scores:
-        scale, label = o.score_scale, Path(source).stem
-        if source == "vote-share":
-            scores = [s for mine in by_set(rows).values()
-                      for s in metrics.vote_share(mine, metrics.safely(is_equivalent))]
-        elif source in found:
-            scores = found[source]
-            # Of these it is known what they are: nats have an order, and that is all.
-            scale = scale or (None if source == "p-yes" else "rank")
-        else:
-            scores, own = read_scores(source, rows)
-            outside = [s for s in scores if s is not None and not 0 <= s <= 1]
-            # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows
-            # whether 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look
-            # like a result.
-            if outside and not own and scale is None:
-                raise ValueError(f"{source}: {len(outside)} scores lie outside [0, 1] "
-                                 f"({outside[0]:g}); say --score-scale sigmoid (for logits), rank, "
-                                 "or none (they are cut off)")
-        results, votes, theirs = {}, {}, by_set(rescored(rows, scores))
-        for name, mine in by_set(rows).items():
-            values = scaled([row["r_s"] for row in theirs[name]], scale)
-            results[name], votes[name] = entry_of(name, rescored(mine, values))
-            results[name]["score_scale"] = scale
-            shown[f"{name}: {label}"] = results[name]["verification"]
-        out = Path(o.output) / f"scores-{label}.json"
-        write_atomic(out, json.dumps(results, indent=2) + "\n")
-        print(f"votes weighted by {label} (wrote {out}):")
-        print(report.accuracy_table(results, votes) + "\n")
-    print(report.verification_table(shown))
-    return 0
+    return found
 
 
 def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
@@ -628,40 +636,51 @@ def scaled(scores: list[float | None], scale: str | None) -> list[float | None]:
     return scores
 
 
-def read_scores(name: str, rows: list[dict]) -> tuple[list[float | None], bool]:
-    """One score (None: has none) for each row, and whether they are r_s; ValueError names the line
-    that does not fit."""
+def read_scores(name: str, rows: list[dict], scale: str | None) -> list[float | None]:
+    """One score (None: has none) for each row; ValueError names the line that does not fit, and
+    refuses scores that no `scale` brings into [0, 1]."""
     # {"dataset": "math500", "prompt_id": 7, "sample": 0, "score": 0.83}, or {"score": 0.83}
     keys = {tuple(map(str, key_of(row))): i for i, row in enumerate(rows)}
-    scores, own = {}, True
+    scores, outside = {}, []
+    # Compared as texts: whoever wrote the file may have made "7" of 7.
     for place, (number, line) in enumerate(read_jsonl(name)):
-        where = f"{name}:{number}"
-        field = "score" if "score" in line else "r_s"
-        own &= field == "r_s"
+        where, field = f"{name}:{number}", "score" if "score" in line else "r_s"
         # With the three keys the order is free; without them it has to be that of the samples.
         keyed = all(key in line for key in KEYS)
         index = keys.get(tuple(str(line[key]) for key in KEYS)) if keyed else place
         if index is None:
             raise ValueError(f"{where}: no such solution in the samples")
-        if type(line.get(field, "")) not in SOME_NUMBER:
+        value = line.get(field, "")
+        if type(value) not in SOME_NUMBER:
             raise ValueError(f"{where}: no score, or one that is no number")
-        scores[index] = line[field]
+        scores[index] = value
+        # r_s lies outside as well, and its rule is known: clip.  Of other scores nobody knows
+        # whether 3.7 is a logit or a mark out of ten, and a vote weighted wrongly would look like
+        # a result.
+        if field == "score" and value is not None and not 0 <= value <= 1:
+            outside.append(value)
+    # Half of the scores would be those of an easier or a harder half.
     if set(scores) != set(range(len(rows))):
         raise ValueError(f"{name} scores {len(scores)} solutions, but there are {len(rows)}")
-    return [scores[i] for i in range(len(rows))], own
+    if outside and scale is None:
+        raise ValueError(f"{name}: {len(outside)} scores lie outside [0, 1] ({outside[0]:g}); say "
+                         "--score-scale sigmoid (for logits), rank, or none (they are cut off)")
+    return [scores[i] for i in range(len(rows))]
 
 
 def compare(a: str, b: str) -> int:
     """Two evaluations side by side, on the problems that both have."""
     sets_a, sets_b = by_set(read_samples(a)), by_set(read_samples(b))
+    # By name: what one run calls gsm8k and another test cannot be known to be the same.
     common = [name for name in sets_a if name in sets_b]
     if not common:
         raise ValueError(f"{a} ({', '.join(sets_a)}) and {b} ({', '.join(sets_b)}) have no data "
                          "set in common")
     print(f"A = {a}\nB = {b}\n* the interval excludes 0")
+    # Problem by problem: a hard one is hard for both, and that shared part of the luck cancels.
     for name in common:
-        problems, differences = metrics.compare(sets_a[name], sets_b[name], is_equivalent)
-        print(f"\n{name}, {problems} problems in common\n" + report.comparison_table(differences))
+        problems, table = metrics.compare(sets_a[name], sets_b[name], is_equivalent)
+        print(f"\n{name}, {problems} problems in common\n" + report.comparison_table(table))
     return 0
 
 

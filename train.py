@@ -15,8 +15,8 @@ Each step, from top to bottom in `train_step` below:
     4. compare    advantages within each group: A = (1 - tau) A_v + tau A_s
     5. update     one AdamW step on  policy loss + alpha * class-weighted mean (r_s - r_v)^2
 
-Three phases: plain GRPO first (reasoning), then the loss on r_s (self-reward), then r_s in the
-advantage as well (integrated).  alpha = tau = 0, or --algorithm grpo, is plain GRPO throughout.
+Three phases: plain GRPO (reasoning), then the loss on r_s as well (self-reward), then r_s in the
+advantage too (integrated).  alpha = tau = 0, or --algorithm grpo, is plain GRPO throughout.
 
 Where this departs from the released code, to follow the paper (PAPER = arXiv 2510.14943):
 *  the mixed advantage reads z_c of its own row, by position; a truncated row counts as r_s = 0
@@ -24,13 +24,12 @@ Where this departs from the released code, to follow the paper (PAPER = arXiv 25
 *  sums are divided by the counts of the whole batch, so micro-batches change nothing
 *  the loss on r_s is divided by N_c + N_i, the solutions that have an end
 
-What a reader of the method needs of this file ends with `train_step`; then comes
-the loop, and what surrounds it (c_ref, evaluations, checkpoints, resuming) is in nanolaser/run.py.
+A reader of the method may stop after `train_step`.  What surrounds the loop (c_ref, evaluations,
+checkpoints, resuming) is in nanolaser/run.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 import time
@@ -40,12 +39,10 @@ import torch
 from tqdm import tqdm
 
 from nanolaser import grpo, laser, log, scoring
-from nanolaser.checkpoint import EMBEDDED
-from nanolaser.cli import apply_preset, is_terminal, main_guard, option, paper_defaults
-from nanolaser.cli import parse_args, warn
-from nanolaser.reward import load_reward
-from nanolaser.rollout import Rollout, judge
-from nanolaser.run import Run, begin, choose, evaluate, finish, prepare, save, short_name, take_up
+from nanolaser.cli import is_terminal, main_guard, option, parse_args, warn
+from nanolaser.reward import judge, load_reward
+from nanolaser.rollout import Rollout
+from nanolaser.run import Run, begin, choose, evaluate, finish, new_options, prepare, save, take_up
 from nanolaser.scale.distributed import join
 from nanolaser.scale.plan import plan_for
 
@@ -97,8 +94,8 @@ class Options:
     max_prompt_tokens: int = sampling(2048, "longer problems are left out", min=1)
     # no top-p here: the policy gradient is that of the distribution that was sampled from
     temperature: float = sampling(1.0, "of the policy; z_c is read at 1", above=0)
-    # DAPO's dynamic sampling, but for what becomes of the others: "all right" and "all wrong" are
-    # just what r_s has to tell apart
+    # DAPO's dynamic sampling; but r_s learns from all: "all right" and "all wrong" are just what it
+    # has to tell apart
     refill: int = sampling(0, "times that fresh problems are sampled in place of groups whose "
         "rewards are all equal; only the loss on r_s learns from those then", min=0, max=100)
     max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
@@ -176,58 +173,7 @@ class Options:
         return {name: getattr(self, name) for name in names}
 
 
-# Where the paper's scripts differ from that of Qwen2.5-7B.  Open-Reasoner-Zero has been through RL
-# already, so it needs no reasoning warm-up; it was trained to answer within <answer> tags.
-PRESETS = {
-    "orz-7b": dict(reasoning_warmup=0, template="r1"),
-    "octothinker-3b": dict(z_c="<|reserved_special_token_0|>"),
-    # the second embedded model: measured in docs/easy-to-check.md
-    "tiny-subset-sum": dict(data="subset-sum", steps=600, alpha=0.5, lr=4e-4, grad_clip=1.0),
-}
-# A complete run that takes minutes on any model: as little as possible of everything.
-TRIAL = dict(
-    steps=3, problems_per_step=2, group_size=4, max_new_tokens=128, reasoning_warmup=1,
-    self_reward_warmup=1, lr_warmup=0, c_ref_pairs=8, eval_problems=4, eval_n=2, eval_every=2,
-    save_every=3, max_rows=16,
-)
 # fmt: on
-
-
-def new_options(o: Options, given) -> Options:
-    """A new run's options: the user's word first, then the model's preset, then the defaults."""
-    if o.model != "tiny":
-        paper = {} if o.model in EMBEDDED else paper_defaults(Options)
-        o = apply_preset(o, given, paper | PRESETS.get(o.model.lower(), {}))
-    if o.eval_data is None:  # the paper trains on DeepMath and evaluates on MATH-500
-        same = o.data.lower() != "deepmath"
-        o = dataclasses.replace(o, eval_data=o.data if same else "math500")
-    if o.algorithm == "grpo":  # without these two LaSeR is nothing else
-        o = dataclasses.replace(o, alpha=0.0, tau=0.0)
-    if o.lora_rank and "lr" not in given:
-        # B begins at zero and has far to go.  For large models others found ten times the rate of
-        # full training; at that the embedded run falls apart after 60 steps, at three it does not.
-        o = dataclasses.replace(o, lr=(3 if o.model in EMBEDDED else 10) * o.lr)
-    if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
-        raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
-    if o.alpha == 0 and o.tau:
-        # An untrained readout is noise, and noise must not enter the advantage.
-        if "tau" in given:
-            raise ValueError(f"--tau {o.tau:g} with --alpha 0: r_s is never trained; leave one out")
-        print("--alpha 0: r_s is not trained, so it gets no share in the advantage (--tau 0)")
-        o = dataclasses.replace(o, tau=0.0)
-    if o.c_ref == "exact" and o.self_reward_loss != "mse":
-        raise ValueError(f"--c-ref exact with --self-reward-loss {o.self_reward_loss}: its score "
-                         "is pi(z_c) itself, and there is no c_ref in it")  # fmt: skip
-    if o.trial:  # never more of anything than was asked for
-        smaller = {k: min(v, getattr(o, k)) for k, v in TRIAL.items()}
-        smaller["out"] = o.out or f"runs/{short_name(o)}-trial"
-        o = dataclasses.replace(o, **smaller)
-    return o
-
-
-# Updates in a row without a finite gradient, after which the run stops: one may be a wild batch,
-# five are a model that is broken.
-MAX_SKIPPED = 5
 
 # ---------------------------------------------------------------------------------------------
 # one step: the algorithm
@@ -301,8 +247,9 @@ def sample_and_check(run: Run, step: int) -> tuple[list[Rollout], dict[str, floa
     gate = "tags" if tokenizer.asks_for_tags else "box"
     rollouts, fresh, checking = [], 0, 0.0
     for _ in range(1 + o.refill):
-        # 1. Sample.  P problems, G solutions of each; every rank samples its share of the problems.
-        #    The seed depends on the step alone: a resumed run draws what it would have drawn.
+        # 1. Sample.  G solutions of P problems, later of the `fresh` ones from `first` on; every
+        #    rank samples its share.  The seed depends on the step alone: a resumed run draws what
+        #    it would have drawn.
         problems, first = run.stream.at(step, fresh), len(rollouts) // o.group_size
         how = {"seed": o.seed * 1_000_003 + step, **o.sampling()}
         mine = grpo.sample(run.model, tokenizer, problems, o.group_size, world, first, **how)
@@ -340,10 +287,13 @@ def learning_rate(step: int, o: Options) -> float:
 # ---------------------------------------------------------------------------------------------
 # the loop
 
+# Updates in a row without a finite gradient, after which the run stops: one may be a wild batch,
+# five are a model that is broken.
+MAX_SKIPPED = 5
+
 
 def main() -> int:
-    """Parse the options, then train: as a process of its own, or as one of torchrun's, which go
-    through all this alike."""
+    """Parse the options, then train: a process of its own, or each of torchrun's alike."""
     with join() as world:
         with world.first():  # what is wrong with the options is said once
             o, given = parse_args(Options, description=__doc__.split("\n\n")[0])
@@ -383,8 +333,8 @@ def loop(run: Run, first: int) -> int:
         for text in watch.look(m, o.problems_per_step):
             warn(text)
 
-        # An update that was skipped has harmed nothing; five in a row will not get better.  (In
-        # between, a batch without any gradient, norm 0, is no sign of health.)
+        # An update that was skipped has harmed nothing.  (A batch without any gradient, norm 0, is
+        # no sign of health.)
         if m["skipped_updates"]:
             skipped_in_a_row += 1
         elif m["grad_norm"]:

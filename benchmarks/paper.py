@@ -68,6 +68,7 @@ SWITCHES = {
     "refill": ["--refill", 1],
     "truncated masked": ["--truncated", "mask"],
     "clip high": ["--clip-high", 0.28, "--updates-per-batch", 2],
+    "LoRA rank 8": ["--lora-rank", 8],
 }
 VARIANTS = MAIN | ABLATIONS | SWITCHES
 FEW = 3  # seeds of an ablation; the two that everything is compared with have more

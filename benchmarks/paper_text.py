@@ -373,10 +373,19 @@ def switches(r: Record) -> str:
              "sequence mean": "mean over sequences (GRPO)",
              "constant divisor": "constant divisor (Dr. GRPO)", "refill": "refill (DAPO)",
              "truncated masked": "truncated ones masked (DAPO)",
-             "clip high": "clip-higher, two updates a batch (DAPO)"}  # fmt: skip
-    return f"""## Beyond the paper: DAPO's and Dr. GRPO's switches
+             "clip high": "clip-higher, two updates a batch (DAPO)",
+             "LoRA rank 8": "adapters of rank 8"}  # fmt: skip
+    return f"""## Beyond the paper: DAPO's and Dr. GRPO's switches, and adapters
+
+Each row is LaSeR with one option changed (docs/training.md has the switches, [lora.md](lora.md) the
+adapters), against the same seeds of LaSeR. No learning rate was tuned for a row; adapters have
+theirs by default.
 
 {r.against(names)}
+
+The rows themselves:
+
+{r.rows({"laser": "LaSeR"} | names, SHOWN)}
 """
 
 

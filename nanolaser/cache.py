@@ -2,8 +2,8 @@
 The key-value cache: what the model has computed of texts that are still being written.
 
 A new token looks at the keys and values of all tokens before it.  Those never change, so they are
-kept, and only the new token has to pass the model.  The textbook (tests/plain.py) has no cache: it
-sends the whole text through the model for every token.
+kept, and only the new token has to pass the model; the textbook (tests/plain.py) sends the whole
+text through it for every token.
 
 An example.  Sequences 7 and 9 will both begin with prompt 0 (a b c), 8 with prompt 1 (f g):
 
@@ -14,6 +14,7 @@ An example.  Sequences 7 and 9 will both begin with prompt 0 (a b c), 8 with pro
         7               a   b   c              # both from row 0 of the prefill
         9               a   b   c
         8               f   g                  # from row 1; nobody looks at what _ left behind
+
     cache.reserve()                            # is there a free slot for a new token each?
     model([[p], [q], [r]], cache.decode())     # DECODE: one token each, in cache.running's order
 
@@ -28,7 +29,8 @@ one would make all others as long.  So rows lie in buckets of 64, 128, 256, ... 
 sequence that has filled its row moves one bucket up.  Memory and attention then follow the lengths
 there are: at worst half of a row is empty, and a row is copied each time its length doubles.
 
-Shapes: B rows, T tokens, H query heads, K key-value heads, D head size, S slots that are looked at.
+Shapes: R running sequences, P prompts, T tokens, H query heads, K key-value heads, D head size, S
+slots that are looked at.
 """
 
 from __future__ import annotations
@@ -46,42 +48,37 @@ class Bucket:
         self.slots = slots
         # One tensor (rows, slots, 2, K, D) a layer: side by side, one copy moves keys and values.
         self.layers = [empty.new_zeros(0, slots, *empty.shape) for _ in range(layers)]
+        self.rows = 0  # how many there are, free ones included
         self.sequences: list[int] = []
         self.lengths: list[int] = []  # known here, so that nobody has to ask the device
 
-    @property
-    def rows(self) -> int:
-        """How many there are, free ones included."""
-        return len(self.layers[0])
-
     def resize(self, rows: int) -> None:
-        """Have so many rows, layer by layer: never more than one layer is there twice."""
-        used = len(self.sequences)
+        """Have so many rows."""
+        self.rows, used = rows, len(self.sequences)
+        # Layer by layer, so that never more than one of them is there twice.
         for i, old in enumerate(self.layers):
             # zeros, not garbage: what a mask hides still enters as 0 * value, and 0 * nan is nan
             self.layers[i] = old.new_zeros(rows, *old.shape[1:])
             self.layers[i][:used] = old[:used]
             del old  # freed before the next layer's is made
 
-    def drop(self, row: int) -> None:
-        """Free a row: the last sequence moves into it, and nothing else is touched."""
-        # Without row 1, sequences 7 9 8 5 become 7 5 8: one copy, where closing the gap takes two.
-        last, n = len(self.sequences) - 1, self.lengths[-1]
-        if row != last:
-            for tensor in self.layers:
-                tensor[row, :n] = tensor[last, :n]
-        for values in (self.sequences, self.lengths):
-            values[row] = values[-1]
-            values.pop()
-
     def take(self, other: Bucket, row: int) -> None:
-        """Move a sequence of another bucket to a free row of this one."""
-        n, new = other.lengths[row], len(self.sequences)  # the first free row
+        """Move a sequence of another bucket to the first free row of this one."""
+        n, new = other.lengths[row], len(self.sequences)
         for mine, theirs in zip(self.layers, other.layers):
             mine[new, :n] = theirs[row, :n]
         self.sequences.append(other.sequences[row])
         self.lengths.append(n)
         other.drop(row)
+
+    def drop(self, row: int) -> None:
+        """Free a row: the last sequence moves into it, and nothing else is touched."""
+        # Without row 1, sequences 7 9 8 5 become 7 5 8: one copy, where closing the gap takes two.
+        last, n = self.sequences.pop(), self.lengths.pop()
+        if row < len(self.sequences):
+            for tensor in self.layers:
+                tensor[row, :n] = tensor[len(self.sequences), :n]
+            self.sequences[row], self.lengths[row] = last, n
 
 
 class KVCache:
@@ -92,21 +89,20 @@ class KVCache:
     ROWS = 8  # by which a bucket grows where the budget is not tight: fewer copies
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, longest: int,
-        device="cpu", dtype=torch.float32, budget: float | None = None,
+        self, layers: int, kv_heads: int, head_dim: int, longest: int, device="cpu",
+        dtype=torch.float32, budget: float | None = None,
     ):  # fmt: skip
         sizes = [self.BLOCK]
         while sizes[-1] < longest:
             sizes.append(2 * sizes[-1])
         # No more than needed: for longest = 150 the buckets have 64, 128 and 192 slots, not 256.
-        sizes[-1] = -(-longest // self.BLOCK) * self.BLOCK
+        sizes[-1] = _round_up(longest, self.BLOCK)
         empty = torch.empty(2, kv_heads, head_dim, device=device, dtype=dtype)
         self.buckets = [Bucket(slots, layers, empty) for slots in sizes]
         self.slot_bytes = layers * empty.nbytes  # one token's keys and values in all layers
-        self.budget = budget  # bytes
+        self.budget = float("inf") if budget is None else budget  # bytes
 
-    # -----------------------------------------------------------------------------------------
-    # who is in it, and what it takes
+    # -- who is in it, and what it takes -------------------------------------------------------
 
     @property
     def running(self) -> list[int]:
@@ -116,13 +112,12 @@ class KVCache:
     @property
     def bytes(self) -> int:
         """Memory taken, free rows and empty slots included."""
-        return sum(bucket.rows * bucket.slots for bucket in self.buckets) * self.slot_bytes
+        return sum(b.rows * b.slots for b in self.buckets) * self.slot_bytes
 
     @property
     def free_bytes(self) -> float:
         """What is left of the budget for the rows of new sequences."""
-        used = sum(len(b.sequences) * b.slots for b in self.buckets) * self.slot_bytes
-        return float("inf") if self.budget is None else self.budget - used
+        return self.budget - sum(len(b.sequences) * b.slots for b in self.buckets) * self.slot_bytes
 
     def bytes_for(self, length: int) -> int:
         """Bytes of the row of a sequence of so many tokens, with room for one more."""
@@ -135,45 +130,42 @@ class KVCache:
 
     def _ensure(self, bucket: Bucket, rows: int) -> bool:
         """Have at least so many rows in a bucket; False if the budget does not allow it."""
-        price = lambda n: (n - bucket.rows) * bucket.slots * self.slot_bytes  # noqa: E731
-        fits = lambda n: self.budget is None or self.bytes + price(n) <= self.budget  # noqa: E731
-        rounded = -(-rows // self.ROWS) * self.ROWS  # up to the next multiple
-        if rows > bucket.rows and fits(rounded):
-            bucket.resize(rounded)
-        elif rows > bucket.rows:
+        if rows <= bucket.rows:
+            return True
+        row_bytes, wanted = bucket.slots * self.slot_bytes, _round_up(rows, self.ROWS)
+        if self.bytes + (wanted - bucket.rows) * row_bytes > self.budget:
             # Tight: give back every free row of every bucket, and take no more than needed.
+            wanted = rows
             for other in self.buckets:
                 if other.rows > len(other.sequences):
                     other.resize(len(other.sequences))
-            if fits(rows):
-                bucket.resize(rows)
-        return rows <= bucket.rows
+        if self.bytes + (wanted - bucket.rows) * row_bytes > self.budget:
+            return False
+        bucket.resize(wanted)
+        return True
 
-    # -----------------------------------------------------------------------------------------
-    # admit, reserve, decode, drop
+    # -- admit, reserve, decode, drop ----------------------------------------------------------
 
     def admit(self, sequences: list[int], sources: list[int], lengths: list[int]) -> Prefill:
-        """Rows for new sequences, to be filled by the forward pass over their prompts that takes
-        what is returned: sequence i gets the keys and values of the pass's row sources[i], of
-        which the first lengths[source] tokens are real.  They have to fit into `free_bytes`."""
-        homes = [self._bucket_for(lengths[p]) for p in sources]  # of each sequence
+        """Rows for new sequences: what is returned goes to the forward pass over their prompts, and
+        each gets the keys and values of the pass's row `source`, of which the first lengths[source]
+        tokens are real.  They have to fit into `free_bytes`."""
+        places: dict[Bucket, list[tuple[int, int]]] = {}
+        for i, p in zip(sequences, sources):
+            places.setdefault(self._bucket_for(lengths[p]), []).append((i, p))
         copies = []
-        for bucket in self.buckets:
-            new = [(i, p) for i, p, home in zip(sequences, sources, homes) if home is bucket]
-            if not new:
-                continue
+        for bucket, new in places.items():
             rows = slice(len(bucket.sequences), len(bucket.sequences) + len(new))
             assert self._ensure(bucket, rows.stop), "sequences are admitted beyond the budget"
-            source = _on([p for _, p in new], bucket)  # (new,)
-            copies.append((bucket, rows, source))
+            copies.append((bucket, rows, _on([p for _, p in new], bucket)))
             bucket.sequences += [i for i, _ in new]
             bucket.lengths += [lengths[p] for _, p in new]
         return Prefill(copies)
 
     def reserve(self) -> bool:
-        """A free slot for one more token of every sequence: those whose row is full move one bucket
-        up.  False if the budget does not allow it: drop one, and try again."""
-        # From the top, so that a row that has just moved is not looked at again.
+        """A free slot for one more token of every sequence; False if the budget does not allow it:
+        drop one, and try again."""
+        # Whose row is full moves one bucket up.  From the top, so that nobody is looked at twice.
         for bucket, above in reversed(list(zip(self.buckets, self.buckets[1:]))):
             full = [r for r, n in enumerate(bucket.lengths) if n == bucket.slots]
             while full:
@@ -189,8 +181,8 @@ class KVCache:
         return True
 
     def decode(self) -> Decode:
-        """Every sequence gets one token longer: to be given to the forward pass over these tokens
-        (R, 1), in the order of `running`.  `reserve` comes first."""
+        """For the forward pass over one more token of every sequence (R, 1), in the order of
+        `running`; `reserve` comes first."""
         return Decode([bucket for bucket in self.buckets if bucket.sequences])
 
     def drop(self, sequences: list[int]) -> None:
@@ -201,7 +193,12 @@ class KVCache:
                 bucket.drop(row)
             used = len(bucket.sequences)
             if used < bucket.rows // 2 - self.ROWS or not used:
-                bucket.resize(-(-used // self.ROWS) * self.ROWS)
+                bucket.resize(_round_up(used, self.ROWS))
+
+
+def _round_up(n: int, unit: int) -> int:
+    """The next multiple of a unit: 150, 64 -> 192."""
+    return -(-n // unit) * unit
 
 
 def _on(numbers: list[int], bucket: Bucket) -> Tensor:

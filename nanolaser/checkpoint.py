@@ -4,16 +4,14 @@ Checkpoints: a Hugging Face folder or hub id in, a Hugging Face folder out, and 
     model, tokenizer = load_pretrained("qwen2.5-0.5b")       # alias, hub id or folder
     save_pretrained(model, tokenizer, "my-model")             # transformers and vLLM load it
 
-What is on disk is safetensors and JSON, nothing else: loading either can execute nothing.  (A .bin
-or .pt checkpoint is a pickle, that is, a program; such files are not read at all.)
-
-Loading is strict.  A tensor that is missing, surplus or of another shape, or that holds a NaN, is
-an error with its name: a model that runs with a random layer in it looks almost like one that was
-trained.  Saving is whole or not at all: the folder takes its name when everything is in it.
+On disk there is safetensors and JSON, which can execute nothing.  (A .bin or .pt checkpoint is a
+pickle, that is, a program; it is not read at all.)  Loading is strict: a model that runs with a
+random layer in it looks almost like one that was trained.  Saving is whole or not at all.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -35,33 +33,25 @@ from .files import HUB_ID, fetch, latest_checkpoint, read_json, sync_folder, wri
 from .lora import ADAPTER, Lora, attach, fill, in_peft, is_adapter, merged
 from .model import CausalLM, ModelConfig
 from .tokenizer import FILES as TOKENIZER_FILES
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, to_json
 
-# Short names of models: --model qwen2.5-7b.
-ALIASES = {
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
-    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
-    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
-    "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B",
+# Short names of models.  Most are those of the hub in small letters, without the owner: --model
+# qwen2.5-7b is Qwen/Qwen2.5-7B.  (Qwen3's bare name is the instruct model's, and so is ours.)
+PUBLISHED = {
+    "Qwen": "Qwen2.5-0.5B Qwen2.5-0.5B-Instruct Qwen2.5-1.5B Qwen2.5-1.5B-Instruct Qwen2.5-3B "
+            "Qwen2.5-7B Qwen2.5-7B-Instruct Qwen2.5-Math-1.5B Qwen2.5-Math-7B Qwen3-0.6B "
+            "Qwen3-0.6B-Base Qwen3-1.7B Qwen3-1.7B-Base Qwen3-4B Qwen3-4B-Base Qwen3-8B "
+            "Qwen3-8B-Base",
+    "meta-llama": "Llama-3.2-1B Llama-3.2-3B Llama-3.1-8B",
+    "HuggingFaceTB": "SmolLM2-135M SmolLM2-135M-Instruct SmolLM2-360M SmolLM2-1.7B",
+}  # fmt: skip
+ALIASES = {name.lower(): f"{owner}/{name}" for owner in PUBLISHED
+           for name in PUBLISHED[owner].split()}  # fmt: skip
+ALIASES |= {
     "orz-7b": "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
     "octothinker-3b": "OctoThinker/OctoThinker-3B-Short-Base",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
-# Qwen3's bare name is the instruct model's, and so is ours.
-ALIASES |= {f"qwen3-{size}{kind}".lower(): f"Qwen/Qwen3-{size}{kind}"
-            for size in ("0.6B", "1.7B", "4B", "8B") for kind in ("", "-Base")}  # fmt: skip
 # The embedded ones are folders beside this file.
 TINY = Path(__file__).parent / "tiny"
 EMBEDDED = {"tiny": TINY, "tiny-subset-sum": TINY / "subset-sum"}
@@ -77,7 +67,7 @@ OLDER = "resume from an older checkpoint: put its name (step-000080) into checkp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISK_DTYPES = ("F32", "BF16", "F16", "F64")  # as safetensors calls them; others are quantised
-# What is written may also be counts and the like, in a state.
+# What is written may also be counts and the like, in a state: AdamW's steps, say.
 DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -89,13 +79,9 @@ DTYPE_NAMES = {
 
 
 def load_pretrained(
-    name: str | Path,
-    device: str = "cpu",
-    dtype: str = "float32",
-    z_c: str | None = None,
-    world: World = ALONE,
-    lora: Lora | None = None,
-) -> tuple[CausalLM, Tokenizer]:
+    name: str | Path, device: str = "cpu", dtype: str = "float32", z_c: str | None = None,
+    world: World = ALONE, lora: Lora | None = None,
+) -> tuple[CausalLM, Tokenizer]:  # fmt: skip
     """Model and tokenizer of an alias, a hub id, a checkpoint folder or a run's folder.
 
     device: auto, cpu, cuda; dtype: auto (see auto_dtype), float32, bfloat16, float16, whatever the
@@ -103,6 +89,7 @@ def load_pretrained(
     the weights are spread.  lora: the adapters to give it; the weights are then those of lora.base.
     ValueError, FileNotFoundError or OSError, one line, for all that can be wrong with it.
     """
+    # 1. Where is it, and in what shall it compute?
     folder = find_checkpoint(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,23 +99,25 @@ def load_pretrained(
         dtype = auto_dtype(folder, device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
-    # Tokenizer and config first: seconds spent on gigabytes are lost if these are wrong.
+    # 2. The tokenizer before the weights: seconds spent on gigabytes are lost if it is wrong.
     tokenizer = Tokenizer.from_folder(folder)
     if z_c is not None:
         tokenizer.set_z_c(z_c)
     if lora is not None:
+        # A checkpoint of adapters holds merged weights too; but what they are learned beside is the
+        # base model, to the last bit, and merging has rounded it away.
         folder, base = find_checkpoint(lora.base), ALIASES.get(lora.base.lower(), lora.base)
         lora = replace(lora, base=base, z_c_id=tokenizer.z_c_id)
+    # 3. The weights.
     model = _load_model(folder, torch.device(device), DTYPES[dtype], world, lora)
     return model, tokenizer
 
 
 def auto_dtype(folder: Path | None, device: str) -> str:
-    """What dtype auto means: float32 on a CPU; on a GPU bfloat16, unless config.json says that the
-    checkpoint is stored in float32.  None: a published model that was not downloaded yet."""
-    # bfloat16 halves memory and more than doubles speed on GPUs; most CPUs emulate it, slowly.
-    # What is stored in 16 bits loses nothing by it.  What is stored in 32 may need them, as the
-    # embedded model does, and is rounded only if somebody asks for it.
+    """What dtype auto means for a checkpoint; None: one that was not downloaded yet."""
+    # float32 on a CPU, for most emulate bfloat16, slowly.  On a GPU bfloat16 halves memory and more
+    # than doubles speed, and what is stored in 16 bits loses nothing by it.  What is stored in 32
+    # may need them, as the embedded model does, and is rounded only if somebody asks for it.
     raw = {} if folder is None else read_json(folder / "config.json")
     stored = raw.get("dtype") or raw.get("torch_dtype")  # transformers 5 and before
     return "float32" if device == "cpu" or stored == "float32" else "bfloat16"
@@ -139,10 +128,12 @@ def find_checkpoint(name: str | Path) -> Path:
     its newest checkpoint), else an alias or hub id, downloaded if the cache lacks it."""
     text = str(name)
     path = EMBEDDED.get(text) or Path(text).expanduser()
+    # 1. What is here goes before what is elsewhere: a folder called Qwen/Qwen2.5-7B is that folder.
     if path.is_dir():
         return _local(path)
     if path.exists():
         raise ValueError(f"{path} is a file; a model is a folder that holds a config.json")
+    # 2. A name on the hub.  What can only be a path is not asked for there.
     hub_id = ALIASES.get(text.lower(), text)
     if text.startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no folder {text}")
@@ -160,7 +151,8 @@ def find_checkpoint(name: str | Path) -> Path:
 
 def _local(path: Path) -> Path:
     """The checkpoint folder that a local folder is, or points to."""
-    # A run's folder has a config.json too (its options), so this comes first.
+    # runs/a, runs/a/checkpoints and runs/a/checkpoints/step-000120 all mean a checkpoint.  A run's
+    # folder has a config.json too (its options), so whether it is one is asked first.
     config = path / "config.json"
     inside = path.name == "checkpoints" and not config.is_file()
     newest = latest_checkpoint(path.parent if inside else path)
@@ -169,9 +161,7 @@ def _local(path: Path) -> Path:
     if not config.is_file():
         raise FileNotFoundError(f"{path}: no config.json there, so this is not a model's folder")
     if "options" in read_json(config):
-        raise FileNotFoundError(
-            f"{path} is a run that has saved no checkpoint yet (checkpoints/latest names none)"
-        )
+        raise FileNotFoundError(f"{path} is a run that has saved no checkpoint yet")
     return path
 
 
@@ -179,26 +169,29 @@ def _load_model(
     folder: Path, device: torch.device, dtype: torch.dtype, world: World, lora: Lora | None
 ) -> CausalLM:
     """Build the model without memory (device meta), then hand it its tensors one by one."""
+    # 1. The shape.  On the device meta a tensor is nothing else; made on the CPU, the model would
+    #    first be filled with random numbers that take as long to draw as the weights to read.
     config = load_config(folder)
-    # On the device meta a tensor is a shape without memory.  Made on the CPU, the model would
-    # first be filled with random numbers that take as long to draw as the weights to read.
     with torch.device("meta"):
         model = CausalLM(config)
         if lora is not None:
             attach(model, lora)
     world.fully_shard(model, device)
-    # All headers before any tensor: what does not fit is said at once, not after gigabytes.
-    files = {path: _read_header(path) for path in _weight_files(folder)}  # {path: {name: shape}}
+    # 2. All headers before any tensor: what does not fit is said at once, not after gigabytes.
+    found, places = {}, {}
+    for path in _weight_files(folder):
+        header = _read_header(path)
+        found |= header
+        places |= dict.fromkeys(header, path)
     expected = {name: list(t.shape) for name, t in _weights(model).items()}
-    found = {name: shape for shapes in files.values() for name, shape in shapes.items()}
     _check_names(folder, expected, found, config.tie_word_embeddings)
-    places, tensors = {n: path for path, shapes in files.items() for n in shapes}, {}
+    # 3. The tensors, mapped, copied and unmapped one by one: the peak is the model and one tensor.
+    #    A copy also where the dtype is right already: a mapped tensor would change with its file,
+    #    and starts at an odd address, on which fast kernels round differently.
+    tensors = {}
     for name, path in places.items():
         if name not in expected:  # not needed, see _check_names
             continue
-        # Mapped, copied and unmapped, one by one: the peak is the model and one tensor.  A copy
-        # also where the dtype is right already: a mapped tensor would change with its file, and
-        # starts at an odd address, on which fast kernels round differently.
         with _open(path) as file:
             tensors[name] = world.scatter(file.get_tensor(name), device, dtype)
         _check_finite(path, name, local(tensors[name]))
@@ -218,14 +211,15 @@ def _weights(model: CausalLM) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, one or many."""
-    if (folder / WEIGHTS).is_file():  # transformers, too, prefers it to an index beside it
+    # One file; transformers, too, prefers it to an index beside it.
+    if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        hint = "pickles such as .bin can run any code, and are neither read nor downloaded"
-        if pickles:
-            hint = f"{pickles[0]} is a pickle, which can run any code, and is not read"
-        raise FileNotFoundError(f"{folder}: no weights there; {WEIGHTS} is missing ({hint})")
+        which = pickles[0] if pickles else "a .bin or .pt file"
+        raise FileNotFoundError(f"{folder}: no weights there; {WEIGHTS} is missing ({which} is a "
+                                "pickle, which can run any code, and is not read)")  # fmt: skip
+    # Large models come in pieces: {"weight_map": {"model.norm.weight": "model-00002-of-...", ...}}
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{folder / INDEX} is damaged: no weight_map in it")
@@ -243,9 +237,7 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or corrupt ({error}); copy or download it again"
-        ) from None
+        raise ValueError(f"{path} is truncated or corrupt ({error}); copy it again") from None
 
 
 def _read_header(path: Path) -> dict[str, list[int]]:
@@ -254,11 +246,9 @@ def _read_header(path: Path) -> dict[str, list[int]]:
     with _open(path) as file:
         for name in file.keys():
             part = file.get_slice(name)
-            if str(part.get_dtype()) not in DISK_DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is {part.get_dtype()}: quantised weights are not supported"
-                )
-            shapes[name] = part.get_shape()
+            dtype, shapes[name] = str(part.get_dtype()), part.get_shape()
+            if dtype not in DISK_DTYPES:
+                raise ValueError(f"{path}: {name} is {dtype}: quantised weights are not supported")
     return shapes
 
 
@@ -273,11 +263,9 @@ def _check_names(folder: Path, expected: dict, found: dict, tied: bool) -> None:
         "misshapen": [f"{n} {found[n]} instead of {shape}" for n, shape in expected.items()
                       if found.get(n, shape) != shape],
     }  # fmt: skip
-    said = [
-        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for kind, names in wrong.items()
-        if names
-    ]
+    # "12 missing: a, b, c, ...; 1 misshapen: d [31] instead of [32]"
+    said = [f"{len(names)} {kind}: {', '.join(names[:3] + ['...'] * (len(names) > 3))}"
+            for kind, names in wrong.items() if names]  # fmt: skip
     if said:
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(said)}")
 
@@ -286,22 +274,18 @@ def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
     """ValueError if a weight is NaN or infinite: one is enough to make every answer noise."""
     # Smallest and largest number tell (a NaN is both), and are found as fast as memory is read.
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise ValueError(
-            f"{path}: the weights hold NaN or infinity ({name}, read as {tensor.dtype}): they were "
-            "damaged or badly trained; take an older checkpoint, or copy them again"
-        )
+        what = f"the weights hold NaN or infinity ({name}, read as {tensor.dtype})"
+        raise ValueError(f"{path}: {what}; take an older checkpoint, or copy it again")
 
 
 def _check_tied(path: Path, model: CausalLM, world: World) -> None:
     """ValueError if the config ties the output matrix, but the file holds another one: whichever of
     the two were used, half of those who saved such a checkpoint would have meant the other."""
-    with _open(path) as file:
+    with _open(path) as file:  # in the model's dtype: what differs by its rounding alone is equal
         own = file.get_tensor("lm_head.weight").to(model.device, model.dtype)
     if not torch.equal(world.local_rows(own), local(model.lm_head_weight)):
-        raise ValueError(
-            f"{path}: lm_head.weight differs from the embedding, to which config.json ties it; set "
-            "tie_word_embeddings to false there to use it"
-        )
+        what = "lm_head.weight differs from the embedding, to which config.json ties it"
+        raise ValueError(f"{path}: {what}; set tie_word_embeddings to false there to use it")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -338,6 +322,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     # Qwen2.5 configs carry a sliding_window that is switched off: only a live one matters.
     sliding = raw.get("use_sliding_window", kind == "llama") and raw.get("sliding_window")
     sliding = sliding or not isinstance(layers, list) or any(x != "full_attention" for x in layers)
+    # 1. What would be computed differently.
     for unsupported, what in (
         (str(kind) not in FAMILIES, f"model_type {kind!r:.40} (only {', '.join(FAMILIES)} are)"),
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r:.40}"),
@@ -346,13 +331,14 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     ):
         if unsupported:
             raise ValueError(f"config.json: {what} is not supported")
+    # 2. Numbers.  transformers leaves out what equals the family's default.
     numbers = {name: _number(raw, name, *accepted) for name, accepted in NUMBERS.items()}
     heads, head_dim = numbers["num_attention_heads"], FAMILIES[kind][1]
     head_dim = head_dim or numbers["hidden_size"] // heads
     theta, scaling = _rope_from_hf(raw)
     eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
-    # Qwen2 has q, k, v biases by construction and never an output bias; the one switch of the other
-    # families means all four.  transformers leaves out what equals the family's default: no.
+    # 3. What a family says by its name: Qwen2 has q, k, v biases and never an output bias; the one
+    #    switch of the other families means all four.
     bias = bool(raw.get("attention_bias"))
     config = ModelConfig(
         model_type=kind,
@@ -371,10 +357,9 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     )
     # Turning pairs halves a head; a key-value head serves a whole number of query heads.
     if config.head_dim % 2 or heads % config.num_key_value_heads:
-        raise ValueError(
-            f"config.json: {heads} heads of head_dim {config.head_dim} (an even number) that share "
-            f"{config.num_key_value_heads} key-value heads: that does not divide"
-        )
+        what = f"{heads} heads of head_dim {config.head_dim} (an even number) that share"
+        raise ValueError(f"config.json: {what} {config.num_key_value_heads} key-value heads: that "
+                         "does not divide")  # fmt: skip
     return config
 
 
@@ -386,14 +371,15 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "architectures": [FAMILIES[kind][0]],
         **asdict(config),
         "hidden_act": "silu",
-        # both dialects: the old pair, and transformers 5's rope_parameters
+        # Both dialects: rope_theta and rope_scaling, which asdict has, and transformers 5's name;
+        # torch_dtype, and what it is called by now.
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
         "eos_token_id": [*eos] if len(eos) > 1 else eos[0] if eos else None,
     }
-    # What the family says by itself (see above) is left out.
+    # What a family says by its name (see config_from_hf) is left out.
     del raw["attention_output_bias"], raw["qk_norm"]
     if kind == "qwen2":
         del raw["attention_bias"]
@@ -406,17 +392,19 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 def _number(raw: dict, name: str, kind: type, default: Any = REQUIRED, most: float = 1e12) -> Any:
     """A number above 0 from the config; absent or null stands for the default."""
     value = default if raw.get(name) is None else raw[name]
-    value = float(value) if kind is float and type(value) is int else value
+    # by type: True is an int to Python, and "12" a text.  (No float is as large as JSON's 1 and 400
+    # zeros: that stays an int, and is refused.)
+    value = float(value) if kind is float and type(value) is int and value < 1e300 else value
     if type(value) is not kind or not 0 < value <= most:
-        value, what = raw.get(name), "whole number" if kind is int else "number"
-        raise ValueError(
-            f"config.json: {name} is {value!r:.40}, but has to be a {what} above 0, at most {most}"
-        )
+        wanted = f"a {'whole ' * (kind is int)}number above 0, at most {most}"
+        raise ValueError(f"config.json: {name} is {raw.get(name)!r:.40}, but has to be {wanted}")
     return value
 
 
 def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
     """rope_theta and rope_scaling out of either dialect; ValueError for a type we lack."""
+    # transformers 4:  "rope_theta": 5e5, "rope_scaling": {"rope_type" or "type": "llama3", ...}
+    # transformers 5:  "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", ...}
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     if not isinstance(new, dict) or not isinstance(old, dict):
         raise ValueError("config.json: rope_parameters or rope_scaling is no JSON object")
@@ -443,34 +431,27 @@ def _rope_from_hf(raw: dict[str, Any]) -> tuple[float, dict | None]:
 
 
 def save_pretrained(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    state: tuple[dict[str, Tensor], dict] | None = None,
-    world: World = ALONE,
-) -> None:
+    model: CausalLM, tokenizer: Tokenizer, folder: str | Path,
+    state: tuple[dict[str, Tensor], dict] | None = None, world: World = ALONE,
+) -> None:  # fmt: skip
     """Write a checkpoint folder that `load_pretrained`, transformers and vLLM load; with `state`,
-    also what `load_state` reads, in its folder `state/`.
-
-    Weights keep the model's dtype; a tied matrix is written once.  LoRA's adapters are merged into
-    them, and lie in the folder `adapter/` as well, as PEFT has them.  The folder appears whole.  In
-    a folder that exists each file is replaced whole, and foreign files stay.  OSError if the disk
-    is full or read-only; nothing is left behind then.
-
-    Of many ranks each calls this, and the first one writes the same files: it is handed the parts
-    of one tensor after the other, and never holds a second model.
+    also what `load_state` reads, in its folder `state/`.  OSError if the disk is full or read-only;
+    nothing is left behind then.
     """
+    # Weights keep the model's dtype; a tied matrix is written once.  LoRA's adapters are merged
+    # into them, for whoever knows nothing of adapters, and lie in adapter/ as well, as PEFT has
+    # them.  The tokenizer's files go along unchanged: a checkpoint must not need its ancestor.
     adapter_config, adapters = in_peft(model, world)
     dtype = str(model.dtype).removeprefix("torch.")
-    # The tokenizer's files go along unchanged: the checkpoint must not need its ancestor.
-    files = {"config.json": _json(config_to_hf(model.config, dtype)), **tokenizer.files()}
+    files = {"config.json": to_json(config_to_hf(model.config, dtype)), **tokenizer.files()}
     if adapters:
-        files[str(ADAPTER.with_name("adapter_config.json"))] = _json(adapter_config)
+        files[str(ADAPTER.with_name("adapter_config.json"))] = to_json(adapter_config)
     with _whole(Path(folder).expanduser().resolve(), world) as temporary:
         for name, content in files.items() if world.is_first else ():
             (temporary / name).parent.mkdir(exist_ok=True)
             write_atomic(temporary / name, content)
-        # Here all ranks meet, tensor by tensor, in the same order.
+        # Here all ranks meet, tensor by tensor, in the same order: the first one writes, handed the
+        # parts of one tensor after the other, and never holds a second model.
         with merged(model, world):
             _write_tensors(temporary / WEIGHTS, _weights(model), world)
         if adapters:
@@ -493,20 +474,31 @@ def _whole(folder: Path, world: World) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         sync_folder(temporary)
-        _move_into_place(temporary, folder)
+        if not folder.exists():
+            os.rename(temporary, folder)  # the usual case: all of it at once
+        else:
+            # A folder that is there may hold files of somebody else: ours are replaced one by one.
+            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                file = folder / path.relative_to(temporary)
+                file.parent.mkdir(exist_ok=True)
+                os.replace(path, file)
+            # The weights are one file now.  vLLM would read an old index and its shards instead.
+            for old in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+                old.unlink(missing_ok=True)
+            sync_folder(folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     """One safetensors file, flushed to the disk; of many ranks each gives its rows of the tensors.
-    OSError if the disk is full.
-
-    The format: the length of the header in 8 bytes, the header (JSON), the tensors' bytes.  The
-    library's own writer wants all tensors at once, which for 7B parameters and AdamW's state is
-    100 GB; here each is gathered and brought to the CPU when its turn comes.
-    """
+    OSError if the disk is full."""
+    # The format: the length of the header in 8 bytes, the header (JSON), the tensors' bytes.  The
+    # library's own writer wants all tensors at once, which for 7B parameters and AdamW's state is
+    # 100 GB; here each is gathered and brought to the CPU when its turn comes.
     tensors = {name: local(t.detach()) for name, t in tensors.items()}
+    # 1. The header.  How many rows a tensor has is the sum over the ranks.
     rows = world.gather([[len(t) if t.dim() else 0 for t in tensors.values()]])
     lengths = dict(zip(tensors, map(sum, zip(*rows))))
     # The widest first, as the library has it: so each begins at a multiple of its item's size.
@@ -519,10 +511,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
         header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    wholes = (world.all_gather(tensors[name]) for name in order)  # one by one, all ranks together
+    # 2. The bytes, one tensor after the other.  What the others gather they throw away.
+    wholes = (world.all_gather(tensors[name]) for name in order)
     if not world.is_first:
-        for _ in wholes:
-            pass
+        collections.deque(wholes, maxlen=0)
         return
     try:
         with open(path, "wb") as file:
@@ -537,27 +529,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
         raise
 
 
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Give a finished folder its name; where that exists, replace its files one by one."""
-    if not folder.exists():
-        os.rename(temporary, folder)
-    else:
-        files = sorted(p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file())
-        for file in files:
-            (folder / file).parent.mkdir(exist_ok=True)
-            os.replace(temporary / file, folder / file)
-        # The weights are one file now.  vLLM would read an old index and its shards all the same.
-        for old in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
-            old.unlink(missing_ok=True)
-        sync_folder(folder)
-    sync_folder(folder.parent)
-
-
-def _json(value: Any) -> str:
-    # allow_nan=False: NaN is not JSON, and other readers would reject the file
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 # ---------------------------------------------------------------------------------------------
 # resume state
 
@@ -566,19 +537,23 @@ def save_state(
     folder: str | Path, tensors: dict[str, Tensor], meta: dict, world: World = ALONE
 ) -> None:
     """Write what resuming needs: tensors (the optimizer's; of many ranks, this one's rows of them)
-    into state.safetensors and meta, which is anything that JSON can hold, into state.json; with
-    the checksums of both, and of the checkpoint files in the folder above.  ValueError for a NaN
-    in meta; OSError as in writing."""
+    into state.safetensors and meta, which is anything that JSON can hold, into state.json.
+    ValueError for a NaN in meta; OSError as in writing."""
     folder = Path(folder)
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-    meta = json.loads(_json(meta))  # as it will be read back: tuples are lists, keys are texts
+    meta = json.loads(to_json(meta))  # as it will be read back: tuples are lists, keys are texts
     _write_tensors(folder / "state.safetensors", tensors, world)
     if not world.is_first:
         return
-    sums = {name: _sha256(folder / name) for name in _guarded(folder)}
+    # A state fits the weights it was saved with and no others, and a disk that lost a byte would
+    # change a resumed run without a word: so the checksums of both stand in the state, and that of
+    # meta itself.  {"state.safetensors": "9f8c...", "../model.safetensors": ...}
+    beside = {p for pattern in (*NEEDED, "adapter/*") for p in folder.parent.glob(pattern)}
+    names = [f"../{p.relative_to(folder.parent)}" for p in sorted(beside)]
+    sums = {name: _sha256(folder / name) for name in ("state.safetensors", *names)}
     sums["meta"] = _sha256_of(meta)
-    write_atomic(folder / "state.json", _json({"meta": meta, "sha256": sums}))
+    write_atomic(folder / "state.json", to_json({"meta": meta, "sha256": sums}))
 
 
 def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tensor], dict]:
@@ -603,21 +578,10 @@ def load_state(folder: str | Path, world: World = ALONE) -> tuple[dict[str, Tens
         if not file.is_file():
             raise ValueError(f"{file} is missing; {OLDER}")
         if _sha256(file) != written:
-            changed = "is damaged or was changed: its checksum is not the one it was saved with"
-            raise ValueError(f"{file} {changed}; {OLDER}")
+            raise ValueError(f"{file} is damaged: its checksum is not the saved one; {OLDER}")
     # Read and copied, not mapped: these tensors are about to be updated in place.
     with _open(folder / "state.safetensors") as file:
         return {name: world.local_rows(file.get_tensor(name)).clone() for name in file.keys()}, meta
-
-
-def _guarded(folder: Path) -> list[str]:
-    """The files whose checksums the state keeps, as paths from its folder: its own tensors, and
-    the checkpoint around it, for a state fits those weights and no others."""
-    names = ["state.safetensors"]
-    if (folder.parent / "config.json").is_file():
-        beside = {p for pattern in (*NEEDED, "adapter/*") for p in folder.parent.glob(pattern)}
-        names += sorted(f"../{p.relative_to(folder.parent)}" for p in beside)
-    return names
 
 
 def _sha256(path: Path) -> str:

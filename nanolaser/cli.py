@@ -15,9 +15,6 @@ of a run that is resumed) enters at the second arrow, `check_options`: one truth
 flag that does not exist or a value that does not fit is one line on stderr and exit code 2:
 training for an hour under a default because of a typo is the costliest silent bug of a script.
 
-Not argparse: it takes the value of `--gold -1/2` for a flag, lets `--save` mean `--save-every`
-until the day `--save-all` is added, and answers a typo with a page.
-
 Below that, what every script says on stderr (warn, Progress) and how it ends (main_guard).
 """
 
@@ -41,6 +38,9 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
+# Not argparse: it takes the value of `--gold -1/2` for a flag, lets `--save` mean `--save-every`
+# until the day `--save-all` is added, and answers a typo with a page.
+
 Options = TypeVar("Options")
 
 _SAME = object()  # `paper` not given: the default holds for every model
@@ -61,15 +61,13 @@ def option(
     """One field of an options dataclass: its default, its meaning, what it accepts.
 
     `min` and `max` are inclusive bounds, `above` an exclusive one; `choices` are the only values
-    allowed, `words` those allowed beside a number in bounds (`--c-ref auto`).  `default` is the
-    embedded model's, `paper` every other model's where that differs.  A tuple takes a comma list;
-    with `count`, as well that many separate words (`--compare A B`).  `shown` is what --help says
-    of a default that depends on other options.
+    allowed, `words` those allowed beside a number (`--c-ref auto`).  `paper` is the default of all
+    models but the embedded, where it differs.  A tuple takes a comma list; with `count`, as well
+    that many words (`--compare A B`).  `shown` is what --help says of a default that depends.
     """
     # Everything lives in the field's metadata, so that the class stays a plain dataclass: it can
     # be built in a test, compared, and dumped with dataclasses.asdict without any of this file.
-    metadata = dict(help=help, group=group, choices=choices, words=words, min=min, max=max,
-                    above=above, paper=paper, metavar=metavar, count=count, shown=shown)
+    metadata = {name: value for name, value in locals().items() if name != "default"}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -77,12 +75,9 @@ def parse_args(
     cls: type[Options], argv: Sequence[str] | None = None, description: str | None = None,
     positional: str | None = None,
 ) -> tuple[Options, frozenset[str]]:  # fmt: skip
-    """The options that a command line asks for, and the names of those given explicitly.
-
-    `cls` is a dataclass whose fields are made with `option`; `argv` is sys.argv[1:] when None;
-    `positional` names the one field that is given without a flag.  Bad input, a ValueError of the
-    class's own `__post_init__` included, ends the program with one line and exit code 2.
-    """
+    """The options that a command line (`argv`, or the process's) asks for, and the names of those
+    given.  `positional` names the one field that is given without a flag.  Bad input, a ValueError
+    of the class's own `__post_init__` included, ends the program: one line, exit code 2."""
     specs = _specs(cls)
     try:
         values = _read(list(sys.argv[1:] if argv is None else argv), specs, positional)
@@ -97,16 +92,15 @@ def parse_args(
 
 
 def check_options(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
-    """Options out of a file's JSON values, checked as those of a command line are; those that it
-    does not name keep their defaults.  ValueError, one line that begins with `where`, for an
-    unknown name, a value of a wrong type or out of bounds."""
+    """Options out of a file's JSON values, checked as those of a command line are; ValueError, one
+    line that begins with `where`, for an unknown name or a value that does not fit."""
     specs, checked = _specs(cls), {}
     try:
         for name, value in values.items():
             if name not in specs:
                 raise ValueError(f"there is no option {name}; is it another version's?")
             checked[name] = _check(value, specs[name])
-        return cls(**checked)
+        return cls(**checked)  # what the file does not name keeps its default
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -117,9 +111,9 @@ def paper_defaults(cls: type) -> dict[str, Any]:
 
 
 def apply_preset(options: Options, given: Iterable[str], preset: Mapping[str, Any]) -> Options:
-    """A copy of `options` in which every option that was not given takes the preset's value: the
-    user's word first, then the model's preset, then the dataclass."""
-    # By name, not by comparing with the default: `--lr 1e-6` is meant even if 1e-6 is the default.
+    """A copy of `options` in which every option that was not given takes the preset's value."""
+    # The user's word first, then the model's preset, then the dataclass.  By name, not by comparing
+    # with the default: `--lr 1e-6` is meant even if 1e-6 is the default.
     given = set(given)
     return dataclasses.replace(options, **{k: v for k, v in preset.items() if k not in given})
 
@@ -152,10 +146,8 @@ def _specs(cls: type) -> dict[str, types.SimpleNamespace]:
     """{name: all about that option}, in the order of --help: the class's own before inherited."""
     # get_type_hints also resolves the strings that `from __future__ import annotations` leaves.
     hints, specs = typing.get_type_hints(cls), {}
-    # A class's own options come before those that it inherits, in --help too.
-    depth = lambda f: next(i for i, c in enumerate(cls.__mro__)  # noqa: E731
-                           if f.name in inspect.get_annotations(c))
-    for field in sorted(dataclasses.fields(cls), key=depth):
+    home = {name: c for c in cls.__mro__[::-1] for name in inspect.get_annotations(c)}
+    for field in sorted(dataclasses.fields(cls), key=lambda f: cls.__mro__.index(home[f.name])):
         # `float | str | None` -> {float, str, None}.  None is "not given", and str beside a number
         # is there for the `words`: neither decides what is parsed.
         name, hint = field.name, hints[field.name]
@@ -165,6 +157,7 @@ def _specs(cls: type) -> dict[str, types.SimpleNamespace]:
                                   many=typing.get_origin(hint) is tuple,
                                   none=types.NoneType in parts,
                                   flag="--" + name.replace("_", "-"))  # fmt: skip
+        # Every number is bounded somewhere: by its name, by its field, or as a count.
         if name in BOUNDS:
             if s.kind is float and s.min == 0:
                 s.words = (0.0, *s.words)
@@ -182,6 +175,7 @@ def _help(specs: Mapping[str, Any], description: str, positional: str | None) ->
     lines = [usage, "", *textwrap.wrap(description.strip(), 100)]
     groups: dict[str, list[tuple[str, str]]] = {}  # in the order in which they appear
     for s in specs.values():
+        # The real value, and both where the embedded model has another one than the paper's runs.
         default = s.shown or _text(s.default)
         if s.shown is None and s.paper is not _SAME:
             default += f"; {_text(s.paper)} with other models"
@@ -238,13 +232,14 @@ def _read(argv: list[str], specs: Mapping[str, Any], positional: str | None) -> 
         elif word == "-" or not word.startswith("-"):  # "-" alone stands for standard input
             loose.append(word)
         elif flag not in flags:
+            # No abbreviations: what is meant by half a name may change with the next version.
             # --max_new_tokens is the Python name of an option: the guess finds the dashed one.
             otherwise = "--help lists them all"
             if positional is not None and not flag.startswith("--"):
                 otherwise = f"put -- before a {positional} that starts with a dash"
             hint = near(flag.replace("_", "-"), [*flags, "--help"], otherwise)
             raise ValueError(f"unknown option {flag}; {hint}")
-        elif flags[flag].kind is bool:
+        elif flags[flag].kind is bool:  # --vote and --no-vote, and never --vote=yes
             if equals:
                 raise ValueError(f"{flag} takes no value")
             values[flags[flag].name] = flag == flags[flag].flag
@@ -287,18 +282,17 @@ def _convert(text: str, spec: Any) -> Any:
 
 def _check(value: Any, spec: Any) -> Any:
     """The value if its option may have it, tuples for lists; ValueError says why it may not."""
-    if value is None and spec.none:
-        return None
-    if not spec.many:
-        return _check_one(value, spec)
-    if not isinstance(value, (list, tuple)) or "" in value:
-        raise ValueError(f"{spec.flag}: an empty entry in the list, or no list: {value!r:.80}")
-    return tuple(_check_one(part, spec) for part in value)
+    if spec.many:
+        if not isinstance(value, (list, tuple)) or "" in value:
+            raise ValueError(f"{spec.flag}: an empty entry in the list, or no list: {value!r:.80}")
+        return tuple(_check_one(part, spec) for part in value)
+    return None if value is None and spec.none else _check_one(value, spec)
 
 
 def _check_one(value: Any, spec: Any) -> Any:
     """One value, or one of a list, against its option's type, words, choices and bounds."""
-    if spec.kind is float and type(value) is int and abs(value) < 1e300:  # JSON's 1 for 1.0
+    # JSON's 1 for 1.0; an integer of 400 digits has no float, and is refused as no number below.
+    if spec.kind is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
     # By type, for True is an int to Python; and "nan" fails no comparison, so it is refused here.
     fits = type(value) is spec.kind and (spec.kind is not float or math.isfinite(value))
@@ -344,10 +338,9 @@ class Progress:
 
     with Progress("c_ref", 300, "solution") as progress:
         generate(..., **progress.hooks())
-
-    A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own.
     """
 
+    # A first solution of 8,192 tokens takes minutes, so tokens are a sign of life of their own.
     SECONDS = 10.0
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True):
@@ -379,6 +372,7 @@ class Progress:
         self._say()
 
     def _say(self) -> None:
+        # A line every ten seconds is a sign of life in a log; a bar may be redrawn every second.
         now = time.monotonic()
         if now - self.said < (self.SECONDS if self.lines else 1.0):
             return
@@ -398,14 +392,11 @@ def standard_input() -> bytes:
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit: 0 or what it returns, 2 for user errors, 1 for a full disk,
-    130 for Ctrl-C.
-
-    ValueError and OSError (FileNotFoundError among them) are what this project raises for bad
-    input, so they become one `error: ...` line.  Anything else is a bug and keeps its traceback,
-    as these do when NANOLASER_TRACEBACK is set in the environment.  Among many processes the death
-    of another one is a ConnectionResetError, code 1.
-    """
+    """Run a script's `main` and exit: 0 or what it returns, 2 for user errors, 1 for a full disk or
+    (among many processes) the death of another one, 130 for Ctrl-C."""
+    # ValueError and OSError (FileNotFoundError among them) are what this project raises for bad
+    # input, so they become one `error: ...` line.  Anything else is a bug and keeps its traceback,
+    # as these do when NANOLASER_TRACEBACK is set in the environment.
     _occupy_closed_streams()
     try:
         code = main()

@@ -8,13 +8,11 @@ folder of a run; and the hub, from which files come that are not on disk yet.
              /report.html     to look at it          /checkpoints/step-000120, .../latest
 
 Three promises, kept here for the whole project:
-*  What is read is what it claims to be.  A file that people edit, kills cut short and disks damage
-   is one line that names it and the place, never a traceback ten minutes later.
-*  What is written is whole or absent.  It goes to a temporary name, is flushed to the disk, and
-   only then takes its real name; a crash or a full disk leaves what was there before.  Logs, the
-   exception, grow a line at a time, and are cut back to the checkpoint's step on resume.
-*  Two runs never share a folder: a lock that the process holds (not a file, which a crash would
-   leave behind) keeps the second one out.
+*  What is read is what it claims to be: a damaged file is one line that names it and the place,
+   never a traceback ten minutes later.
+*  What is written is whole or absent: a crash or a full disk leaves what was there before.  Logs,
+   the exception, grow a line at a time, and are cut back to the checkpoint's step on resume.
+*  Two runs never share a folder.
 
 Nothing here imports torch at the top: reading a file of problems is instant.
 """
@@ -23,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -50,13 +49,16 @@ def parse_json(data: bytes, where: str | Path, kind: type = dict, **hooks: Calla
     """The JSON value of some bytes; ValueError, one line that begins with `where`, if they are not
     JSON in UTF-8 or hold another kind of value.  `hooks` go to json.loads (parse_int=str)."""
 
-    def number(text: str) -> float:
-        if math.isfinite(float(text)):
-            return float(text)
-        raise ValueError(f"{text} is no number")  # NaN, 1e999: Python's reader takes them
+    def number(text: str, kind: type = float) -> float:
+        # NaN is no JSON, and 1e999 no float, but Python reads both; and of an integer of 400 digits
+        # nobody can take a mean.  Refused here, not noticed hours later in a sum.
+        if abs(kind(text)) < 1e300:
+            return kind(text)
+        raise ValueError(f"{text:.20} is no number")
 
+    hooks = {"parse_float": number, "parse_constant": number,
+             "parse_int": lambda text: number(text, int), **hooks}
     # Every way in which bytes can fail to be JSON ends in the same kind of line.
-    hooks = {"parse_float": number, "parse_constant": number} | hooks
     try:
         value = json.loads(data.decode("utf-8-sig"), **hooks)
     except UnicodeDecodeError as error:
@@ -83,15 +85,13 @@ def read_jsonl(
     data: bytes | None = None, cut: bool = False,
     on_damage: Callable[[int, str], None] | None = None, **hooks: Callable,
 ) -> Iterator[tuple[int, dict]]:  # fmt: skip
-    """(line number from 1, row) of each JSON object, a line each, read as they are asked for.
-
-    `fields` are keys that every row must have, with the types allowed: {"step": int, "lr": (float,
-    int)}.  `data` is read in place of the file.  `cut`: a last line without its newline that is no
-    JSON is what a crash left behind, and no row.  ValueError "PATH:LINE is damaged: ..." for all
-    else that is none; with `on_damage`, it is told (line, why), and the next lines are read.
-    """
+    """(line number from 1, row) of each JSON object, a line each, read as they are asked for; of
+    the file, or of `data` in its place.  `fields`: keys that every row must have, and their types.
+    `cut`: a last line that a crash cut short is no row.  ValueError "PATH:LINE is damaged: ..." for
+    all else; with `on_damage`, it is told (line, why), and the next lines are read."""
+    # fields={"step": int, "lr": (float, int)} refuses {"lr": 0.1} and {"step": "2", "lr": 0.1}.
     # Bytes, split at newlines only: text mode would also split at characters such as U+2028,
-    # which may stand unescaped inside a JSON string.
+    # which may stand unescaped inside a JSON string.  And lazily: ten rows cost ten.
     with open(path, "rb") if data is None else io.BytesIO(data) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -107,7 +107,7 @@ def read_jsonl(
                         raise ValueError(f"{where} is damaged: {name} is {row[name]!r:.60}")
             except ValueError as error:
                 if cut and not line.endswith(b"\n"):
-                    return  # nothing can follow
+                    return  # nothing can follow it: only a last line has no newline
                 if on_damage is None:
                     raise
                 on_damage(number, str(error).removeprefix(f"{where} is damaged: "))
@@ -115,29 +115,30 @@ def read_jsonl(
             yield number, row
 
 
+def read_log(path: Path, fields: Mapping[str, Any] | None = None) -> list[dict]:
+    """The rows of a file that grows line by line, [] if there is none; ValueError for a line that
+    is no row with these fields, save a last one that a crash cut short."""
+    return [row for _, row in read_jsonl(path, fields, cut=True)] if path.exists() else []
+
+
 # ---------------------------------------------------------------------------------------------
 # writing
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it, flushed to the disk, then renamed over it.
-    OSError if the disk is full or read-only; the old file stays as it was.
-
-    A link is followed; what is no regular file (a pipe, /dev/null) is written to, not replaced.
-    """
+    """Write a file whole or not at all: OSError if the disk is full or read-only, and the old file
+    stays.  A link is followed; what is no regular file (a pipe, /dev/null) is written to."""
+    # Beside it, flushed to the disk, then renamed over it: a rename is one step for the disk, so
+    # whoever reads, also after a power cut, finds the old content or the new.
     content = content.encode() if isinstance(content, str) else content
-    temporary = None
+    path, real = Path(path), Path(os.path.realpath(path))
+    # With the process id: two runs never write into one temporary file.
+    temporary = real.with_name(f"{real.name}.{os.getpid()}.tmp")
     try:
-        mode = None
-        with contextlib.suppress(FileNotFoundError):
-            mode = os.stat(path).st_mode  # of what a link leads to
+        mode = path.stat().st_mode if path.exists() else None  # of what a link leads to
         if mode is not None and not stat.S_ISREG(mode):
-            with open(path, "wb") as file:
-                file.write(content)
+            path.write_bytes(content)
             return
-        real = Path(os.path.realpath(path))
-        # With the process id: two runs never write into one temporary file.
-        temporary = real.with_name(f"{real.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
             file.write(content)
             # Without fsync the rename can reach the disk before the content does, and a power
@@ -149,15 +150,17 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary, real)
         sync_folder(real.parent)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the temporary name, or none at all
+        # The user's name for it, not the temporary one (a full disk gives no name at all).
+        error.filename, error.filename2 = str(path), None
         raise
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # after the rename there is none
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries: a rename is on the disk only once its folder is."""
+    # The content of a file and its name in a folder are two writes to the disk.
     if os.name == "posix":  # elsewhere folders cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -168,11 +171,17 @@ def sync_folder(folder: Path) -> None:
 
 def finite(value: Any) -> Any:
     """The value with None for NaN and infinities, however deep: they are not JSON."""
+    # A gradient norm may be NaN, and is logged then of all times: null, which every reader takes.
     if isinstance(value, dict):
         return {key: finite(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(value: Any) -> str:
+    """A value as the text of a JSON file."""
+    return json.dumps(finite(value), indent=2) + "\n"
 
 
 def to_jsonl(rows: Iterator[dict] | Sequence[dict]) -> str:
@@ -197,8 +206,8 @@ LOGS = {
 class RunFolder:
     """The files of one run; holds the folder's lock as long as it lives.
 
-    `first`: of many ranks one writes and locks; to the others the folder is theirs to read, and
-    what they write is not written.
+    `first`: of many ranks one writes and locks.  To the others the folder is theirs to read, and
+    what they write is not written: so no caller has to ask which rank it is.
     """
 
     def __init__(self, path: str | Path, first: bool = True):
@@ -206,7 +215,11 @@ class RunFolder:
         self.on_append = lambda name, rows: None  # hears of every line written to a log
         if not first:
             return
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{path} is a file, not a folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        # A lock that the process holds: a file that merely exists would outlive a crash, and lock
+        # out the run that is to be resumed.
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, lock)  # the lock goes with the object, or the process
         if fcntl is None:
@@ -214,9 +227,8 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(
-                f"{path} is in use by another run; give this one a folder of its own"
-            ) from None
+            raise ValueError(f"{path} is in use by another run; give this one a folder of its own"
+                             ) from None
         # What a killed process was writing: under the lock it is nobody's who still lives.
         # By our own patterns only, for the folder may turn out to be somebody else's.
         for pattern in ("*.json*.[0-9]*.tmp", "checkpoints/latest.[0-9]*.tmp"):
@@ -229,22 +241,16 @@ class RunFolder:
     def create(cls, out: str | None, name: str, config: dict) -> RunFolder:
         """A new run's folder: `out`, or runs/NAME, runs/NAME-2, ... where none is given.
         ValueError if `out` holds a run already: results are never overwritten."""
-        import torch  # here: see the top
-
-        path, count = Path(out or Path("runs") / name), 1
-        while not out and (path / "config.json").exists():
-            count += 1
-            path = Path("runs") / f"{name}-{count}"
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {path} is a file, not a folder")
+        # Only unnamed runs are numbered: a name that somebody gave is meant.
+        free = (p for p in numbered(Path("runs") / name) if not (p / "config.json").exists())
+        path = Path(out) if out else next(free)
         run = cls(path)  # locked: now nobody else can be about to do the same
         if (path / "config.json").exists():
-            raise ValueError(
-                f"{path} holds a run already{_difference(path, config)}; --resume {path} "
-                "continues it, another --out begins a new one"
-            )
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        run.write_json("config.json", {"options": config, "versions": versions})
+            there = run_of(path)  # None: unreadable, and of what it is nobody can say
+            differ = differences(there, config) if there else ""
+            raise ValueError(f"{path} holds a run already{differ and f' ({differ})'}; --resume "
+                             f"{path} continues it, another --out begins a new one")
+        run.describe("options", config)
         return run
 
     @classmethod
@@ -252,18 +258,23 @@ class RunFolder:
         """An existing run's folder and its options; ValueError where there is none."""
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"--resume {path}: no run there (config.json is missing)")
-        options = _options(Path(path))
+        options = described(Path(path), "options")
         return cls(path), options
 
-    @classmethod
-    def of_first_rank(cls, path: str) -> RunFolder:
-        """The folder of a run as its other ranks see it."""
-        return cls(path, first=False)
+    def describe(self, kind: str, value: dict) -> None:
+        """Write config.json: what the folder holds ("options" of a training run, or what an
+        "evaluation" is of), and the versions it was made with."""
+        import torch  # here: see the top
+
+        # What is missing when the same options give other numbers a year later.
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        self.write_json("config.json", {kind: value, "versions": versions})
 
     def write_json(self, name: str, value: dict) -> None:
         """Write a JSON file whole or not at all."""
+        # indented: people read config.json and summary.json
         if self.first:
-            write_atomic(self.path / name, json.dumps(finite(value), indent=2) + "\n")
+            write_atomic(self.path / name, to_json(value))
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Add lines to one of the logs; every row tells its `step`."""
@@ -271,7 +282,8 @@ class RunFolder:
             return
         try:
             with open(self.path / name, "a+b") as file:
-                if file.tell():  # what a crash cut short must not become half of a new line
+                # What a crash cut short, `{"step": 7, "rew`, must not become half of a new line.
+                if file.tell():
                     file.seek(-1, os.SEEK_END)
                     if file.read() != b"\n":
                         file.seek(0)
@@ -285,13 +297,12 @@ class RunFolder:
         self.on_append(name, rows)
 
     def read(self, name: str, fields: Mapping[str, Any] | None = None) -> list[dict]:
-        """The rows of a log, [] if there is none; a last line cut short by a crash is no row.
-        ValueError for any other line that is no row with these fields (see read_jsonl)."""
-        path = self.path / name
-        return [row for _, row in read_jsonl(path, fields, cut=True)] if path.exists() else []
+        """The rows of a log, see read_log."""
+        return read_log(self.path / name, fields)
 
     def cut_back(self, step: int) -> None:
         """Forget every log line after `step`: those steps are about to be done again."""
+        # Checkpoint 120, killed in step 137: lines 121 to 136 go, and come again, the same ones.
         for name, fields in LOGS.items() if self.first else ():
             kept = [row for row in self.read(name, fields) if row["step"] <= step]
             write_atomic(self.path / name, to_jsonl(kept))
@@ -304,6 +315,7 @@ class RunFolder:
 
     def point_latest(self, step: int) -> None:
         """Name the checkpoint of `step`, whole on disk by now, as the newest."""
+        # Last of all: until this line is written, a resumed run goes on from the one before.
         if self.first:
             latest = self.path / "checkpoints" / "latest"
             write_atomic(latest, self.checkpoint(step).name + "\n")
@@ -319,6 +331,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         return None
+    # A small file and no link, which archives and Windows lose.
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     # A name and no path: ../../other/checkpoints/step-000120 is another run's.
     there = re.fullmatch(r"step-\d+", name) and (pointer.parent / name / "config.json").is_file()
@@ -331,37 +344,45 @@ def latest_checkpoint(run: Path) -> Path | None:
     return pointer.parent / name
 
 
+def numbered(path: Path) -> Iterator[Path]:
+    """runs/a, runs/a-2, runs/a-3, ..."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+
+
 def run_of(path: str | Path) -> dict | None:
     """The options of the training run that a folder is, or is a checkpoint of; None for all other
     paths and names."""
     path = Path(path).expanduser().absolute()
+    # runs/a, runs/a/checkpoints, runs/a/checkpoints/step-000120: all of them are of the run a.
     if path.parent.name == "checkpoints":
         path = path.parent
     with contextlib.suppress(ValueError, OSError):
-        return _options(path.parent if path.name == "checkpoints" else path)
+        return described(path.parent if path.name == "checkpoints" else path, "options")
     return None
 
 
-def _options(run: Path) -> dict:
-    """The options in a run's config.json; ValueError if it holds none."""
-    options = read_json(run / "config.json").get("options")
-    if not isinstance(options, dict):  # models and results of evaluate.py have a config.json, too
-        raise ValueError(f"{run / 'config.json'} is damaged, or not that of a training run")
-    return options
+def described(folder: Path, kind: str) -> dict:
+    """What `describe` wrote into a folder's config.json; ValueError if it holds nothing of that
+    kind (models have a config.json, too)."""
+    value = read_json(folder / "config.json").get(kind)
+    if not isinstance(value, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged, or that of something else: it "
+                         f"holds no {kind}")
+    return value
 
 
-def _difference(path: Path, config: dict) -> str:
-    """How the run in a folder differs from one of these options, as part of a sentence."""
-    there = run_of(path)
-    if there is None:
-        return ""  # unreadable: what it is of nobody can say
-    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v]
-    return f" ({'; '.join(differ[:3])}{'; ...' if len(differ) > 3 else ''})" if differ else ""
+def differences(there: dict, here: dict) -> str:
+    """How two configurations differ, as part of a sentence: "lr 0.1 there, 0.2 here"."""
+    # Three say enough; who has started something else would get forty.
+    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
+    return "; ".join([*differ[:3], *["..."][: len(differ) > 3]])
 
 
 def peak_memory_bytes(device: Any) -> int:
     """The most memory this process ever held: on the GPU if `device` (torch's) is one, else
     resident."""
+    # What the allocator held: what torch keeps in its pool beyond that can be given back.
     if device.type == "cuda":
         import torch
 
@@ -393,31 +414,32 @@ def fetch(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:  # optional: who works with folders never needs it
-        raise ValueError(
-            f"{name} is on the Hugging Face hub: pip install huggingface_hub, or name a local path"
-        ) from None
+        raise ValueError(f"{name} is on the Hugging Face hub: pip install huggingface_hub, or name "
+                         "a local path") from None
+    # Only what matches is fetched: a repository may hold the same weights in three formats.
     # The library's HTTP error derives from that of whichever HTTP library it uses in this
     # version; so do time-outs and broken connections, which it does not always wrap.
     failures = (OSError, ValueError, *errors.HfHubHTTPError.__bases__)
     try:
         return Path(huggingface_hub.snapshot_download(
             match["repo"], repo_type=kind, revision=match["revision"],
-            allow_patterns=list(patterns)))  # fmt: skip
+            allow_patterns=list(patterns)))
     except failures as error:
         place = f"{'datasets/' if kind == 'dataset' else ''}{match['repo']}"
         # From the narrow class to the wide one: a gated repository is also one that is not found.
-        for reason, text in (
-            ("GatedRepoError", f" is gated: accept its terms at https://huggingface.co/{place}, "
-                               "then `hf auth login` or set HF_TOKEN"),
-            ("RepositoryNotFoundError", f": no such {kind} on the hub (or a private one: `hf auth "
-                                        "login`)"),
-            ("RevisionNotFoundError", ": the repository has no such revision"),
-            ("LocalEntryNotFoundError", " is not in the cache and the hub cannot be reached "
-                "(offline, or no network): connect once, point HF_HUB_CACHE at a cache that has "
-                "it, or name a local path"),
-        ):  # fmt: skip
-            if isinstance(error, getattr(errors, reason)):
+        for reason, text in {
+            errors.GatedRepoError: f" is gated: accept its terms at https://huggingface.co/{place},"
+            " then `hf auth login` or set HF_TOKEN",
+            errors.RepositoryNotFoundError:
+            f": no such {kind} on the hub (or a private one: `hf auth login`)",
+            errors.RevisionNotFoundError: ": the repository has no such revision",
+            errors.LocalEntryNotFoundError: " is not in the cache and the hub cannot be reached "
+            "(offline, or no network): connect once, point HF_HUB_CACHE at a cache that has it, or "
+            "name a local path",
+        }.items():
+            if isinstance(error, reason):
                 raise OSError(name + text) from None
+        # All else, in the library's words: their first line, for some go on for a page.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"{name}: the download failed; repeat it, and it goes on where it ended "
                       f"({first_line})") from None

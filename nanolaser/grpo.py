@@ -4,7 +4,7 @@ One update of the policy: rollouts and their advantages in, one optimizer step o
     sample                  problems -> rollouts, each rank its share
     update                  rollouts, advantages, class weights -> a step of AdamW
       accumulate_gradients    micro-batch by micro-batch (packing.py: how they are cut and laid out)
-        Targets                 which log-probs are read, and what for: the one trap in here
+        targets                 which log-probs are read, and what for: the one trap in here
         loss                    the loss, written out
 
 The loss of a batch of N rollouts with M response tokens, N_e of them finished:
@@ -13,8 +13,7 @@ The loss of a batch of N rollouts with M response tokens, N_e of them finished:
 
 M and N_e are counted over the whole batch before it is cut, so the gradient does not depend on the
 cut; and what has neither advantage nor weight adds exactly 0, so it need not be computed.
-alpha = tau = 0 is plain GRPO, exactly.  The same in textbook operations, a row at a time:
-tests/plain.py.
+alpha = tau = 0 is plain GRPO, exactly.  In textbook operations, a row at a time: tests/plain.py.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ def sample(
     model: CausalLM, tokenizer, problems: list, n: int, world: World = ALONE, first: int = 0,
     **sampling,
 ) -> list[Rollout]:  # fmt: skip
-    """n solutions of each problem from the `first` on, or of this rank's share of them; `prompt_id`
-    counts among all problems.  `sampling` goes to sampler.generate."""
+    """n solutions of each of this rank's share of the problems from the `first` on; `prompt_id`
+    counts among all problems, and `sampling` goes to sampler.generate."""
     mine = world.shard(range(first, len(problems)))
     # A problem keeps its random stream, whoever samples it: any number of ranks draws the same.
     with merged(model, world):  # LoRA: one product in place of three
@@ -66,13 +65,12 @@ def of_all_ranks(rollouts: list[Rollout], world: World) -> list[Rollout]:
 
 
 def stack(rollouts: list[Rollout], name: str, group_size: int) -> Tensor:
-    """One field of P * G rollouts in the order of their problems, as a tensor (P, G); fp64, nan
-    for None, or bool."""
+    """One field of P * G rollouts in the order of their problems, as a tensor (P, G) of bool, or
+    of fp64 with nan for None."""
     values = [getattr(r, name) for r in rollouts]
-    if isinstance(values[0], bool):
-        return torch.tensor(values).view(-1, group_size)
+    dtype = torch.bool if isinstance(values[0], bool) else torch.float64
     values = [math.nan if x is None else x for x in values]
-    return torch.tensor(values, dtype=torch.float64).view(-1, group_size)
+    return torch.tensor(values, dtype=dtype).view(-1, group_size)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,10 +101,6 @@ class Targets(NamedTuple):
     sampled: Tensor  # (n,) what the sampler had read; nan for another token than it had
     old: Tensor  # (n,) what was read before the batch's first update; nan: that is now
 
-    def part(self, rows: slice) -> Targets:
-        """Some of them."""
-        return Targets(*(column[rows] for column in self))
-
 
 def targets(rows: list[tuple], texts: list[list[int]], c: Loss, device: torch.device) -> Targets:
     """What is read of rollouts: rows of (rollout, advantage, weight, c_ref, old log-probs of its
@@ -120,8 +114,10 @@ def targets(rows: list[tuple], texts: list[list[int]], c: Loss, device: torch.de
             for place, token, *known in zip(places, r.response_tokens, *columns, strict=True):
                 table.append((place, token, c.temperature, advantage, 0.0, 0.0, 0.0, *known))
         if weight:
-            token = c.readout_token(r)  # "sft" reads another token after wrong solutions
-            sampled = r.logp_zc if token == c.z_c_id else math.nan
+            # The sampler has read z_c; "sft" reads another token after wrong solutions.
+            token, sampled = c.z_c_id, r.logp_zc
+            if c.kind == "sft" and r.r_v <= 0.5:
+                token, sampled = c.z_wrong_id, math.nan
             table.append((text[-1], token, 1.0, 0.0, weight, r.r_v, c_ref, sampled, math.nan))
     return Targets(*(torch.tensor(column).to(device, non_blocking=True) for column in zip(*table)))
 
@@ -143,11 +139,6 @@ class Loss:
     kind: str = "mse"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    dual_clip: float = 3.0
-
-    def readout_token(self, r: Rollout) -> int:
-        """The token whose log-prob is read at the end of a rollout."""
-        return self.z_wrong_id if self.kind == "sft" and r.r_v <= 0.5 else self.z_c_id
 
 
 def loss(logprobs: Tensor, t: Targets, c: Loss, M: int, N: int) -> Tensor:
@@ -159,9 +150,9 @@ def loss(logprobs: Tensor, t: Targets, c: Loss, M: int, N: int) -> Tensor:
 
 def loss_sums(logprobs: Tensor, t: Targets, c: Loss) -> tuple[Tensor, Tensor]:
     """(policy loss, loss on r_s) of some targets, as sums."""
-    # One formula for tokens and z_c: either has a 0 where the other has its factor.
-    clips = c.clip_low, c.clip_high, c.dual_clip
-    policy = laser.policy_loss(logprobs, old_of(logprobs, t), t.advantage, *clips)
+    # The same two formulas for tokens and z_c: either has a 0 where the other has its factor.
+    old = old_of(logprobs, t)
+    policy = laser.policy_loss(logprobs, old, t.advantage, c.clip_low, c.clip_high)
     if not c.alpha:  # plain GRPO, which has no c_ref
         return policy, torch.zeros_like(policy)
     return policy, laser.self_reward_loss(logprobs, t.r_v, t.weight, t.c_ref, c.beta_v, c.kind)
@@ -178,11 +169,11 @@ def accumulate_gradients(
     micro_batch_tokens: int, old_logprobs: dict[int, Tensor] | None = None, world: World = ALONE,
     optimizer: Optimizer | None = None,
 ) -> dict:  # fmt: skip
-    """Add the gradient of the whole batch's loss to the parameters' .grad, micro-batch by
-    micro-batch; returns the statistics of the batch, under the names of metrics.jsonl.
+    """Add the gradient of the loss of N rollouts with advantages and weights (N,) to the
+    parameters' .grad; returns the statistics of the batch, under the names of metrics.jsonl.
 
-    advantages and weights: (N,).  old_logprobs: {row: log-probs of its response under the policy
-    that sampled}; a row that is not there yet, the model still being that policy, is put in.
+    old_logprobs: {row: log-probs of its response under the policy that sampled}; a row that is not
+    there yet, the model still being that policy, is put in.
     """
     M = sum(len(r.response_tokens) for r in rollouts)
     N = max(sum(r.finished for r in rollouts), 1)
@@ -198,32 +189,31 @@ def accumulate_gradients(
     learned = [i for i in range(len(rollouts)) if A[i] or w[i]]
     sums, sizes = [torch.zeros(9, device=model.device)], [(0, 0)]  # where nothing is to be learned
     cuts = micro_batches([rollouts[i] for i in learned], micro_batch_tokens)
-    for rows, counts in world.rounds([[learned[j] for j in cut] for cut in cuts]):
-        # 2. Forward pass, up to the hidden states.  The textbook is a pass for each row,
-        #        hidden = model(prompt + response)
-        #    Packed, they share one, and each prompt is in it once.
+    for rows, counted in world.rounds([[learned[j] for j in cut] for cut in cuts]):
+        # 2. Forward pass, up to the hidden states: one for all rows, each prompt in it once, where
+        #    the textbook has  hidden = model(prompt + response)  for each.
         packing = Packing([rollouts[i] for i in rows], model.device, model.dtype)
         hidden = model(packing.tokens, packing)[0]  # (tokens, C)
 
-        # 3. What is read, and what it is to learn: nothing, if a rank only computes along.
+        # 3. What is read, and what it is to teach: nothing, if a rank only computes along.
         these = [(rollouts[i], A[i], w[i], c_ref[i], (old_logprobs or {}).get(i)) for i in rows]
         t = targets(these, packing.texts, c, model.device)
-        t = t._replace(advantage=counts * t.advantage, weight=counts * t.weight)
+        t = t._replace(advantage=counted * t.advantage, weight=counted * t.weight)
 
-        # 4. Loss and backward pass.  In the textbook's words, with logits (n, V):
+        # 4. Loss and backward pass.  The textbook:
         #        logprobs = token_logprobs(hidden[t.place], W, t.token, t.temperature)
         #        loss(logprobs, t, c, M, N).backward()
-        #    loss_backward does so for one block after the other, and never holds all logits.
+        #    loss_backward does so for one block of targets after the other.
         logprobs, entropy = loss_backward(
             hidden[t.place], model.lm_head_weight, t.token,
-            lambda logprobs, part, t=t: loss(logprobs, t.part(part), c, M, N), t.temperature,
-            (c.z_c_id, model.z_c_row),
+            lambda logprobs, block, t=t: loss(logprobs, Targets(*(x[block] for x in t)), c, M, N),
+            t.temperature, (c.z_c_id, model.z_c_row),
         )  # fmt: skip
         if optimizer is not None:
             optimizer.accumulate()  # gradients of a bf16 model are summed in fp32
 
         # 5. Statistics, from the log-probs that came by; they stay where they are until the end.
-        if counts:
+        if counted:
             sums.append(statistics(logprobs, entropy, t, c))
             sizes.append(packing.sizes)
         if old_logprobs is not None and rows[0] not in old_logprobs:
@@ -231,7 +221,7 @@ def accumulate_gradients(
             for i, part in zip(rows, logprobs.cpu().split(read)):
                 old_logprobs[i] = part[: len(rollouts[i].response_tokens)]
     # The host waits for the device here, once for all micro-batches.
-    parts = [row + list(size) for row, size in zip(torch.stack(sums).tolist(), sizes)]
+    parts = [[*row, *size] for row, size in zip(torch.stack(sums).tolist(), sizes)]
     return total(world.gather(parts), c, M, N)
 
 
@@ -250,11 +240,9 @@ def statistics(logprobs: Tensor, entropy: Tensor, t: Targets, c: Loss) -> Tensor
 
 
 def total(parts: list[list[float]], c: Loss, M: int, N: int) -> dict:
-    """The statistics of all micro-batches of all ranks, under the names of metrics.jsonl.
-
-    Entropy, KL and the gaps are of what was computed, the tokens of rollouts with an advantage and
-    z_c of those with a weight; None if there were none.  A gap is the largest.
-    """
+    """The statistics of all micro-batches of all ranks, under the names of metrics.jsonl."""
+    # Entropy, KL and the gaps are of what was computed, the tokens of rollouts with an advantage
+    # and z_c of those with a weight; None if there were none.
     columns = list(zip(*parts))
     policy, self_reward, clipped, kl, entropy, tokens, ends = map(sum, columns[:7])
     gap, zc_gap = map(max, columns[7:9])
@@ -275,16 +263,9 @@ def total(parts: list[list[float]], c: Loss, M: int, N: int) -> dict:
 
 
 def update(
-    model: CausalLM,
-    optimizer: Optimizer,
-    rollouts: list[Rollout],
-    advantages: Tensor,
-    weights: Tensor,
-    c: Loss,
-    micro_batch_tokens: int,
-    grad_clip: float,
-    updates: int = 1,
-) -> dict:
+    model: CausalLM, optimizer: Optimizer, rollouts: list[Rollout], advantages: Tensor,
+    weights: Tensor, c: Loss, micro_batch_tokens: int, grad_clip: float, updates: int = 1,
+) -> dict:  # fmt: skip
     """`updates` optimizer steps on one batch of rollouts with advantages and class weights (P, G);
     returns the statistics and the gradient norm of the last one, and how many were skipped because
     a gradient was not finite."""

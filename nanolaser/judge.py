@@ -4,11 +4,10 @@
     by readout     log pi(z_c) after the solution's end: LaSeR's r_s, one token
     by generation  a second prompt with the question in words, and the model writes a judgement:
                    what LaSeR replaces, as the baseline to compare with
-    by log ratio   log pi(y | x) - log pi_ref(y | x), how much likelier training made the solution:
-                   the implicit reward of DPO, free of charge and biased towards long solutions
+    by log-probs   how likely the solution was as it was written: free of charge; against the model
+                   before training (the implicit reward of DPO) biased towards long solutions
 
-`open_model` is how the scripts that only use a model load it: it refuses one in which r_s cannot
-be read and says when r_s has no scale yet.
+And what the scripts that only use a model share: its loading, its sampling options, its rows.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from .checkpoint import load_pretrained
 from .cli import ModelOptions, option, warn
 from .files import read_jsonl
 from .model import CausalLM
+from .packing import cut_by_tokens, pad
 from .readout import BLOCK_LOGITS
 from .rollout import Rollout, self_reward
-from .sampler import cut_by_tokens, generate, pad
+from .sampler import generate
 from .scale.plan import default_kv_cache_gb
 from .scoring import read_last, score
 
@@ -38,13 +38,11 @@ STRETCH = 16  # prompts so many times longer than what the model was trained on 
 
 
 def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
-    """Load the model of a script's options: (model, tokenizer), with z_c, c_ref and beta_v set.
-
-    ValueError or FileNotFoundError for a model that cannot be read or has no usable z_c.
-    """
+    """Load the model of a script's options: (model, tokenizer), with z_c, c_ref and beta_v set;
+    ValueError or FileNotFoundError for one that cannot be read or has no usable z_c."""
     model, tokenizer = load_pretrained(
-        options.model, device=options.device, dtype=options.dtype, z_c=options.z_c
-    )
+        options.model, device=options.device, dtype=options.dtype, z_c=options.z_c)
+    # The scale of r_s comes with a trained model (laser.json); what was typed overrides it.
     if options.thinking is not None:
         tokenizer.set_thinking(options.thinking)
     if options.beta_v is not None:
@@ -53,10 +51,8 @@ def open_model(options: ModelOptions) -> tuple[CausalLM, object]:
         tokenizer.c_ref, tokenizer.c_ref_std = options.c_ref, None
     if tokenizer.c_ref is None:
         # Without it log pi(z_c) has no zero point.  A guess would look like a result.
-        warn(
-            f"c_ref was never estimated for {options.model}: there is log pi({tokenizer.z_c}) but "
-            "no r_s; train the model (train.py estimates c_ref first), or give --c-ref"
-        )
+        warn(f"c_ref was never estimated for {options.model}: there is log pi({tokenizer.z_c}) but "
+             "no r_s; train the model (train.py estimates c_ref first), or give --c-ref")
     return model, tokenizer
 
 
@@ -87,16 +83,16 @@ def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
     one over STRETCH times as long: now, and not as an error of memory hours later."""
     positions = model.config.max_position_embeddings
     lengths = [len(tokenizer.encode_prompt(problem)) for problem in problems]
-    longer = [i for i, length in enumerate(lengths) if length > positions]
+    longer = sum(length > positions for length in lengths)
     if not longer:
         return
-    worst = max(longer, key=lengths.__getitem__)
+    worst = lengths.index(max(lengths))
     begins = f"{' '.join(problems[worst][:200].split())[:40]}..."
     said = f"problem {worst + 1} has {lengths[worst]} tokens; the model was made for {positions}"
     if lengths[worst] > STRETCH * positions:
         raise ValueError(f"{said}: {begins}")
     # A benchmark is the same for every model: such a problem is asked, and hardly ever solved.
-    warn(f"{len(longer)} of {len(problems)} problems are too long: {said}: {begins}")
+    warn(f"{longer} of {len(problems)} problems are too long: {said}: {begins}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,12 +101,10 @@ def check_prompts(model: CausalLM, tokenizer, problems: list[str]) -> None:
 
 def tokens_of(tokenizer, row: dict, ended: bool = True) -> tuple[list[int], list[int]]:
     """(prompt, response) of a rollout row as token ids: those that were sampled, if they spell the
-    text beside them, else the text's.
-
-    ended: with a stop token even where the solution was cut off; there r_s is read as if it had
-    ended.  ValueError for the ids of another tokenizer without a text.
-    """
-    # A model's own tokens are not always those that its tokenizer would make of its text.
+    text beside them, else the text's.  `ended`: with a stop token even where it was cut off, so
+    that r_s can be read as if it had ended.  ValueError for foreign ids without a text."""
+    # A model's own tokens are not always those that its tokenizer would make of its text: "\boxed"
+    # may have been drawn as "\box" and "ed", and r_s belongs to what was drawn.
     prompt, response = row.get("prompt_token_ids"), row.get("response_token_ids")
     if not (response and own_tokens(tokenizer, row)):
         if row["response"] is None or row["problem"] is None:
@@ -119,7 +113,7 @@ def tokens_of(tokenizer, row: dict, ended: bool = True) -> tuple[list[int], list
         # With the ids of its response those of its prompt fall: they are the same model's.
         prompt, response = None, tokenizer.encode(row["response"])
         ended = ended or row.get("finished", True)  # a text without the word for it is whole
-    if ended and response[-1:] not in [[stop] for stop in tokenizer.stop_ids]:
+    if ended and not (response and response[-1] in tokenizer.stop_ids):
         response = [*response, tokenizer.stop_ids[0]]
     return prompt or tokenizer.encode_prompt(row["problem"]), response
 
@@ -143,6 +137,7 @@ def score_rows(
     """Rows of `problems.read_solutions` with logp_zc, r_s, verdict (right where r_s > threshold)
     and all that the checker says; None where a solution was cut off, for there is no end to read
     at."""
+    # 1. Text to tokens; what is known without the model.
     tokens = [tokens_of(tokenizer, row, ended=False) for row in rows]
     done = []
     for row, (_, response) in zip(rows, tokens):
@@ -150,16 +145,18 @@ def score_rows(
         done.append(row | {
             "logp_zc": None, "r_s": None, "verdict": None, "tokens_from": "ids" if own else "text",
             "response": tokenizer.decode(response) if own else row["response"],
-            "finished": response[-1:] in [[stop] for stop in tokenizer.stop_ids],
+            "finished": bool(response) and response[-1] in tokenizer.stop_ids,
             "response_tokens": len(response),
         })  # fmt: skip
-    # A row of a megabyte is a mistake, and the cost grows with the square of the length.
+    # 2. Those that can be read: with an end, and of a sane length.  A row of a megabyte is a
+    #    mistake, and the cost grows with the square of the length.
     ended = [i for i, row in enumerate(done) if row["finished"]]
     most = TOO_LONG * model.config.max_position_embeddings
     fit = [i for i in ended if len(tokens[i][0]) + len(tokens[i][1]) <= most]
     if len(fit) < len(ended):
         warn(f"{len(ended) - len(fit)} solutions have over {most} tokens, {TOO_LONG} times what "
              "the model was made for: no r_s")
+    # 3. One forward pass over each, one number from it.
     prompts, responses = [tokens[i][0] for i in fit], [tokens[i][1] for i in fit]
     values = score(model, tokenizer.z_c_id, prompts, responses, batch_tokens, on_scored)
     for i, value in zip(fit, values):
@@ -187,17 +184,18 @@ def ask_checker(row: dict) -> dict:
 
 def fitted_threshold(name: str | None, evaluated: Sequence[dict] = ()) -> float:
     """The threshold of r_s whose verdicts have the best F1 on the solved problems of a file (rows
-    with r_s and r_v, as the scripts write them); 0.5 without a file.  Warns where a problem of it
-    is also in the rows `evaluated`; ValueError names the file, and the line if it is one."""
+    with r_s and r_v); 0.5 without a file.  Warns where a problem of it is also in the rows
+    `evaluated`; ValueError names the file, and the line if it is one."""
     if name is None:
         return 0.5
     number = (int, float, type(None))
     rows = [row for _, row in read_jsonl(name, {"r_s": number, "r_v": number})]
     rows = [row for row in rows if row["r_v"] is not None]
     try:
-        threshold = metrics.fit_threshold(*([row[k] for row in rows] for k in ("r_v", "r_s")))
+        threshold = metrics.fit_threshold([r["r_v"] for r in rows], [r["r_s"] for r in rows])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    # Fitted on what it is then judged by, a threshold looks better than it is.
     both = {row.get("problem") for row in rows} & {row["problem"] for row in evaluated}
     if both:
         warn(f"{len(both)} of the problems evaluated are also in {name}: F1 is no longer that of "
@@ -252,10 +250,7 @@ def judge(
     model: CausalLM, tokenizer, rows: list[dict], on_judged: Callable[[int, dict], None], **sampling
 ) -> None:
     """Ask for a judgement of each row; `on_judged(index, {judgement, score, tokens, finished})`
-    hears of each as it ends, `tokens` counting what was generated.
-
-    Greedy: the verdict wanted is the model's likeliest, not a draw.  `sampling` is generate's.
-    """
+    hears of each as it ends, `tokens` counting what was generated.  `sampling` is generate's."""
     follow_up = bool(getattr(tokenizer, "verify_prompt", None))
 
     def finish(rollout: Rollout) -> None:
@@ -266,6 +261,7 @@ def judge(
         on_judged(rollout.prompt_id, facts | {"finished": rollout.finished})
 
     prompts = [judgement_prompt(tokenizer, row) for row in rows]
+    # Greedy: the verdict wanted is the model's likeliest, not a draw.
     generate(model, tokenizer, prompts, on_finish=finish, **sampling | {"temperature": 0.0})
 
 
@@ -275,6 +271,7 @@ def p_yes(model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384) ->
     Kadavath et al. 2022)."""
     follow_up = bool(getattr(tokenizer, "verify_prompt", None))
     lead, words = ("", ("y", "n")) if follow_up else ("\\boxed{", ("yes", "no"))
+    # The first token of each word stands for it: what follows is nearly certain then.
     ids = [tokenizer.encode(word)[0] for word in words]
     prompts = [judgement_prompt(tokenizer, row) + tokenizer.encode(lead) for row in rows]
     logprobs = read_last(model, prompts, [[] for _ in rows], ids, budget)  # (N, 2)
@@ -303,11 +300,12 @@ def confidences(
 
     `size` is the tokenizer's; `budget` tokens, padding included, go to a forward pass.
     """
-    found = {name: [0.0] * len(prompts) for name in
-             ("logprob", "mean-logprob", "self-certainty", "lowest-group")}
+    values = [(0.0,) * 4] * len(prompts)  # in the order above
     head = model.lm_head_weight  # (V, C); rows beyond `size` are padding of the matrix
     block = max(1, BLOCK_LOGITS // len(head))
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    # All of a row's distributions are read in one pass, a block of positions at a time: (M, V) in
+    # fp32 would be gigabytes.
     for batch in cut_by_tokens(lengths, budget):
         tokens, ends = pad([prompts[i] + responses[i] for i in batch], model.device)  # (B, T)
         starts = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
@@ -326,11 +324,12 @@ def confidences(
             ]))  # fmt: skip
         rows = torch.cat(facts, 1).cpu().split([len(responses[i]) for i in batch], 1)
         for i, (logprob, certainty, confidence) in zip(batch, rows):
+            # Groups overlap: 10 tokens have three of 8.  A shorter solution is one group.
             groups = confidence.unfold(0, min(WINDOW, len(confidence)), 1).mean(-1)
-            values = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
-            for name, value in zip(found, values):
-                found[name][i] = value.item()
-    return found
+            four = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
+            values[i] = tuple(x.item() for x in four)
+    names = ("logprob", "mean-logprob", "self-certainty", "lowest-group")
+    return {name: [four[k] for four in values] for k, name in enumerate(names)}
 
 
 # Scores that a model gives its own finished solutions without having been trained to.

@@ -43,10 +43,9 @@ has a closed form,  r = beta_v log(pi(z_c) / pi_ref(z_c)) + beta_v log Z.  pi_re
 log pi_ref(z_c) hardly varies (-23.11 +- 0.04 nats), so the constant c_ref replaces a whole second
 model.
 
-Equations: 7 and 12 are the numbers of the PAPER, where they could be confirmed; else the section.
-
-Conventions: P problems, G group size, N = P * G rollouts, M response tokens; log-probabilities in
-nats.  A truncated rollout has no end, hence no z_c: `finished` says which rollouts have one.
+Equations carry the PAPER's number where it could be confirmed, else the name of its section.
+P problems, G group size, M response tokens; log-probabilities in nats.  A truncated solution has no
+end, hence no z_c: `finished` says which solutions have one.
 """
 
 from __future__ import annotations
@@ -55,9 +54,6 @@ import math
 
 import torch
 from torch import Tensor
-
-# ---------------------------------------------------------------------------------------------
-# when: three phases
 
 
 def phase(step: int, reasoning_warmup: int, self_reward_warmup: int) -> str:
@@ -78,22 +74,19 @@ def phase(step: int, reasoning_warmup: int, self_reward_warmup: int) -> str:
 def self_reward(
     logp_zc: Tensor | float, c_ref: Tensor | float, beta_v: float, loss: str = "mse"
 ) -> Tensor | float:
-    """r_s = beta_v * (log pi(z_c | x, y) - c_ref); nats in, about 0 (wrong) to 1 (right) out.
-
-    `loss` is what r_s was trained with: after "bce" and "sft" the score is pi(z_c) itself, for
-    that is what they teach.  Either way r_s > 0.5 means "I think this is right".  `c_ref` is the
-    constant, or log pi_ref(z_c | x, y) of each solution, shaped as logp_zc.
-    """
+    """r_s = beta_v * (log pi(z_c | x, y) - c_ref); nats in, about 0 (wrong) to 1 (right) out, and
+    after training with `loss` "bce" or "sft" pi(z_c) itself.  c_ref: one, or one a solution."""
     # c_ref = -23, beta_v = 0.1:   log pi(z_c) = -23 -> r_s = 0     -13 -> 1     -18 -> 0.5
+    # Whatever the loss, r_s > 0.5 means "I think this is right".
     if loss == "mse":
         return beta_v * (logp_zc - c_ref)
     return torch.as_tensor(logp_zc).exp() if isinstance(logp_zc, Tensor) else math.exp(logp_zc)
 
 
 def class_weights(r_v: Tensor, finished: Tensor, balanced: bool = True) -> Tensor:
-    """Weights, shaped as r_v, that give right and wrong solutions the same say, whatever their
-    numbers: (N_c + N_i) / (2 N_c) on right ones, (N_c + N_i) / (2 N_i) on wrong ones, 0 on
-    truncated ones (PAPER, class-level re-weighting).  Not `balanced`, the ablation: 1 and 0."""
+    """(P, G) weights that give right and wrong solutions the same say: (N_c + N_i) / (2 N_c) on the
+    N_c right ones, (N_c + N_i) / (2 N_i) on the N_i wrong ones, 0 on truncated ones (PAPER,
+    class-level re-weighting); not `balanced`, the ablation: 1 and 0."""
     if not balanced:
         return finished.to(r_v.dtype)
     # Of ten finished solutions eight are right.  Unweighted, r_s = 0.8 for all of them would be a
@@ -107,21 +100,13 @@ def class_weights(r_v: Tensor, finished: Tensor, balanced: bool = True) -> Tenso
 
 
 def self_reward_loss(
-    logp_zc: Tensor,
-    r_v: Tensor,
-    weights: Tensor,
-    c_ref: Tensor | float,
-    beta_v: float,
+    logp_zc: Tensor, r_v: Tensor, weights: Tensor, c_ref: Tensor | float, beta_v: float,
     kind: str = "mse",
-) -> Tensor:
-    """SUM over rollouts (n,) of w * (r_s - r_v)^2 (PAPER, Eq. 12); divide by N_c + N_i, the
-    finished rollouts of the whole batch, for the mean.
-
-    A sum, so that a batch cut into micro-batches adds up to the same number.  r_s is not clipped.
-    "bce" and "sft" are the paper's ablations on pi(z_c) itself; for "sft" `logp_zc` is that of the
-    token to imitate: z_c after right solutions, another unused token after wrong ones.  ValueError
-    for another kind.
-    """
+) -> Tensor:  # fmt: skip
+    """SUM over solutions (n,) of w * (r_s - r_v)^2 (PAPER, Eq. 12); divided by N_c + N_i of the
+    whole batch it is the mean.  "bce" and "sft" are the PAPER's ablations, on pi(z_c) itself; for
+    "sft" `logp_zc` is that of the token to imitate.  ValueError for another kind."""
+    # A sum, so that a batch cut into micro-batches adds up to the same number.
     # where(), not a product: a truncated row has no log-probability, and 0 * nan is nan.  Before
     # the formula and not after it, or the nan would come back in the gradient.
     logp_zc = torch.where(weights > 0, logp_zc, -1.0)
@@ -152,12 +137,9 @@ def informative(rewards: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """(P, G) rewards -> (P, G) advantages (r - mean) / (std + eps) within each group: GRPO
     (arXiv 2402.03300, section 4.1.2), with the unbiased std (n - 1) of the released code.  Not
-    `by_std`: r - mean, as in Dr. GRPO (arXiv 2503.20783).
-
-    A group whose rewards are all equal teaches nothing and gets exactly zero.
-    """
+    `by_std`: r - mean, as in Dr. GRPO (arXiv 2503.20783)."""
     # rewards 1 0 0 0:  mean 0.25, std 0.5  ->  A = 1.5 -0.5 -0.5 -0.5.  The rarer success is, the
-    # more it counts.
+    # more it counts; and where all rewards are equal there is nothing to learn.
     # An offset changes nothing but the rounding: equal rewards become zeros, and zeros have a mean
     # and a std of exactly zero (eight times 0.7 have not, and A would be 0.06).
     rewards = rewards - rewards[:, :1]
@@ -169,30 +151,27 @@ def mixed_advantages(
     r_v: Tensor, r_s: Tensor, finished: Tensor, tau: float, min_std: float = 0.1,
     by_std: bool = True,
 ) -> Tensor:  # fmt: skip
-    """A = (1 - tau) A_v + tau A_s, all (P, G); A_s normalises r_s clipped to [0, 1] (PAPER,
-    advantage integration).
-
-    Groups whose r_s hardly differ (std <= min_std) keep A = A_v: normalising would blow noise up
-    to the size of a signal.  tau = 1 is the paper's ablation, r_s as the only reward: then there
-    is no A_v to fall back on, and every group has A_s.
-    """
+    """A = (1 - tau) A_v + tau A_s, all (P, G), A_s from r_s clipped to [0, 1]; groups whose r_s has
+    a std of at most min_std keep A_v (PAPER, advantage integration)."""
     a_v = group_advantages(r_v, by_std)
     if tau == 0.0:
         return a_v
     # A truncated solution counts as r_s = 0, the least there is: it can never be rewarded for an
     # ending that it does not have.
     r_s = torch.where(finished, r_s.clamp(0, 1), 0.0)
+    # The PAPER's ablation, r_s as the only reward: there is no A_v to fall back on.
     if tau == 1.0:
         return group_advantages(r_s, by_std)
+    # To normalise r_s that hardly differ would blow noise up to the size of a signal.
     tau_group = torch.where(r_s.std(1, keepdim=True) > min_std, tau, 0.0)  # (P, 1)
     return (1 - tau_group) * a_v + tau_group * group_advantages(r_s, by_std)
 
 
 def token_weights(lengths: Tensor, counted: Tensor, aggregate: str, longest: int) -> Tensor:
-    """What the advantages (P, G) are multiplied by, so that the policy loss below, a sum over all
-    M tokens divided by M, becomes a mean over the solutions `counted` (P, G) alone, of one kind:
+    """(P, G) factors of the advantages that make the policy loss below, a sum over all M tokens
+    divided by M, a mean over the solutions `counted` (P, G) alone, of one kind:
 
-        token     over all their tokens alike (arXiv 2503.14476; the paper's)
+        token     over all their tokens alike (arXiv 2503.14476; the PAPER's)
         sequence  over solutions of the mean over each one's tokens (GRPO, arXiv 2402.03300)
         constant  the sum over tokens / (their number * `longest`) (Dr. GRPO, arXiv 2503.20783)
     """
@@ -201,8 +180,11 @@ def token_weights(lengths: Tensor, counted: Tensor, aggregate: str, longest: int
     # has three times the say.  "sequence" has 1/2 * 1/10 and 1/2 * 1/30: weights of 2 and 2/3.
     # "constant" at 100 has 1/200 on each, a weight of 0.2 however long the others happen to be.
     n = counted.sum().clamp(min=1)
-    divisor = {"token": (counted * lengths).sum().clamp(min=1), "sequence": n * lengths,
-               "constant": n * longest}[aggregate]  # fmt: skip
+    divisor = {
+        "token": (counted * lengths).sum().clamp(min=1),
+        "sequence": n * lengths,
+        "constant": n * longest,
+    }[aggregate]
     return counted * lengths.sum() / divisor
 
 
@@ -211,16 +193,12 @@ def token_weights(lengths: Tensor, counted: Tensor, aggregate: str, longest: int
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float = 3.0,
-) -> Tensor:
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2,
+    clip_high: float = 0.2, dual_clip: float = 3.0,
+) -> Tensor:  # fmt: skip
     """SUM over response tokens (m,), stop token included, of PPO's clipped surrogate, to be
-    minimised (arXiv 1707.06347, Eq. 7; dual clip: arXiv 1912.09729).  Divide by M, the tokens of
-    the whole batch and never of a micro-batch, for the mean over tokens (arXiv 2503.14476)."""
+    minimised (arXiv 1707.06347, Eq. 7; dual clip: arXiv 1912.09729).  Divided by M, the tokens of
+    the whole batch and never of a micro-batch, it is the mean over tokens (arXiv 2503.14476)."""
     # +-20 keeps exp() finite after a bad step.
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     # A = 1: the loss is -ratio, and from ratio 1.2 on a constant -1.2, without a gradient.  The
@@ -234,12 +212,9 @@ def policy_loss(
 
 
 def off_policy(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    clip_low: float = 0.2,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2,
     clip_high: float = 0.2,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """How far the policy has moved since it sampled, as SUMS over tokens (m,): (tokens whose clip
     is active, the estimate k3 of KL(old || new) in nats, http://joschu.net/blog/kl-approx.html)."""
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)

@@ -1,13 +1,6 @@
 """
-What a training run says: the numbers of a step, a line about it, a word when nothing is learned.
-
-    statistics   rollouts of a step -> the keys of metrics.jsonl that speak of them
-    phase_lines  what begins with a phase, and the columns of its steps
-    step_line    metrics of a step -> one aligned line      eval_line    an evaluation -> one line
-    vote_lines   the solutions to one problem, and what they decide together
-    Watch        notices when there is nothing to learn from, and says the likely cause
-    doubts       what is odd about a run's options, before it starts
-    mirror       live curves elsewhere: every number that is written to the logs
+What a training run says: the numbers of a step (metrics.jsonl), a line about it, a vote to look at,
+a word when nothing is learned, and live curves elsewhere.
 """
 
 from __future__ import annotations
@@ -32,10 +25,10 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
     # None, not nan or 0, where there is nothing to take a mean of: JSON knows no nan, and 0 would
     # be a value of r_s.
     mean = lambda x: sum(x) / len(x) if x else None  # noqa: E731
+    # r_s is None where a solution was cut off: it has no end to read it at.
     right = [r.r_s for r in rollouts if r.r_s is not None and r.r_v > 0.5]
     wrong = [r.r_s for r in rollouts if r.r_s is not None and r.r_v <= 0.5]
-    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    r_v = torch.tensor([[r.r_v for r in group] for group in groups])  # (P, G)
+    r_v = torch.tensor([r.r_v for r in rollouts]).view(-1, group_size)  # (P, G)
     # With --c-ref exact: log pi_ref(z_c) after what the policy writes by now.  How constant is it?
     exact = [r.logp_ref for r in rollouts if r.logp_ref is not None]
     spread = torch.tensor(exact).std(correction=0).item() if exact else None
@@ -125,11 +118,11 @@ def vote_lines(rows: list[dict]) -> str:
     group = max(groups.values(), key=lambda group: [n for _, n in votes(group)][1:2])
     classes = metrics.answer_classes([row["answer"] for row in group], is_equivalent)
     found = metrics.tally(classes, [row["r_s"] for row in group])
-    lines = [
-        [shorten(group[c.first]["answer"] or "(none)", 40), str(c.votes), f"{c.weight:.2f}",
-         "right" if (group[c.first]["r_v"] or 0) > 0.5 else ""]
-        for c in sorted(found, key=lambda c: -c.weight)
-    ]  # fmt: skip
+    lines = []
+    for c in sorted(found, key=lambda c: -c.weight):  # the winner of the weighted vote first
+        row = group[c.first]
+        lines.append([shorten(row["answer"] or "(none)", 40), str(c.votes), f"{c.weight:.2f}",
+                      "right" if (row["r_v"] or 0) > 0.5 else ""])
     problem = f"A vote, on the most contested problem: {shorten(group[0]['problem'], 40)}"
     return problem + "\n" + table(("answer", "votes", "sum of r_s", ""), lines)
 
@@ -137,22 +130,24 @@ def vote_lines(rows: list[dict]) -> str:
 class Watch:
     """Notices when there is nothing to learn from, and says the likely cause."""
 
-    PATIENCE = 20  # steps
+    PATIENCE = 20  # steps: a few empty ones in a row are chance
 
     def __init__(self):
-        self.steps = [0, 0, 0]  # for how many it has been so
+        self.steps = [0, 0, 0]  # for how many each of the three signs has been there
 
     def look(self, m: dict, problems: int) -> list[str]:
         """After this step's metrics: [] or, every PATIENCE steps that it goes on, a warning."""
         groups, finished = problems + m.get("refilled_groups", 0), m["finished_share"]
+        # 1. Why might groups be all right or all wrong?
         cause = "no problem is of medium difficulty: other --data, a larger --group-size"
         if finished < 0.5:
             cause = f"{1 - finished:.0%} were cut off: raise --max-new-tokens"
         elif m["reward"] in (0.0, 1.0):
             which = "right: harder" if m["reward"] else "wrong: easier"
             cause = f"now all {which} --data, or a larger --group-size"
-        # Each is the cause of those below it: what is cut off has no box, without a box all are
-        # wrong, and where all are wrong no solution is better than another.  One is said.
+        # 2. Three signs.  Each is the cause of those below it: what is cut off has no box, without
+        #    a box all are wrong, and where all are wrong no solution is better than another.  So
+        #    one of them is said, the first.
         signs = [
             (finished == 0, "every solution of {n} steps was cut off: raise --max-new-tokens"),
             (m["boxed_share"] == 0, "no solution of {n} steps had a \\boxed{{}} answer: does this "
@@ -195,7 +190,7 @@ def mirror(kind: str, folder: RunFolder, options: dict, first: int) -> Callable[
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step: what a resumed run does again is forgotten first
+        # purge_step: what a resumed run does again is forgotten first.
         writer = SummaryWriter(folder.path / "tensorboard", purge_step=first)
 
         def send(numbers: dict, step: int) -> None:
@@ -225,6 +220,7 @@ def mirror(kind: str, folder: RunFolder, options: dict, first: int) -> Callable[
 
 def _numbers(row: dict, name: str) -> dict[str, float]:
     """The numbers of a row, also of the tables in it: {"evals/verification/f1": 0.8, ...}."""
+    # What is undefined (None), and text, is no number and left out.
     numbers = {}
     for key, value in row.items():
         if isinstance(value, dict):

@@ -15,10 +15,6 @@ Two forms of one model, which differ in rounding alone:
 
     apart    W x + scale * B (A x), with gradients: the update
     merged   one product with W + scale * B A: sampling, and checkpoints, which anybody can load
-
-To sample takes a forward pass a token, where a small product costs nearly what a large one does:
-on the embedded model (rank 8, one core) 128 solutions take 0.34 s merged and 0.40 s apart, and
-merging takes a millisecond.  On a GPU, where every product is a launch, nobody has measured it.
 """
 
 from __future__ import annotations
@@ -61,6 +57,7 @@ class AdaptedLinear(nn.Linear):
     """A linear layer that is frozen, and its adapter."""
 
     def __init__(self, frozen: nn.Linear, lora: Lora):
+        # Made on the device meta, where it costs nothing, for its weight is there already.
         out, inside = frozen.weight.shape
         super().__init__(inside, out, frozen.bias is not None, device="meta")
         self.weight, self.bias = frozen.weight, frozen.bias
@@ -106,6 +103,7 @@ def is_adapter(name: str) -> bool:
 def fill(model: CausalLM, world: World = ALONE) -> None:
     """Give the adapters of a model that has its weights numbers: those that were saved, else those
     to begin with, which change nothing."""
+    # Every forward pass overwrites z_c's row of the matrix, so what it was is kept here.
     model.z_c_frozen = world.all_gather(_row(model, world).clone())  # (1, C)
     g, tensors = torch.Generator().manual_seed(model.lora.seed), {}
     shapes = {n: p.shape for n, p in model.named_parameters() if is_adapter(n)}
@@ -126,6 +124,7 @@ def fill(model: CausalLM, world: World = ALONE) -> None:
 
 def _row(model: CausalLM, world: World) -> Tensor:
     """z_c's row of the output matrix (1, C), a view, on the rank that holds it, else no row."""
+    # 10 rows on 4 ranks are 3 3 3 1: row 7 is row 1 of rank 2, -2 of rank 3, which has none.
     place = model.lora.z_c_id - world.rank * -(-model.config.vocab_size // world.size)
     return local(model.lm_head_weight)[max(0, place) : max(0, place + 1)]
 
@@ -134,6 +133,9 @@ def _row(model: CausalLM, world: World) -> Tensor:
 def merged(model: CausalLM, world: World = ALONE) -> Iterator[None]:
     """In here a model's weights are W + scale * B A, and its adapters idle; other models: nothing
     happens.  Afterwards W is, bit for bit, what it was."""
+    # To sample takes a forward pass a token, where a small product costs nearly what a large one
+    # does: on the embedded model (rank 8, one core) 128 solutions take 0.34 s merged and 0.40 s
+    # apart, and merging takes a millisecond.
     parts = [m for m in model.modules() if isinstance(m, AdaptedLinear) and not m.merged]
     with torch.no_grad():
         for m in parts:
@@ -159,7 +161,8 @@ def in_peft(model: CausalLM, world: World = ALONE) -> tuple[dict[str, Any], dict
     if model.z_c_row is None:
         return {}, {}
     lora, parts = model.lora, {n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-    # The row is an adapter of the output matrix: its A, and for B the one-hot of z_c.
+    # To PEFT the row is an adapter of the output matrix, of rank 1 and scale 1: it is A, and B is
+    # the one-hot of z_c.
     one_hot = torch.zeros(model.config.vocab_size, 1, dtype=model.dtype, device=model.device)
     one_hot[lora.z_c_id] = 1
     tensors = {n: p for n, p in model.named_parameters() if is_adapter(n)}
@@ -178,7 +181,8 @@ def in_peft(model: CausalLM, world: World = ALONE) -> tuple[dict[str, Any], dict
 def fingerprint(model: CausalLM, world: World = ALONE) -> int:
     """Which model the adapters belong to: a number that another one's frozen weights would hardly
     give, the same on all ranks."""
-    # The first number of every weight is on the first rank, however many there are.
+    # A checksum of the first number of every weight: each is on the first rank, however many there
+    # are, and no two models agree in all of them.
     firsts = [local(p).flatten()[:1].float().cpu() for n, p in model.named_parameters()
               if not is_adapter(n)]  # fmt: skip
     return world.broadcast(zlib.crc32(torch.cat(firsts).numpy().tobytes()))

@@ -2,7 +2,7 @@
 
 Pure functions of numbers, numpy only.  A *solution* is one sampled response; `right` is its r_v (1
 right, 0 wrong), `score` its r_s, and its *class* the id of its answer among the answers of the
-same problem, where equivalent answers share an id and -1 stands for no answer at all.
+same problem: equivalent answers share an id, and -1 is no answer at all.
 
 Three conventions hold throughout:
 - What is undefined (the AUROC of solutions that are all right, a standard error from one problem)
@@ -20,16 +20,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 # Above this many subsets, votes of k out of n solutions are averaged over DRAWS random subsets
 # instead of over all of them.  C(16, 4) = 1820 is still exact; C(32, 4) = 35960 is not.  The error
-# of 1000 draws on one problem is at most 0.016 (one standard deviation) and averages out over the
-# problems: under 0.001 for 500 of them, far below the sampling error of the solutions.
+# of 1000 draws on one problem is at most 0.016 (one standard deviation), under 0.001 over 500.
 EXACT_SUBSETS = 2000
 DRAWS = 1000
 # Sums of the same weights in another order differ in the last bits: below this they are a tie.
@@ -43,23 +43,17 @@ Equivalent = Callable[[str, str], bool]  # checker.is_equivalent, mostly
 # ---------------------------------------------------------------- is r_s right about the solutions?
 
 
-class VerificationF1(NamedTuple):
-    """The paper's F1 and the two accuracies it is made of, each in [0, 1] or None."""
-
-    f1: float | None
-    accuracy_correct: float | None
-    accuracy_wrong: float | None
+# The paper's F1 and the two accuracies it is made of, each in [0, 1] or None.
+VerificationF1 = namedtuple("VerificationF1", "f1 accuracy_correct accuracy_wrong")
 
 
 def verification_f1(right: Any, score: Any, threshold: float = 0.5) -> VerificationF1:
     """Harmonic mean of the verdict's accuracy on right and on wrong solutions (paper, evaluation);
-    None where there is no solution of one of the kinds.  A missing score is the verdict "wrong"."""
+    None where one of the kinds is missing.  A missing score is the verdict "wrong"."""
     right, score = _pair(right, score, gaps=True)
-    # NaN (no score) compares as False, which is the verdict wanted; numpy need not warn of it.
-    with np.errstate(invalid="ignore"):
-        verdict = score > threshold
-    # Not the usual F1: each accuracy is a mean over its kind alone, so both kinds count the same
-    # however many there are, and always answering "right" gets 0.
+    verdict = score > threshold  # NaN (no score) compares as False, which is the verdict wanted
+    # Not the usual F1: both kinds count the same however many there are, and always answering
+    # "right" gets 0.
     correct, wrong = _mean(verdict[right]), _mean(~verdict[~right])
     if correct is None or wrong is None:
         return VerificationF1(None, correct, wrong)
@@ -79,12 +73,8 @@ def fit_threshold(right: Any, score: Any) -> float:
     # Scores .2 .4 .9: between them lie .3 and .65; below and above, two more that judge all alike.
     known = np.unique(score[~np.isnan(score)])  # sorted
     between = (known[1:] + known[:-1]) / 2
-    candidates = np.array([*(known[:1] - 1), *between, *(known[-1:] + 1)] or [0.5])
-    # Of each kind the share not above each candidate: NaN sorts last, and is above nothing.
-    correct, wrong = (
-        (np.searchsorted(np.sort(score[kind]), candidates, "right") + np.isnan(score[kind]).sum())
-        / kind.sum() for kind in (right, ~right))
-    f1 = 2 * (1 - correct) * wrong / np.maximum(1 - correct + wrong, TIE)
+    candidates = [*(known[:1] - 1), *between, *(known[-1:] + 1)] or [0.5]
+    f1 = np.array([verification_f1(right, score, t).f1 for t in candidates])
     best = np.flatnonzero(f1 >= f1.max() - TIE)
     return float(candidates[best[len(best) // 2]])
 
@@ -98,17 +88,13 @@ def auroc(right: Any, score: Any) -> float | None:
 
 
 def auroc_within(right: Any, score: Any, problem: Any) -> float | None:
-    """AUROC over the pairs of a right and a wrong solution of the same problem; in [0, 1].
-
-    Every pair counts the same; `problem` holds ids.  Plain AUROC can be high by telling easy
-    problems from hard ones; only this one says that r_s tells solutions apart, which is what a vote
-    needs.
-    """
-    right, score = _pair(right, score)
-    _same_length(right, problem)
-    # Sums before the division: a problem with 16 pairs says more than one with a single pair, and
-    # one without pairs (all right, all wrong) says nothing and drops out by itself.
-    wins, pairs = _wins_by_problem(right, score, np.asarray(problem))
+    """AUROC over the pairs of a right and a wrong solution of the same problem; in [0, 1]."""
+    # Plain AUROC can be high by telling easy problems from hard ones; only this one says that r_s
+    # tells solutions apart, which is what a vote needs.
+    ids, problem = np.unique(problem, return_inverse=True)
+    _columns(score, problem)
+    # Sums before the division: a problem with 16 pairs says more than one with a single pair.
+    wins, pairs = _wins_by_problem(*_pair(right, score), problem, len(ids))
     return float(wins.sum() / pairs.sum()) if pairs.sum() else None
 
 
@@ -130,15 +116,14 @@ def ece(right: Any, score: Any, bins: int = 10) -> float | None:
     table = [row for row in reliability(right, score, bins) if row["count"]]
     total = sum(row["count"] for row in table)
     # The gap is between two means of one bin, so that errors inside a bin cancel: with few bins
-    # the ECE flatters.  That is why the number of bins belongs beside every ECE.
+    # the ECE flatters.
     gaps = sum(row["count"] * abs(row["accuracy"] - row["score"]) for row in table)
     return gaps / total if total else None
 
 
 def brier(right: Any, score: Any) -> float | None:
     """Mean squared difference of the clipped score and the truth; in [0, 1]."""
-    # Unlike the ECE it also rewards telling right from wrong: always saying 0.4 where 40 % are
-    # right is calibrated perfectly, ECE 0, and has a Brier score of 0.24.
+    # Always saying 0.4 where 40 % are right is calibrated perfectly (ECE 0) and useless: 0.24.
     right, score = _pair(right, score)
     return _mean((_clip(score) - right) ** 2)
 
@@ -157,23 +142,19 @@ def coverage_curve(right: Any, score: Any) -> np.ndarray:
 def risk_coverage(right: Any, score: Any) -> dict[str, float | None]:
     """aurc, the area under 1 - coverage_curve (Geifman et al. 2018; 0 is best, and a guess has the
     share of wrong solutions), and accuracy_at_50, _80, _90: of so many per cent most believed."""
-    curve = coverage_curve(right, score)
-    # 50 % of 5 solutions are 3: never fewer than asked for.
-    at = {f"accuracy_at_{c}": _mean(curve[-(-c * len(curve) // 100) - 1 :][:1])
-          for c in (50, 80, 90)}
-    return {"aurc": _mean(1 - curve), **at}
+    curve, found = coverage_curve(right, score), {}
+    found["aurc"] = _mean(1 - curve)
+    for c in (50, 80, 90):
+        count = -(-c * len(curve) // 100)  # rounded up, 3 of 5 for 50 %: never fewer than asked for
+        found[f"accuracy_at_{c}"] = float(curve[count - 1]) if count else None
+    return found
 
 
 def spearman(x: Any, y: Any) -> float | None:
     """Rank correlation of x and y, ties at their mean rank; in [-1, 1].  None where one of them
     does not vary: there is no order to agree with."""
-    x, y = _midranks(_no_gaps(x)), _midranks(_no_gaps(y))
-    _same_length(x, y)
-    if len(x) < 2:
-        return None
-    # Spearman is Pearson's correlation of the ranks; with ties the short formula in squared rank
-    # differences would be wrong.
-    x, y = x - x.mean(), y - y.mean()
+    # Pearson's correlation of the ranks; with ties the short formula would be wrong.
+    x, y = (_midranks(values) - (len(values) + 1) / 2 for values in _columns(x, y))
     scale = math.sqrt(float(x @ x) * float(y @ y))
     # Rounding can carry a perfect correlation past 1.
     return max(-1.0, min(1.0, float(x @ y) / scale)) if scale else None
@@ -183,14 +164,13 @@ def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, flo
     """Mean of values and its standard error, clustered by problem where that is given."""
     # Solutions of one problem are alike: taking 32 of each for independent would make the error up
     # to sqrt(32) times too small.  So deviations are summed per problem first (the sandwich
-    # estimator with the P / (P - 1) correction).  Without problems every value is a cluster of its
-    # own, and the formula is the ordinary one.
-    values = np.asarray(values, dtype=float)
+    # estimator).  Without problems every value is a cluster of its own: the ordinary formula.
     if not len(values):
         return None, None
-    problem = np.arange(len(values)) if problem is None else np.asarray(problem)
-    _same_length(values, problem)
-    mean, cluster = float(values.mean()), np.unique(problem, return_inverse=True)[1]
+    owner = np.arange(len(values)) if problem is None else problem
+    cluster = np.unique(owner, return_inverse=True)[1]
+    values, _ = _columns(values, cluster)
+    mean = float(values.mean())
     sums = np.bincount(cluster, weights=values - mean)     # (P,)
     if len(sums) < 2:
         return mean, None
@@ -201,13 +181,9 @@ def mean_and_stderr(values: Any, problem: Any = None) -> tuple[float | None, flo
 # ---------------------------------------------------------------- one decision from many solutions
 
 
-class Candidate(NamedTuple):
-    """One distinct answer of a problem: who gave it and what it weighs."""
-
-    answer_class: int    # id, NO_ANSWER for the solutions without an answer
-    votes: int           # solutions that gave it
-    weight: float        # the sum of their clipped r_s
-    first: int           # index of the first of them
+# One distinct answer of a problem: its class (NO_ANSWER for the solutions without one), how many
+# solutions gave it, the sum of their clipped r_s, and the index of the first of them.
+Candidate = namedtuple("Candidate", "answer_class votes weight first")
 
 
 def safely(equivalent: Equivalent) -> Equivalent:
@@ -225,22 +201,18 @@ def safely(equivalent: Equivalent) -> Equivalent:
 
 
 def answer_classes(answers: Sequence[str | None], equivalent: Equivalent) -> np.ndarray:
-    """Class ids (n,) of the answers of one problem: 0, 1, ... as first seen, -1 for None.
-
-    Equality is not always transitive (rounded decimals): each answer joins the oldest class whose
-    first answer it equals, a definite result for a given order.  Where `equivalent` raises, two
-    answers differ.
-    """
-    # 8 solutions say 1/2, 0.5, none, 3, 1/2, 1/2, 0.50, 3: the classes are 0 0 -1 1 0 0 0 1, and
-    # `equivalent` was asked 0.5 = 1/2?  3 = 1/2?  0.50 = 1/2?  Exact repeats, the common case, cost
-    # no comparison.
+    """Class ids (n,) of the answers of one problem: 0, 1, ... as first seen, -1 for None.  Where
+    `equivalent` raises, two answers differ."""
+    # Equality is not always transitive (rounded decimals): each answer joins the oldest class whose
+    # first answer it equals, a definite result for a given order.
+    # 1/2, 0.5, none, 3, 1/2, 0.50, 3 are the classes 0 0 -1 1 0 0 1; asked was 0.5 = 1/2?  3 = 1/2?
+    # 0.50 = 1/2?  Exact repeats, the common case, cost no comparison.
     equivalent = safely(equivalent)
     seen: dict[str | None, int] = {None: NO_ANSWER}
     founders: list[str] = []
     for answer in answers:
         if answer not in seen:
-            # Lazily: the search ends at the first class that takes the answer, since each
-            # comparison may cost a millisecond of parsing.
+            # Lazily: each comparison may cost a millisecond of parsing.
             matches = (c for c, founder in enumerate(founders) if equivalent(answer, founder))
             seen[answer] = next(matches, len(founders))
             if seen[answer] == len(founders):
@@ -261,13 +233,11 @@ def vote_share(rows: Rows, equivalent: Equivalent) -> list[float]:
 def tally(classes: Any, score: Any = None) -> list[Candidate]:
     """The candidates of one problem in the order they were first seen, no answer being one of them;
     without scores every weight is 0."""
-    classes = np.asarray(classes, dtype=int)
-    weights = np.zeros(len(classes)) if score is None else _clip(_as_scores(score))
-    _same_length(classes, weights)
-    candidates = []
-    # dict.fromkeys keeps the order of first appearance, which np.unique would lose: it is what
-    # decides ties.
-    for c in dict.fromkeys(classes.tolist()):
+    score = [None] * len(classes) if score is None else score
+    classes, weights = _columns(classes, score, gaps=True)
+    weights, candidates = _clip(weights), []
+    # In the order of first appearance, which np.unique would lose: it decides ties.
+    for c in dict.fromkeys(classes.astype(int).tolist()):
         members = np.flatnonzero(classes == c)
         # fsum rounds once: the order of the solutions cannot make or break a tie.
         candidates.append(Candidate(c, len(members), math.fsum(weights[members]), int(members[0])))
@@ -277,36 +247,40 @@ def tally(classes: Any, score: Any = None) -> list[Candidate]:
 def majority_vote(classes: Any) -> int:
     """The class with the most votes; ties go to the one seen first.  -1 where none has an answer.
     One fixed decision for one set of solutions; how well such votes do is `votes_at_k`'s matter."""
-    return _winner(tally(classes), lambda c: (c.votes,))
+    return weighted_vote(classes, None)
 
 
 def weighted_vote(classes: Any, score: Any) -> int:
     """The class with the largest sum of clipped r_s, then of votes, then seen first; -1 if none."""
-    # The second criterion matters when no solution is believed at all (every weight is 0): the vote
-    # then falls back to the majority instead of to an arbitrary answer.
-    return _winner(tally(classes, score), lambda c: (round(c.weight / TIE), c.votes))
+    table = _by_weight(classes, score)
+    return table[0].answer_class if table else NO_ANSWER
+
+
+def _by_weight(classes: Any, score: Any) -> list[Candidate]:
+    """The candidates that have an answer, the winner first."""
+    # Votes decide when no solution is believed at all (every weight is 0): the vote then falls back
+    # to the majority instead of to an arbitrary answer.  Sorting keeps the order of equals, which
+    # is that of first appearance.
+    table = [c for c in tally(classes, score) if c.answer_class != NO_ANSWER]
+    return sorted(table, key=lambda c: (-round(c.weight / TIE), -c.votes))
 
 
 def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int = 2000) -> float:
     """Estimated probability that `remaining` more solutions would change the weighted vote of those
-    so far.  Exactly 0 where nothing could change it; 1 while there is no answer to keep.
-
-    The future is drawn from the past (a Bayesian bootstrap: every seen solution, and one that
-    nobody has seen, recurs with a random share).  The unseen one is a bad case, so that stopping
-    errs on the side of going on: always the same new answer, and heavy.
-    """
-    table = [c for c in tally(classes, score) if c.answer_class != NO_ANSWER]
+    so far.  Exactly 0 where nothing could change it; 1 while there is no answer to keep."""
+    # The future is drawn from the past (a Bayesian bootstrap: every seen solution, and one that
+    # nobody has seen, recurs with a random share).  The unseen one is a bad case, so that stopping
+    # errs on the side of going on: always the same new answer, and heavy.
+    table = _by_weight(classes, score)
     if not table:
         return 1.0 if remaining else 0.0
-    leader = weighted_vote(classes, score)
-    # Columns: the answers so far, and last the one that may still turn up.
+    # Columns: the answers so far, the leader first, and last the one that may still turn up.
     total = np.array([c.weight for c in table] + [0.0])
-    ahead = next(i for i, c in enumerate(table) if c.answer_class == leader)
-    rivals = np.arange(len(total)) != ahead
     # Each new solution weighs at most 1.
-    if total[ahead] - total[rivals].max() > remaining + TIE or not remaining:
+    if total[0] - total[1:].max() > remaining + TIE or not remaining:
         return 0.0
-    classes, weight = np.asarray(classes, dtype=int), _clip(_as_scores(score))
+    classes, weight = _columns(classes, score, gaps=True)
+    weight = _clip(weight)
     # What one more copy of each solution adds: (n, answers + 1), no answer adds nothing.
     adds = np.zeros((len(classes), len(total)))
     for i, c in enumerate(table):
@@ -314,14 +288,14 @@ def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.ones(len(adds) + 1), size=draws)         # (draws, n + 1)
     copies = rng.multinomial(remaining, shares)                        # (draws, n + 1)
-    # How heavy is the unseen one?  If k + 1 answers come in any order, the last is the heaviest of
-    # them with probability 1 / (k + 1): so often it weighs 1, the most there is, and else what the
+    # How heavy is the unseen one?  The last of k + 1 answers in any order is the heaviest of them
+    # with probability 1 / (k + 1): so often it weighs 1, the most there is, and else what the
     # heaviest solution so far does.  (Always 1 would never stop where r_s is low throughout.)
     unseen = np.where(rng.random(draws) < 1 / (len(table) + 1), 1.0, weight.max())
     final = total + copies[:, :-1] @ adds                              # (draws, answers + 1)
     final[:, -1] += copies[:, -1] * unseen
     # A tie with the leader counts as a change: who wins it would be a matter of votes and order.
-    return float((final[:, rivals].max(axis=1) >= final[:, ahead] - TIE).mean())
+    return float((final[:, 1:].max(axis=1) >= final[:, 0] - TIE).mean())
 
 
 # ---------------------------------------------------------------- how good are votes of k out of n?
@@ -329,24 +303,23 @@ def vote_change_probability(classes: Any, score: Any, remaining: int, draws: int
 
 def vote_sizes(n: int) -> list[int]:
     """The k at which votes are reported: powers of two up to n, and n."""
-    return sorted({2 ** i for i in range(n.bit_length()) if 2 ** i <= n} | ({n} if n else set()))
+    return [2**i for i in range(n.bit_length()) if 2**i < n] + [n] * (n > 0)
 
 
 def pass_at_k(right: Any, k: int) -> float:
     """Probability that k of the n solutions hold a right one: 1 - C(n - c, k) / C(n, k), the
     unbiased estimator of Chen et al. (2021), equation 1.  ValueError if k > n."""
-    right = _as_right(right)
-    # math.comb is exact, and 0 where k > wrong: then every subset holds a right one.
     # 8 solutions, 2 right, k = 4: C(6, 4) = 15 of C(8, 4) = 70 subsets have none, 1 - 15/70 = 0.79.
-    n, wrong = _sized(right, k), int((~right).sum())
-    return 1.0 - math.comb(wrong, k) / math.comb(n, k)
+    (right,) = _columns(right)
+    return 1.0 - math.comb(int((right <= 0.5).sum()), k) / _subset_count(len(right), k)
 
 
 def best_of_at_k(right: Any, score: Any, k: int, classes: Any = None) -> float:
     """Expected accuracy of the highest-scored of k of the n solutions, exact for any n; in [0, 1].
     Solutions of equal score are picked evenly.  ValueError if k > n."""
-    right, key = _as_right(right), _rank_key(_as_scores(score), classes)
-    n = _sized(right, k)
+    right, score = _pair(right, score, gaps=True)
+    key, n = _rank_key(score, classes), len(right)
+    every = _subset_count(n, k)
     # The best of a subset has score s if it holds somebody with s and nobody above: of the subsets
     # that avoid the `above` better ones, take away those that avoid s as well.
     # Scores .9 .7 .2, k = 2: .9 is best in 2 of 3 subsets, .7 in 1, .2 in none.
@@ -354,46 +327,39 @@ def best_of_at_k(right: Any, score: Any, k: int, classes: Any = None) -> float:
     for s in np.unique(key)[::-1]:
         tied = right[key == s]
         subsets = math.comb(n - above, k) - math.comb(n - above - len(tied), k)
-        value += subsets / math.comb(n, k) * float(tied.mean())
+        value += subsets / every * float(tied.mean())
         above += len(tied)
     return value
 
 
 def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, float]:
     """Expected accuracy of the majority and of the weighted vote over k of the n solutions of one
-    problem, over all subsets of size k or DRAWS random ones.  ValueError if k > n.
-
-    Tied classes share the win evenly.  That is the expectation of breaking ties at random, and also
-    of taking the first seen (equal counts make every tied class equally often the first): no luck
-    of the order is left, so the mean over subsets is unbiased and k = 1 is exactly the accuracy.
-    """
-    classes, right = np.asarray(classes, dtype=int), _as_right(right)
-    weight = _clip(_as_scores(score))
-    _same_length(classes, right, weight)
+    problem, over all subsets of size k or DRAWS random ones.  ValueError if k > n."""
+    # Tied classes share the win evenly.  That is the expectation of breaking ties at random, and
+    # also of taking the first seen (equal counts make every tied class equally often the first): no
+    # luck of the order is left, so the mean is unbiased and k = 1 is exactly the accuracy.
+    classes, right, score = _columns(classes, right, score, gaps=True)
     # All subsets at once as matrix products: a loop over 1000 subsets of 500 problems would take
-    # minutes in Python, and this takes a second.  Both votes see the same subsets, so that their
-    # difference is not blurred by the draw.
-    subsets = _subsets(_sized(right, k), k)                            # (S, n) of 0 and 1
+    # minutes.  Both votes see the same subsets: the draw does not blur their difference.
+    subsets = _subsets(len(right), k)                                  # (S, n) of 0 and 1
     ids, column = np.unique(classes, return_inverse=True)
     member = np.eye(len(ids))[column]                                  # (n, M), M answers
     votes = subsets @ member                                           # (S, M)
-    weights = subsets @ (member * weight[:, None])                     # (S, M)
-    rights = subsets @ (member * right[:, None])                       # (S, M)
+    weights = subsets @ (member * _clip(score)[:, None])               # (S, M)
+    rights = subsets @ (member * (right > 0.5)[:, None])               # (S, M)
     # A class outside the subset cannot win.  "No answer" wins only where there is nothing else, so
     # it gets less than any answer can have: half a vote, a negative weight.
-    standing = np.where(votes > 0, votes, -np.inf)
-    weights = np.where(votes > 0, weights, -np.inf)
-    if ids[0] == NO_ANSWER:
-        standing[:, 0] = np.where(votes[:, 0] > 0, 0.5, -np.inf)
-        weights[:, 0] = np.where(votes[:, 0] > 0, -1.0, -np.inf)
+    empty = ids == NO_ANSWER                                           # (M,)
+    standing = np.where(votes > 0, np.where(empty, 0.5, votes), -np.inf)
+    weights = np.where(votes > 0, np.where(empty, -1.0, weights), -np.inf)
     # Votes are whole numbers and tie exactly; weights are sums of fractions and need room.
     by_majority = standing == standing.max(axis=1, keepdims=True)
     by_weight = weights >= weights.max(axis=1, keepdims=True) - TIE
     # The same second criterion as in `weighted_vote`.
     second = np.where(by_weight, standing, -np.inf)
     by_weight = second == second.max(axis=1, keepdims=True)
-    # What a class is worth: the share of its members in the subset that are right.  All of them or
-    # none, save where the checker's equality is not transitive.
+    # What a class is worth: the share of its members that are right; all or none of them, save
+    # where the checker's equality is not transitive.
     worth = rights / np.maximum(votes, 1)
     majority, weighted = (float(((worth * tied).sum(axis=1) / tied.sum(axis=1)).mean())
                           for tied in (by_majority, by_weight))
@@ -403,21 +369,16 @@ def votes_at_k(classes: Any, right: Any, score: Any, k: int) -> tuple[float, flo
 METHODS = ("majority_vote", "weighted_vote", "best_of", "pass_at")
 
 
-def vote_tables(rows: Rows, equivalent: Equivalent) -> dict[str, dict[int, np.ndarray]]:
-    """Method -> k -> the expected accuracy on each problem (P,), for k of `vote_sizes`: one number
-    a problem is what means, standard errors and paired comparisons need.  n is the smallest number
-    of solutions that a problem has, so that every k speaks about the same problems."""
-    samples = _group(rows)
-    return _vote_tables(samples, equivalent, vote_sizes(samples.n))
-
-
-def _vote_tables(samples: _Samples, equivalent: Equivalent, sizes: Sequence[int]) -> dict:
-    """`vote_tables` for these k alone."""
+def vote_tables(rows: Rows, equivalent: Equivalent, sizes: Sequence[int] | None = None,
+                by_text: bool = False) -> dict[str, dict[int, np.ndarray]]:
+    """Method -> k -> the expected accuracy on each problem (P,), for k of `vote_sizes` or `sizes`:
+    one number a problem is what means, standard errors and paired comparisons need."""
+    samples = _group(rows, by_text)
     # Merging answers is the expensive part (it calls the checker): once a problem, not once a k.
     solutions = [(answer_classes([samples.answers[i] for i in where], equivalent),
                   samples.right[where], samples.score[where]) for where in samples.where]
     tables: dict[str, dict[int, np.ndarray]] = {method: {} for method in METHODS}
-    for k in sizes:
+    for k in vote_sizes(samples.n) if sizes is None else sizes:
         values = [(*votes_at_k(classes, right, score, k),
                    best_of_at_k(right, score, k, classes), pass_at_k(right, k))
                   for classes, right, score in solutions]              # P times 4 numbers
@@ -428,14 +389,10 @@ def _vote_tables(samples: _Samples, equivalent: Equivalent, sizes: Sequence[int]
 
 def right_by_rank(rows: Rows) -> list[float]:
     """Share of right solutions among each problem's best by r_s, its second best, ... (n numbers),
-    those without an answer, then those without r_s, coming last.
-
-    The first is best-of-n.  Where r_s tells the solutions of a problem apart the shares fall from
-    the first to the last; where the first is lower than the second, the most self-assured solution
-    is not the safest.
-    """
+    those without an answer, then those without r_s, coming last.  The first is best-of-n."""
+    # Where r_s tells the solutions of a problem apart the shares fall from the first to the last.
     # LaSeR on hard arithmetic once gave .58 .71 .72 .73 .70 .66 .59 .36: the last is rightly
-    # distrusted, and the first is a solution that looks easier than it is.
+    # distrusted, and the first looks easier than it is.
     samples = _group(rows)
     ranked = []
     for where in samples.where:
@@ -450,19 +407,15 @@ def right_by_rank(rows: Rows) -> list[float]:
 
 def summarise(rows: Rows, equivalent: Equivalent,
               votes: Mapping[str, Mapping[int, np.ndarray]] | None = None) -> dict[str, Any]:
-    """Everything that results.json says about one data set, from its rollout rows.
-
-    A row needs r_v, r_s (None if it was cut off), answer (None if there is none), finished,
-    response_tokens, and prompt_id or problem to tell the problems apart.  `votes` takes a result of
-    `vote_tables` that is there already.  ValueError names a row that lacks something.
-    """
+    """Everything that results.json says about one data set, from its rollout rows: r_v, r_s,
+    answer, finished, response_tokens, and prompt_id or problem to tell the problems apart.  `votes`
+    takes a result of `vote_tables`.  ValueError names a row that lacks something."""
     samples = _group(rows)
     if votes is None:
         equivalent = safely(equivalent)
         votes = vote_tables(rows, equivalent)
     accuracy, stderr = mean_and_stderr(samples.right, samples.problem)
-    # What the checker raised, on a solution or where two answers were compared: neither ends an
-    # evaluation, and neither may pass unnoticed.
+    # What the checker raised, on a solution or where two answers were compared, is counted.
     failed = sum(row.get("checker_error") is not None for row in rows)
     return {
         "problems": len(samples.where), "n": samples.n, "accuracy": accuracy,
@@ -483,54 +436,36 @@ def verification(rows: Rows, threshold: float = 0.5) -> dict[str, float | None]:
     one without an answer being judged wrong; f1_filtered over those with an answer.  All else
     measures the score itself, over the solutions that have one.
     """
-    samples, everything = _group(rows), np.arange(len(rows))
-    found = {name: of(everything) for name, of in _measures(samples, threshold).items()}
-    return found | risk_coverage(*_scored(samples, everything))
-
-
-def _scored(samples: _Samples, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(right, score) of those of the solutions i that have a score."""
-    i = i[~np.isnan(samples.score[i])]
-    return samples.right[i], samples.score[i]
-
-
-def _measures(samples: _Samples, threshold: float = 0.5) -> dict[str, Callable]:
-    """Name -> function of solutions (indices), a number or None: what `verification` reports of all
-    of them, and the bootstrap of those that a draw has chosen."""
     # Two questions, two sets: does the *system* judge its solutions well (f1_all: everything that
     # came out, and no box is a reason to say "wrong"), and is the *score* any good (where it is)?
-    right, score, answered = samples.right, samples.score, samples.answered
-    known = ~np.isnan(score)
-    # A solution cut off after its box has an answer and no r_s.  The authors' script appends the
-    # end that it did not come to and reads r_s there: `r_s_if_ended`, where evaluate.py has done
-    # so too; else it counts as judged wrong.  Where nothing is cut off this makes no difference.
-    judged = np.where(answered, np.where(known, score, samples.if_ended), np.nan)
-    # Where nobody was asked at all there are no verdicts, which are not bad ones.
-    asked = known.any() or not np.isnan(judged).all()
-
-    def f1(i: np.ndarray) -> VerificationF1:
-        f1 = verification_f1(right[i], judged[i], threshold)
-        return f1 if asked else VerificationF1(None, None, None)
-
-    def length(i: np.ndarray) -> float | None:
-        i = i[known[i]]
-        return None if np.isnan(samples.tokens[i]).any() else spearman(score[i], samples.tokens[i])
-
-    of_score = lambda metric: lambda i: metric(*_scored(samples, i))  # noqa: E731
+    samples, everything = _group(rows), np.arange(len(rows))
+    known = ~np.isnan(samples.score)
+    f1 = _f1(samples, everything, threshold)
+    right, score = samples.scored(everything)
+    tokens = samples.tokens[known]
     return {
-        "f1": lambda i: f1(i).f1,
-        "f1_all": lambda i: f1(i).f1,
-        "f1_filtered": lambda i: f1(i[answered[i]]).f1,
-        "accuracy_correct": lambda i: f1(i).accuracy_correct,
-        "accuracy_wrong": lambda i: f1(i).accuracy_wrong,
-        "auroc": of_score(auroc),
-        "auroc_within": lambda i: auroc_within(*_scored(samples, i), samples.problem[i[known[i]]]),
-        "ece": of_score(ece),
-        "brier": of_score(brier),
-        "spearman_length": length,
-        "mean_r_s_correct": of_score(lambda right, score: _mean(score[right])),
-        "mean_r_s_wrong": of_score(lambda right, score: _mean(score[~right])),
+        "f1": f1.f1,
+        "f1_all": f1.f1,
+        "f1_filtered": _f1(samples, everything[samples.answered], threshold).f1,
+        "accuracy_correct": f1.accuracy_correct,
+        "accuracy_wrong": f1.accuracy_wrong,
+        "auroc": auroc(right, score),
+        "auroc_within": auroc_within(right, score, samples.problem[known]),
+        "ece": ece(right, score),
+        "brier": brier(right, score),
+        "spearman_length": None if np.isnan(tokens).any() else spearman(score, tokens),
+        "mean_r_s_correct": _mean(score[right]),
+        "mean_r_s_wrong": _mean(score[~right]),
+        **risk_coverage(right, score),
     }
+
+
+def _f1(samples: _Samples, i: np.ndarray, threshold: float = 0.5) -> VerificationF1:
+    """F1 of the system's verdicts on the solutions i."""
+    # Where nobody was asked at all there are no verdicts, which are not bad ones.
+    if np.isnan(samples.score).all() and np.isnan(samples.judged).all():
+        return VerificationF1(None, None, None)
+    return verification_f1(samples.right[i], samples.judged[i], threshold)
 
 
 # ---------------------------------------------------------------- how sure is a number?
@@ -545,58 +480,41 @@ def _measures(samples: _Samples, threshold: float = 0.5) -> dict[str, Callable]:
 # is compared on the same draw: hard ones are hard for both sides, and that shared part cancels.
 
 
-class Interval(NamedTuple):
-    """A number and its interval; None where it is undefined."""
-
-    value: float | None
-    low: float | None
-    high: float | None
+Interval = namedtuple("Interval", "value low high")  # None where it is undefined
 
 
 def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float | None], problems: int,
               runs: int = 1, draws: int = 1000) -> Interval:
-    """A statistic and its 95 % percentile interval, resampling problems and runs.
-
-    The statistic takes indices of problems and of runs, with repeats, and gives a number or None.
-    Draws that leave it undefined are skipped; there is no interval if most are, nor for a single
-    problem, which resampled is the same problem every time.
-    """
-    if not problems:
-        return Interval(None, None, None)
-    value = statistic(np.arange(problems), np.arange(runs))
+    """A statistic and its 95 % percentile interval, resampling problems and runs.  It takes indices
+    of problems and of runs, with repeats, and gives a number or None."""
+    value = statistic(np.arange(problems), np.arange(runs)) if problems else None
+    # A single problem, resampled, is the same problem every time: that is no interval.
     if value is None or problems < 2:
         return Interval(value, None, None)
     rng = np.random.default_rng(0)  # the same draws for whatever is compared
     drawn = [statistic(rng.integers(problems, size=problems), rng.integers(runs, size=runs))
              for _ in range(draws)]
+    # Draws that leave it undefined (all right, say) are skipped, if they are not most of them.
     drawn = [x for x in drawn if x is not None]
     if len(drawn) <= draws / 2:
         return Interval(value, None, None)
     return Interval(value, *map(float, np.quantile(drawn, [0.025, 0.975])))
 
 
-class Difference(NamedTuple):
-    """A metric of two runs: b - a with its interval; None where it is undefined."""
-
-    a: float | None
-    b: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
+# A metric of two runs: b - a with its interval; None where it is undefined.
+Difference = namedtuple("Difference", "a b difference low high")
 
 
 def compare(rows_a: Rows, rows_b: Rows, equivalent: Equivalent, draws: int = 1000
             ) -> tuple[int, dict[str, Difference]]:
-    """Two runs on one data set: the number of problems both have, and metric -> Difference.
-
-    Problems are matched by their text, else by prompt_id.  Votes are over n solutions, the smaller
-    n of the two.  ValueError where the runs have no problem in common.
-    """
+    """Two runs on one data set: the number of problems both have, matched by their text, else by
+    prompt_id, and metric -> Difference; ValueError where they have none in common."""
     groups = [_members(rows, by_text=True) for rows in (rows_a, rows_b)]
     # In the order of run a, for both: pairing is by position from here on.
     common = [key for key in groups[0] if key in groups[1]]
     if not common:
         raise ValueError("the two runs have no problem in common: nothing to compare")
+    # Votes of as many solutions as every problem has in both runs.
     n = min(len(group[key]) for group in groups for key in common)
     a, b = (statistics([rows[i] for key in common for i in group[key]], equivalent, n)
             for rows, group in zip((rows_a, rows_b), groups))
@@ -618,20 +536,21 @@ def statistics(rows: Rows, equivalent: Equivalent, n: int | None = None
     """Metric -> statistic (indices of problems, in the order in which the rows first name them ->
     number or None) of one run; votes over n solutions."""
     samples = _group(rows, by_text=True)
-    n, known, measures = n or samples.n, ~np.isnan(samples.score), _measures(samples)
+    n, known = n or samples.n, ~np.isnan(samples.score)
     # Pairs never cross problems, so their counts can be taken before any resampling.
     wins, pairs = _wins_by_problem(samples.right[known], samples.score[known],
                                    samples.problem[known], len(samples.where))
 
-    def pooled(metric: Callable) -> Callable:
-        # A metric over the pooled solutions of the chosen problems.
-        return lambda problems: metric(np.concatenate([samples.where[p] for p in problems]))
-
+    # A metric over the pooled solutions of the chosen problems; and one of those with a score.
+    pooled = lambda metric: lambda problems: metric(  # noqa: E731
+        np.concatenate([samples.where[p] for p in problems]))
+    of_score = lambda metric: pooled(lambda i: metric(*samples.scored(i)))  # noqa: E731
     found = {"accuracy": pooled(lambda i: _mean(samples.right[i]))}
-    for method, table in _vote_tables(samples, equivalent, [n]).items():
+    for method, table in vote_tables(rows, equivalent, [n], by_text=True).items():
         found[f"{method}@{n}"] = lambda problems, x=table[n]: float(x[problems].mean())
-    found |= {name: pooled(measures[name]) for name in ("f1", "auroc", "ece", "brier")}
     return found | {
+        "f1": pooled(lambda i: _f1(samples, i).f1),
+        "auroc": of_score(auroc), "ece": of_score(ece), "brier": of_score(brier),
         "auroc_within": lambda p: float(wins[p].sum() / pairs[p].sum()) if pairs[p].sum() else None,
         "response_tokens": pooled(lambda i: _mean(samples.tokens[i])),
     }
@@ -646,17 +565,19 @@ class _Samples:
 
     right: np.ndarray         # (N,) bool
     score: np.ndarray         # (N,) r_s as it is, NaN where there is none
-    if_ended: np.ndarray      # (N,) r_s of a solution cut off, had it ended there; NaN: not known
+    judged: np.ndarray        # (N,) the score that a verdict goes by, NaN: it is "wrong"
     answered: np.ndarray      # (N,) bool
     tokens: np.ndarray        # (N,) length of the response, NaN where nobody counted
     finished: np.ndarray      # (N,) bool
     problem: np.ndarray       # (N,) 0 .. P-1
     answers: list             # N texts or None
     where: list[np.ndarray]   # P arrays of row indices, in the order of the rows
+    n: int                    # solutions that every problem has
 
-    @property
-    def n(self) -> int:
-        return min((len(w) for w in self.where), default=0)
+    def scored(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(right, score) of those of the solutions i that have a score."""
+        i = i[~np.isnan(self.score[i])]
+        return self.right[i], self.score[i]
 
 
 def _group(rows: Rows, by_text: bool = False) -> _Samples:
@@ -669,14 +590,19 @@ def _group(rows: Rows, by_text: bool = False) -> _Samples:
     problem = np.zeros(len(rows), dtype=int)
     for p, members in enumerate(where):
         problem[members] = p
-    column = lambda key: [row.get(key) for row in rows]  # noqa: E731
+    # A column of floats: None becomes NaN, the mark of what is missing inside this file.
+    column = lambda key: np.array([row.get(key) for row in rows], dtype=float)  # noqa: E731
+    answers, score = [row["answer"] for row in rows], column("r_s")
+    answered = np.array([answer is not None for answer in answers], dtype=bool)
+    # A solution cut off after its box has an answer and no r_s.  The authors' script appends the
+    # end that it did not come to and reads r_s there: `r_s_if_ended`, where evaluate.py has done
+    # so too; else it counts as judged wrong.  Where nothing is cut off this makes no difference.
+    judged = np.where(np.isnan(score), column("r_s_if_ended"), score)
     return _Samples(
-        right=_as_right(column("r_v")), score=_as_scores(column("r_s")),
-        if_ended=_as_scores(column("r_s_if_ended")),
-        answered=np.array([answer is not None for answer in column("answer")], dtype=bool),
-        tokens=_as_scores(column("response_tokens")),
-        finished=np.array(column("finished"), dtype=bool),
-        problem=problem, answers=column("answer"), where=where)
+        right=column("r_v") > 0.5, score=score, judged=np.where(answered, judged, np.nan),
+        answered=answered, tokens=column("response_tokens"), finished=column("finished") > 0.5,
+        problem=problem, answers=answers, where=where,
+        n=min(map(len, where), default=0))
 
 
 def _members(rows: Rows, by_text: bool) -> dict[Any, list[int]]:
@@ -693,48 +619,26 @@ def _members(rows: Rows, by_text: bool) -> dict[Any, list[int]]:
     return groups
 
 
-def _as_right(right: Any) -> np.ndarray:
-    """(N,) bool from 0/1, floats or booleans."""
-    return np.asarray(right, dtype=float).reshape(-1) > 0.5
-
-
-def _as_scores(score: Any) -> np.ndarray:
-    """(N,) float; None becomes NaN, the mark of a missing score inside this file."""
-    # Element by element, since numpy would make an array of objects out of a list with a None.
-    return np.array([math.nan if s is None else s for s in np.asarray(score).reshape(-1).tolist()],
-                    dtype=float)
-
-
-def _no_gaps(score: Any) -> np.ndarray:
-    """(N,) float with every score there: a NaN would be ranked as if it were a number."""
-    score = _as_scores(score)
-    if np.isnan(score).any():
+def _columns(*values: Any, gaps: bool = False) -> list[np.ndarray]:
+    """(N,) floats of each, NaN for None; ValueError where they differ in length or, without `gaps`,
+    a number is missing: a NaN would be ranked as if it were one."""
+    columns = [np.asarray(x, dtype=float) for x in values]
+    if len({len(x) for x in columns}) > 1:
+        raise ValueError(f"arrays differ in length: {[len(x) for x in columns]}")
+    if not gaps and any(np.isnan(x).any() for x in columns):
         raise ValueError("a solution has no score; leave those without one out first")
-    return score
+    return columns
 
 
 def _pair(right: Any, score: Any, gaps: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """right (N,) bool and score (N,) float, NaN for a missing one where `gaps` are allowed."""
-    right, score = _as_right(right), _as_scores(score) if gaps else _no_gaps(score)
-    _same_length(right, score)
-    return right, score
+    """right (N,) bool, from r_v, and score (N,) float."""
+    right, score = _columns(right, score, gaps=gaps)
+    return right > 0.5, score
 
 
 def _clip(score: np.ndarray) -> np.ndarray:
     # r_s is a log-ratio and leaves [0, 1] on both sides: a weight below 0 would be a vote against.
-    return np.clip(np.nan_to_num(score, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
-
-
-def _same_length(*arrays: Any) -> None:
-    if len({len(array) for array in arrays}) > 1:
-        raise ValueError(f"arrays differ in length: {[len(array) for array in arrays]}")
-
-
-def _sized(right: np.ndarray, k: int) -> int:
-    """The number n of solutions, once it is clear that k of them can be taken."""
-    if not 1 <= k <= len(right):
-        raise ValueError(f"cannot take k = {k} of n = {len(right)} solutions")
-    return len(right)
+    return np.nan_to_num(np.clip(score, 0.0, 1.0))
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -749,7 +653,8 @@ def _mean(values: np.ndarray) -> float | None:
 def quantiles(scores: Any) -> list[float]:
     """For each score of (N,) the share of the N that score lower, half of those equal included:
     in (0, 1), whatever the scale of the scores."""
-    return ((_midranks(_no_gaps(scores)) - 0.5) / max(1, len(scores))).tolist()
+    (scores,) = _columns(scores)
+    return ((_midranks(scores) - 0.5) / max(1, len(scores))).tolist()
 
 
 def _midranks(values: np.ndarray) -> np.ndarray:
@@ -768,14 +673,13 @@ def _wins(right: np.ndarray, score: np.ndarray) -> tuple[float, int]:
     return wins, m * (len(right) - m)
 
 
-def _wins_by_problem(right: np.ndarray, score: np.ndarray, problem: np.ndarray,
-                     problems: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Won pairs and pairs of each problem, (P,) each; P is given where ids are 0 .. P-1."""
-    ids = np.unique(problem) if problems is None else np.arange(problems)
+def _wins_by_problem(right: np.ndarray, score: np.ndarray, problem: np.ndarray, problems: int
+                     ) -> tuple[np.ndarray, np.ndarray]:
+    """Won pairs and pairs of each problem, (P,) each, of solutions with problem ids 0 .. P-1."""
     order = np.argsort(problem, kind="stable")             # one sort, then slices
-    starts, stops = (np.searchsorted(problem[order], ids, side=side) for side in ("left", "right"))
-    table = [_wins(right[order[i:j]], score[order[i:j]]) for i, j in zip(starts, stops)]
-    wins, pairs = np.array(table, dtype=float).reshape(-1, 2).T
+    starts = np.searchsorted(problem[order], np.arange(1, problems))
+    table = [_wins(right[i], score[i]) for i in np.split(order, starts)]
+    wins, pairs = np.array(table, dtype=float).T
     return wins, pairs
 
 
@@ -787,18 +691,18 @@ def _rank_key(score: np.ndarray, classes: Any) -> np.ndarray:
     return key
 
 
-def _winner(candidates: Iterable[Candidate], rank: Callable[[Candidate], tuple]) -> int:
-    """The class of the highest rank; max keeps the first of equals, i.e. the first seen."""
-    answered = [c for c in candidates if c.answer_class != NO_ANSWER]
-    return max(answered, key=rank).answer_class if answered else NO_ANSWER
+def _subset_count(n: int, k: int) -> int:
+    """C(n, k), once it is clear that k of the n solutions can be taken."""
+    if not 1 <= k <= n:
+        raise ValueError(f"cannot take k = {k} of n = {n} solutions")
+    return math.comb(n, k)
 
 
 @functools.lru_cache(maxsize=64)
 def _subsets(n: int, k: int) -> np.ndarray:
     """(S, n) of 0 and 1, a row a subset of size k: all of them, or DRAWS random ones."""
-    # Problems share the subsets: the solutions of each are drawn independently, so the errors of
-    # two problems are independent all the same, and the table is built once.
-    if math.comb(n, k) <= EXACT_SUBSETS:
+    # Problems share the subsets: their solutions are independent, and so are their errors.
+    if _subset_count(n, k) <= EXACT_SUBSETS:
         chosen = np.array(list(itertools.combinations(range(n), k)))
     else:
         # Sorting random numbers shuffles every row; the first k places are a fair subset.

@@ -5,9 +5,8 @@ names, so that a checkpoint is loaded by name, strictly, with no table of renami
     hidden = model(input_ids)                  # (B, T) -> (B, T, C), after the final norm
     logits = hidden @ model.lm_head_weight.T   # only where somebody needs them: see readout.py
 
-The model returns hidden states, not logits.  With a vocabulary of 152,064 the logits of a batch
-are by far its largest tensor, and nobody needs all of them: the sampler wants the last position,
-training wants one number per token.
+It returns hidden states, not logits: with a vocabulary of 152,064 the logits of a batch would be
+by far its largest tensor, and nobody needs all of them.
 
 Shapes, in the one alphabet that every file here uses:
     B rows          T tokens            C hidden size     L layers
@@ -28,13 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------
-# configuration, under the names of Hugging Face's config.json; checkpoint.py reads and writes it
-
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder; field names are those of Hugging Face's config.json."""
+    """The shape of a decoder, under the names of Hugging Face's config.json (see checkpoint.py)."""
 
     model_type: str  # "qwen2", "qwen3" or "llama"
     vocab_size: int  # V; may exceed the tokenizer's size (Qwen2.5-7B pads it to 152,064)
@@ -70,9 +66,9 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     inv_freq = 1.0 / config.rope_theta ** (even / config.head_dim)
     if config.rope_scaling is None:
         return inv_freq
-    # Llama 3.1+: a context longer than in pre-training, by slowing the slow waves only.
-    # Wavelengths that repeat often within the old context stay; those that never complete a
-    # turn in it are stretched by `factor`; between the two bounds a linear blend.
+    # Llama 3.1+: a context longer than in pre-training, by slowing the slow waves only.  Those that
+    # turn often within the old context stay; those that never complete a turn in it are stretched
+    # by `factor`; between the two bounds a linear blend.
     s = config.rope_scaling
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     turns = s["original_max_position_embeddings"] * inv_freq / (2 * torch.pi)
@@ -81,8 +77,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles; the first half of
-    `sin` comes negated."""
+    """Turn the pairs (i, i + D/2) of x (B, heads, T, D) by its token's angles, see `_rope`."""
     # The textbook, with a and b the two halves of a head (Hugging Face pairs halves, not
     # neighbours, and the weights assume it):
     #     torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -142,8 +137,8 @@ class Attention(nn.Module):
             #     scores = q @ k.mT / D**0.5                              # (B, H, T, T)
             #     scores = scores.masked_fill(ones(T, T).triu(1), -inf)   # nobody looks right
             #     y = scores.softmax(-1) @ v                              # (B, H, T, D)
-            # Neither the scores nor the repeated heads ever exist here: torch takes a fast kernel,
-            # and the flag in place of a mask lets it skip what lies to the right.
+            # Neither scores nor repeated heads ever exist here: torch takes a fast kernel, which
+            # skips what lies to the right.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
@@ -198,10 +193,10 @@ class CausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # With LoRA, what z_c's row of the frozen output matrix has learned (1, C): see lora.py.
         self.register_parameter("z_c_row", None)
-        # Recompute each layer in the backward pass instead of keeping its activations: about a
-        # third more arithmetic for memory that no longer grows with the number of layers.
+        # Recompute each layer in the backward pass instead of keeping its activations: a third more
+        # arithmetic for memory that no longer grows with the number of layers.
         self.gradient_checkpointing = False
-        # Kept in fp32 whatever the model's dtype: bf16 cannot tell position 4096 from 4100.
+        # In fp32 whatever the model's dtype: bf16 cannot tell position 4096 from 4100.
         self._inv_freq: Tensor | None = None
 
     @property
@@ -221,11 +216,9 @@ class CausalLM(nn.Module):
         return self.model.norm.weight.dtype
 
     def init_weights(self, seed: int) -> CausalLM:
-        """Fill every weight for training from nothing: normal(0, initializer_range), the
-        projections back into the residual stream scaled down by sqrt(2 L), biases zero."""
-        g = torch.Generator().manual_seed(seed)
-        std = self.config.initializer_range
-        # 2 L branches are added to the stream: without the factor its variance grows with L
+        """Weights to train from nothing: normal(0, initializer_range), biases zero."""
+        g, std = torch.Generator().manual_seed(seed), self.config.initializer_range
+        # 2 L branches are added to the residual stream: else its variance would grow with L
         branch = std / (2 * self.config.num_hidden_layers) ** 0.5
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -237,12 +230,11 @@ class CausalLM(nn.Module):
         return self
 
     def forward(self, input_ids: Tensor, past=None) -> Tensor:
-        """(B, T) token ids -> (B, T, C) hidden states after the final norm.
+        """(B, T) token ids, padded on the right -> (B, T, C) hidden states after the final norm.
 
-        Rows are padded on the right: hidden states at real tokens are right whatever the padding
-        holds.  `past` is a KVCache's `admit(...)` or `decode()`: then the rows fill the cache, or
-        go on where they ended by one token each (cache.py has an example).  Or it is a Packing:
-        then one row holds many texts that share their prompts (packing.py).
+        `past` says what the tokens look at besides their own row: a KVCache's `admit(...)`, which
+        the rows fill, or its `decode()`, where each goes on by one token (cache.py has an example);
+        or a Packing, one row of many texts that share their prompts (packing.py).
         """
         # 1. Where does each token stand in its text?
         positions = None if past is None else past.positions  # (B, 1) when decoding
@@ -265,6 +257,7 @@ class CausalLM(nn.Module):
         if self._inv_freq is None or self._inv_freq.device != positions.device:
             self._inv_freq = inverse_frequencies(self.config).to(positions.device)
         angles = positions[..., None].float() * self._inv_freq  # (B, T, D/2)
-        # both halves of a head turn by the same angle, the first one backwards: cos(-x) is cos(x)
+        # Both halves of a head turn by the same angle; the first one backwards, which changes the
+        # sign of sin, as `rotate` wants it, and not cos.
         angles = torch.cat((-angles, angles), dim=-1)[:, None]  # (B, 1, T, D)
         return angles.cos().to(dtype), angles.sin().to(dtype)

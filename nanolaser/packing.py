@@ -1,5 +1,6 @@
 """
-Rollouts as forward passes of the update: each prompt once, and no padding in between.
+Lists of token ids as forward passes: padded side by side where only their ends are read (`pad`,
+`cut_by_tokens`); packed for the update, with each prompt once and no padding in between.
 
 The textbook (tests/plain.py) sends prompt and response of every rollout through the model.  But the
 G rollouts of a group begin with the same prompt, and a causal model computes the same numbers for
@@ -21,7 +22,7 @@ heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,33 @@ from .rollout import Rollout
 # In attention texts are padded, and each has the prompt for itself: R * T is at most so many times
 # the token budget.
 ATTENDED = 2
-# With a mask is worth it up to so many times the scores without: measured on a CPU, assumed for a
-# GPU, whose fastest kernels take no mask.  A mask has so many numbers at most, 64 MiB in fp32.
+# A mask is worth it up to so many times the scores without: measured on a CPU, assumed for a GPU,
+# whose fastest kernels take none.
 UNMASKED = {"cpu": 1.6}
 ON_A_GPU = 0.5
-MASK_NUMBERS = 2**24
+MASK_NUMBERS = 2**24  # of a mask at most: 64 MiB in fp32
+
+# ---------------------------------------------------------------------------------------------
+# which rows share a forward pass
+
+
+def pad(rows: list[list[int]], device="cpu", filler: int = 0) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids (B, T), filled up on the right, and their lengths (B,)."""
+    tokens = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, filler)
+    return tokens.to(device), torch.tensor([len(row) for row in rows]).to(device)
+
+
+def longest_first(lengths: list[int]) -> list[int]:
+    """Row indices by length: neighbours are then of like length, which leaves little padding; and
+    memory that does not suffice is found out at once."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
+
+def cut_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows of these lengths in batches of at most `budget` tokens, padding included: lists of row
+    indices.  [3, 9, 4, 8] and 20  ->  [1, 3], [2, 0], of 2 x 9 and 2 x 4 tokens."""
+    padded = lambda rows: len(rows) * lengths[rows[0]]  # noqa: E731  the first is the longest
+    return list(_join(([i] for i in longest_first(lengths)), padded, budget))
 
 
 def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[int]]:
@@ -47,9 +70,7 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[int]]:
     # two such groups; one of 600 cuts each of them in two, and then computes each prompt twice.
     length = [len(r.prompt_tokens) + len(r.response_tokens) for r in rollouts]
     groups: dict[tuple, list[int]] = {}
-    # The longest first: neighbours are then of like length, which leaves little padding to
-    # attention; and memory that does not suffice is found out at once.
-    for i in sorted(range(len(rollouts)), key=length.__getitem__, reverse=True):
+    for i in longest_first(length):
         groups.setdefault(tuple(rollouts[i].prompt_tokens), []).append(i)
     prompt = {i: (g, len(tokens)) for g, tokens in enumerate(groups) for i in groups[tokens]}
 
@@ -66,10 +87,9 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[int]]:
 
 
 def _join(
-    parts: list[list[int]], cost: Callable[[list[int]], float], budget: float
+    parts: Iterable[list[int]], cost: Callable[[list[int]], float], budget: float
 ) -> Iterator[list[int]]:
-    """Join neighbours as long as their common cost is within the budget; a part that costs more by
-    itself stays alone."""
+    """Join neighbours while their common cost is within the budget; what costs more stays alone."""
     rows: list[int] = []
     for part in parts:
         if rows and cost(rows + part) > budget:
@@ -78,6 +98,10 @@ def _join(
         rows = rows + part
     if rows:
         yield rows
+
+
+# ---------------------------------------------------------------------------------------------
+# many texts in one row
 
 
 class Packing:
@@ -97,18 +121,19 @@ class Packing:
             own = range(len(tokens), len(tokens) + len(r.response_tokens))
             tokens += r.response_tokens
             self.texts.append([*prompts[prompt], *own])
-        texts = _table(self.texts)  # (R, T)
+        texts, _ = pad(self.texts, filler=-1)  # (R, T); what is read at -1 is never looked at
         positions = torch.empty(len(tokens), dtype=torch.long)
         for text in self.texts:
             positions[text] = torch.arange(len(text))
 
-        # 2. Which queries look at which keys?  Either every text as a whole: nobody looks right, as
-        #    everywhere, so no mask is needed; but a prompt's queries are computed for each of its
-        #    rollouts.  Or the prompts by themselves, and of the texts the responses' queries alone;
-        #    that needs a mask, since each response begins behind a prompt of its own length.
-        #    8 responses of 16 tokens to a prompt of 1,000 have 1/6 of the scores in the second way,
-        #    8 of 1,000 to a prompt of 16 have twice as many.
-        responses = _table([t[len(r.prompt_tokens) :] for t, r in zip(self.texts, rollouts)])
+        # 2. Which queries look at which keys?  Either every text as a whole: causal attention, but
+        #    a prompt's queries are computed for each of its rollouts.  Or the prompts by
+        #    themselves, and of the texts the responses' queries alone; that needs a mask, since
+        #    each response begins behind a prompt of its own length.  8 responses of 16 tokens to a
+        #    prompt of 1,000 have 1/6 of the scores in the second way, 8 of 1,000 to a prompt of 16
+        #    twice as many.
+        own = [t[len(r.prompt_tokens) :] for t, r in zip(self.texts, rollouts)]
+        responses, _ = pad(own, filler=-1)  # (R, n)
         masked = responses.numel() * texts.shape[1]  # R * n * T scores
         split = masked + sum(len(prompt) ** 2 / 2 for prompt in prompts)
         whole = texts.numel() * texts.shape[1] / 2  # R * T * T / 2
@@ -119,7 +144,7 @@ class Packing:
             #     T = 5:   0  0  0  -inf  -inf
             beyond = torch.arange(texts.shape[1]) > positions[responses][..., None]  # (R, n, T)
             mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
-            alone = _table(list(prompts.values()))  # (P, S)
+            alone, _ = pad(list(prompts.values()), filler=-1)  # (P, S)
             parts = [(alone, alone, None), (responses, texts, mask[:, None])]
 
         # 3. The way back: where, among all queries computed, is the one of each packed token?
@@ -151,9 +176,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # With a mask AND shared heads a GPU would fall back to a product that keeps all scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-
-
-def _table(places: list[list[int]]) -> Tensor:
-    """Lists of places as the rows of one table, -1 where there is none: as an index that is some
-    token's place, too, but what comes of it is never read."""
-    return pad_sequence([torch.tensor(row) for row in places], batch_first=True, padding_value=-1)

@@ -6,11 +6,10 @@ Problems and their gold answers: benchmarks, files, and what is made up on the s
     load_problems("arithmetic", max_problems=8)  # generated: what the embedded model is trained on
     ProblemStream(problems, 128, seed=0).at(7)   # what step 7 of a training run learns from
 
-A row of a file is one problem.  It holds `problem` or `question`, and `answer` or `final_answer`
-(text or a number; GSM8K's "... #### 42" is understood), and if it likes `id`, `solution`, `level`,
-`subject`, and `options` for a multiple choice whose answer is a letter.  What is wrong with a row
-is said with the file's name and the line, for in a file of a hundred thousand rows "invalid JSON"
-alone is no help.
+A row of a file is one problem: `problem` or `question`, `answer` or `final_answer` (text or a
+number; GSM8K's "... #### 42" is understood), and if it likes `id`, `solution`, `level`, `subject`,
+and `options` for a multiple choice whose answer is a letter.  What is wrong with a row is said with
+the file's name and the line: of a hundred thousand rows "invalid JSON" alone is no help.
 
 Nothing here imports the model or even torch: reading problems is instant.
 """
@@ -24,6 +23,7 @@ import io
 import itertools
 import math
 import random
+import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,10 +39,7 @@ from .tiny import arithmetic, subset_sum
 # whatever was asked for: people disagree on whether the AIME is called train or test.
 DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     "deepmath": ("zwhe99/DeepMath-103K", {"train": "data/train-*.parquet"}),
-    "gsm8k": (
-        "openai/gsm8k",
-        {"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
-    ),
+    "gsm8k": ("openai/gsm8k", {s: f"main/{s}-*.parquet" for s in ("train", "test")}),
     "math500": ("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}),
     "aime24": ("HuggingFaceH4/aime_2024", {"train": "data/train-*.parquet"}),
     "aime25": ("math-ai/aime25", {"test": "test.jsonl"}),
@@ -50,10 +47,8 @@ DATASETS: dict[str, tuple[str, dict[str, str]]] = {
     # English, text only, open-ended, competition mathematics: the part the paper uses
     "olympiadbench": ("Hothan/OlympiadBench", {"train": "*OE_TO_maths_en_COMP*.parquet"}),
     # General reasoning, for which the paper trains on WebInstruct-verified.
-    "webinstruct-verified": (
-        "TIGER-Lab/WebInstruct-verified",
-        {"train": "*train*.parquet", "test": "*test*.parquet"},
-    ),
+    "webinstruct-verified": ("TIGER-Lab/WebInstruct-verified",
+                             {s: f"*{s}*.parquet" for s in ("train", "test")}),
     "mmlu-pro": ("TIGER-Lab/MMLU-Pro", {"test": "data/test-*.parquet"}),
     "gpqa": ("Idavidrein/gpqa", {"train": "gpqa_diamond.csv"}),  # gated: accept its terms first
 }
@@ -65,6 +60,8 @@ MADE_UP: dict[str, Callable[[int, str], Iterator[tuple[str, str, int]]]] = {
     "arithmetic-hard": functools.partial(arithmetic.made_up, operations=(5,)),
     "subset-sum": subset_sum.made_up,
 }
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")  # of files of problems
 
 # What a field of Problem may be called in a row, the best name first.
 FIELDS = {
@@ -78,6 +75,7 @@ FIELDS = {
 # Two ways of writing down a multiple choice: MMLU-Pro has its choices in order, and the right
 # one's letter as the answer; GPQA names one right and three wrong ones, in no order.
 OPTIONS, RIGHT, WRONG = "options", "Correct Answer", "Incorrect Answer "
+LETTERS = list(string.ascii_uppercase)
 
 
 @dataclass(frozen=True)
@@ -93,43 +91,38 @@ class Problem:
 
 
 def load_problems(
-    name: str,
-    split: str = "test",
-    max_problems: int | None = None,
-    seed: int = 0,
+    name: str, split: str = "test", max_problems: int | None = None, seed: int = 0,
     parses: Callable[[str], bool] | None = None,
-) -> list[Problem]:
-    """The problems of an alias, of a file, or made up; the first `max_problems` of them.
-
-    `seed` orders GPQA's choices, and makes up what is made up.  `parses` (checker.parses) is asked
-    about every gold answer; how many it cannot read is said on stderr, for a solution to such a
-    problem can never be found right.  ValueError, FileNotFoundError or OSError, one line, for a
-    name or a row that makes no sense.
-    """
+) -> list[Problem]:  # fmt: skip
+    """The problems of an alias, of a file, or made up; the first `max_problems` of them.  `seed`
+    orders GPQA's choices, and makes up what is made up; `parses` (checker.parses) is asked about
+    every gold answer.  ValueError or OSError, one line, for a name or a row without sense."""
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems is {max_problems}, but has to be at least 1")
     if name in MADE_UP:
         return made_up_problems(max_problems or 1000, seed, split, name)
-    files = _files(name, split)
-    problems: list[Problem] = []
-    ids: set[str] = set()
+    files, hub = _files(name, split), name.lower() in DATASETS
+    problems: dict[str, Problem] = {}  # by id
     # What is odd about the rows but no reason to stop: counted, and said once at the end.
     notes: Counter[str] = Counter()
     # Lazily: of a hundred thousand rows the first ten cost ten.
     rows = ((number, f"{file}:{number}", row) for file in files for number, row in _rows(file))
     for number, where, row in itertools.islice(rows, max_problems):
         # Rows without an id are named by where they are: line of the file, place in the benchmark.
-        hub = name.lower() in DATASETS
         default_id = f"{name.lower()}-{len(problems) + 1}" if hub else f"{files[0].stem}-{number}"
         problem = _problem(row, where, default_id, seed, notes)
-        # Answers are grouped by problem: two problems under one id would vote as one.
-        fresh = next(i for i in _names(problem.id) if i not in ids)
-        ids.add(fresh)
+        # Answers are grouped by problem: two problems under one id, x, would vote as one.  So the
+        # second is called x#2, the third x#3.
+        fresh, count = problem.id, 1
+        while fresh in problems:
+            count += 1
+            fresh = f"{problem.id}#{count}"
         notes["problems have an id that occurred before; #2, #3 was added"] += fresh != problem.id
-        problems.append(replace(problem, id=fresh))
+        problems[fresh] = replace(problem, id=fresh)
     if not problems:
         raise ValueError(f"{name}: there is not one problem in it")
-    unread = [p for p in problems if parses is not None and not parses(p.answer)]
+    # A solution to a problem whose gold answer the checker cannot read is never found right.
+    unread = [p for p in problems.values() if parses is not None and not parses(p.answer)]
     if unread:
         notes[f"of {len(problems)} gold answers cannot be read by the checker (first: "
               f"{unread[0].id}: {unread[0].answer[:60]!r}); only a literal match counts"
@@ -137,25 +130,17 @@ def load_problems(
     for note, count in notes.items():
         if count:
             print(f"warning: {name}: {count} {note}", file=sys.stderr)
-    return problems
-
-
-def _names(identifier: str) -> Iterator[str]:
-    """x, x#2, x#3, ..."""
-    yield identifier
-    yield from (f"{identifier}#{count}" for count in itertools.count(2))
+    return list(problems.values())
 
 
 def train_and_test(
     data: str, eval_data: str, count: int | None, parses: Callable[[str], bool] | None = None
 ) -> tuple[list[Problem], list[Problem]]:
     """The problems to train on and at most `count` (None: all) to evaluate on; no text is in both.
-
-    Where both names are the same: a benchmark with two splits gives its test split; of a file, or
-    of a benchmark with one split, every n-th problem is held out, at most a fifth (rounded up).
-    Some are made up while training: then the first list is empty.  Errors: those of
-    load_problems, and ValueError if nothing is left to train on.
-    """
+    Where they are made up while training, the first list is empty.  ValueError if nothing is left
+    to train on."""
+    # Where both names are the same: a benchmark with two splits gives its test split; of all else
+    # every n-th problem is held out, at most a fifth (rounded up).
     if data in MADE_UP:
         # The splits share no problem: which one it is in, its text decides (tiny/arithmetic.py).
         return [], load_problems(eval_data, "test", count, parses=parses)
@@ -180,30 +165,22 @@ def has_test_split(name: str) -> bool:
     return name in MADE_UP or len(DATASETS.get(name.lower(), ("", ()))[1]) > 1
 
 
-def made_up_problems(
-    count: int, seed: int, split: str = "train", name: str = "arithmetic"
-) -> list[Problem]:
+def made_up_problems(count: int, seed: int, split: str = "train", name: str = "arithmetic"
+                     ) -> list[Problem]:
     """`count` random problems of the split (train, test); the same seed gives the same ones."""
     drawn = itertools.islice(MADE_UP[name](seed, split), count)
-    return [
-        Problem(id=f"{split}-{seed}-{i}", problem=text, answer=answer, level=str(level))
-        for i, (text, answer, level) in enumerate(drawn)
-    ]
+    return [Problem(id=f"{split}-{seed}-{i}", problem=text, answer=answer, level=str(level))
+            for i, (text, answer, level) in enumerate(drawn)]
 
 
 class ProblemStream:
-    """The problems of each step, as a function of (seed, step): nothing to save, and nothing to get
-    wrong, when a run is resumed."""
+    """The problems of each step: once through all of them in an epoch, each epoch in an order of
+    its own; without any, those of the name `made_up`.  ValueError without either."""
 
-    def __init__(
-        self,
-        problems: list[Problem],
-        problems_per_step: int,
-        seed: int,
-        made_up: str | None = None,
-    ):
-        """Problems are gone through once an epoch, each epoch in an order of its own; without any,
-        those of this name are made up on the spot.  ValueError without either."""
+    # All is a function of (seed, step): nothing to save, and nothing to get wrong, when a run is
+    # resumed.
+    def __init__(self, problems: list[Problem], problems_per_step: int, seed: int,
+                 made_up: str | None = None):
         if not problems and made_up not in MADE_UP:
             raise ValueError("there is no problem to learn from")
         self.problems, self.made_up = problems, None if problems else made_up
@@ -268,14 +245,13 @@ def _problem(row: dict, where: str, default_id: str, seed: int, notes: Counter) 
         # Seeded by the problem and not by its place: the letter does not depend on which other
         # problems were read, and every model is asked the same.
         random.Random(f"{seed} {identifier}").shuffle(choices)
-        values["answer"] = chr(ord("A") + choices.index(right))
+        values["answer"] = LETTERS[choices.index(right)]
         values["problem"] = _multiple_choice(values["problem"], choices)
     elif row.get(OPTIONS) is not None:
         # As they stand: they may refer to each other ("both A and C").
         listed = row[OPTIONS] if isinstance(row[OPTIONS], list) else []
         choices = [_text(c, f"{where}: {OPTIONS}", notes) for c in listed]
-        letters = [chr(ord("A") + i) for i in range(len(choices))]
-        if values["answer"] not in letters:
+        if values["answer"] not in LETTERS[: len(choices)]:
             raise ValueError(f"{where}: the answer {values['answer']!r} is not the letter of one "
                              f"of {len(choices)} {OPTIONS}")  # fmt: skip
         values["problem"] = _multiple_choice(values["problem"], choices)
@@ -295,7 +271,7 @@ def _problem(row: dict, where: str, default_id: str, seed: int, notes: Counter) 
 
 def _multiple_choice(question: str | None, choices: list[str]) -> str:
     """Question and choices as one problem, whose answer is a letter."""
-    lines = [f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices)]
+    lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices)]
     task = "Which choice is right?  Give its letter."
     return "\n".join([f"{question or ''}\n", *lines, "", task])
 
@@ -321,13 +297,10 @@ def _text(value: Any, where: str, notes: Counter) -> str:
 
 
 def read_solutions(name: str, **how: Any) -> Iterator[tuple[int, dict]]:
-    """(line, row) of the solutions in a JSONL file, whoever sampled them: `problem` or `question`
-    and `response` or `solution`, or `messages` as OpenAI's API has them, or token ids; `gold` is
-    the reference answer, where there is one.  All else that a row holds stays in it.
-
-    `how` goes to files.read_jsonl.  ValueError "FILE:LINE ..." for a row that makes no sense; with
-    `on_damage`, that is told (line, why) instead.
-    """
+    """(line, row) of the solutions in a JSONL file: `problem` or `question` and `response` or
+    `solution`, or `messages` as OpenAI's API has them, or token ids; `gold` is the reference
+    answer, where there is one.  All else that a row holds stays in it.  `how` is read_jsonl's, its
+    `on_damage` included; without that, ValueError "FILE:LINE ..." for a row without sense."""
     on_damage = how.get("on_damage")
     for number, row in read_jsonl(name, **how):
         try:
@@ -373,14 +346,14 @@ def _conversation(messages: Any) -> dict:
     """{problem, response} of [{"role": "user", "content": ...}, {"role": "assistant", ...}]."""
     try:
         # The instruction of a system message belongs to the prompt, not to the problem.
-        turns = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
-        (asked, problem), (said, response) = turns
-        # A content may come in parts: [{"type": "text", "text": ...}]
-        problem, response = (c if isinstance(c, str) else "".join(part["text"] for part in c)
-                             for c in (problem, response))  # fmt: skip
-        if (asked, said) == ("user", "assistant"):
+        asked, said = (m for m in messages if m["role"] != "system")
+        if (asked["role"], said["role"]) == ("user", "assistant"):
+            # A content may come in parts: [{"type": "text", "text": ...}]
+            problem, response = (
+                c if isinstance(c, str) else "".join(part["text"] for part in c)
+                for c in (asked["content"], said["content"]))
             return {"problem": problem, "response": response}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError):  # of two turns in texts, anything may be missing
         pass
     raise ValueError("messages must be one question of the user and one answer of the assistant, "
                      "in text") from None
@@ -399,7 +372,7 @@ def _files(name: str, split: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        inside = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in READERS)[:5])
+        inside = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)[:5])
         raise ValueError(f"{name} is a folder; name a file in it ({inside or 'none fits'})")
     if path.suffix or "/" in name:
         raise FileNotFoundError(f"no such data file: {name}")
@@ -420,22 +393,17 @@ def _hub_files(alias: str, split: str) -> list[Path]:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     files = [folder / n for n in names if fnmatch.fnmatch(n, splits[split])]
     if not files:
-        raise ValueError(
-            f"{alias}: {repository} has no file {splits[split]} (any more, or in the cache); "
-            "download it by hand and name the file"
-        )
+        raise ValueError(f"{alias}: {repository} has no file {splits[split]} (any more, or in the "
+                         "cache); download it by hand and name the file")
     return files
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, row) of every row, in order, read as they are asked for."""
-    return READERS.get(path.suffix.lower(), _read_jsonl)(path)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """One JSON object a line, numbers as they are written: an answer 0.10, or one of 5,000 digits,
-    is a text to be compared exactly, not a float."""
-    return read_jsonl(path, parse_int=str, parse_float=str)
+    reader = {".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix.lower())
+    # JSON's numbers as they are written: an answer 0.10, or one of 5,000 digits, is a text to be
+    # compared exactly, not a float.
+    return reader(path) if reader else read_jsonl(path, parse_int=str, parse_float=str)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
@@ -465,6 +433,3 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
-
-
-READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

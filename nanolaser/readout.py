@@ -13,16 +13,15 @@ At N = 2048 tokens of Qwen2.5 (V = 152,064) it holds 1.2 GB of logits, as many l
 many gradients.  But of each row of V numbers only one is kept, and rows do not need each other: so
 they are read block by block, one after the other in the same memory.
 
-    token_logprobs   the first two lines, as a differentiable function.  Its backward pass has to
-                     compute the logits again: four matrix products where the textbook needs three
-    loss_backward    all three lines, for a loss that is a sum over targets, as every loss here is:
-                     while a block lies there, its log-probs, its share of the loss and its share
-                     of the gradient are computed.  Three products, nothing twice
+    token_logprobs   the first two lines, differentiable.  Its backward pass computes the logits
+                     again: four matrix products where the textbook needs three
+    loss_backward    all three lines, for a loss that is a sum over targets: while a block lies
+                     there, its share of loss and gradient is computed.  Three products
 
 Precision, said once for the whole project: logits and logsumexp are computed in fp32 whatever
 the model computes in.  r_s spans 0 to 1 over 10 nats (beta_v = 0.1), and a bf16 logit near 20
 comes in steps of 0.125: it would round r_s to multiples of 0.0125.  A bf16 matrix is widened for
-that, but for a GPU that multiplies bf16 numbers and sums in fp32 by itself, at many times the
+that, but for a GPU that multiplies bf16 and sums in fp32 by itself (`mixed`), at many times the
 speed.  A product of two bf16 numbers is exact in fp32, so the logits are the same; backward, the
 softmax is rounded to bf16 before it is multiplied: a relative error of 0.2 % in the gradient.
 
@@ -36,16 +35,43 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Logits in a block, all V of each row: 128 MiB in fp32, 220 rows of Qwen2.5.  Large enough that
-# matrix products run at full speed, small beside the model's weights.
+# Logits in a block, all V of each row: 128 MiB in fp32, 220 rows of Qwen2.5.  Matrix products run
+# at full speed, and it is small beside the weights.
 BLOCK_LOGITS = 2**25
 # Rows of a bf16 output matrix that are widened to fp32 at a time.
 CHUNK_VOCAB = 8192
 
+# ---------------------------------------------------------------------------------------------
+# products with the output matrix
+
+
+def mixed(weight: Tensor) -> bool:
+    """Whether products of bf16 numbers are summed and returned in fp32 (torch 2.8 on, on CUDA)."""
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits (N, V) in fp32 of hidden states (N, C), all at once; `weight` in fp32 or `mixed`."""
+    if mixed(weight):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.T
+
+
+def _widened(weight: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (vocabulary slice, its rows of the output matrix in `wide`: a view, or a copy)."""
+    step = CHUNK_VOCAB if weight.dtype != wide else len(weight)
+    for first in range(0, len(weight), step):
+        v = slice(first, first + step)
+        yield v, weight[v].to(wide)
+
+
+# ---------------------------------------------------------------------------------------------
+# block by block: forward, and backward
+
 
 def _blocks(hidden: Tensor, weight: Tensor, targets: Tensor, inverse_temperature: Tensor):
     """Yield (rows: slice, exps (n, V), sums (n,), log-probs (n,)) of block after block, where
-    exps / sums is the softmax.  The next block is computed in the same memory."""
+    exps / sums is the softmax; the next block is computed in the same memory."""
     N, V, wide = len(hidden), len(weight), inverse_temperature.dtype  # fp32, usually
     # N = 5 targets in blocks of n = 2:  rows 0 1 | rows 2 3 | row 4
     n = min(N, max(1, BLOCK_LOGITS // V))
@@ -72,36 +98,12 @@ def _blocks(hidden: Tensor, weight: Tensor, targets: Tensor, inverse_temperature
         yield rows, exps, sums, of_target - peak - sums.log()
 
 
-def mixed(weight: Tensor) -> bool:
-    """Whether this device multiplies bf16 numbers, and sums and returns fp32 (torch 2.8 and later,
-    on CUDA)."""
-    return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype")
-
-
-def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits (N, V) in fp32 of hidden states (N, C), all at once; `weight` in fp32 or `mixed`."""
-    if mixed(weight):
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.T
-
-
-def _widened(weight: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (vocabulary slice, its rows of the output matrix in `wide`): a view, or a copy of a
-    bf16 matrix that is gone before the next one is made."""
-    step = CHUNK_VOCAB if weight.dtype != wide else len(weight)
-    for first in range(0, len(weight), step):
-        v = slice(first, first + step)
-        yield v, weight[v].to(wide)
-
-
 def _gradients(
     hidden, weight, targets, inverse_temperature, derivative, grad_weight, learns=slice(None)
 ):
     """(log-probs (N,), entropies (N,), gradient of hidden (N, C)) in fp32; the gradient of the
-    output matrix's rows `learns` is added to grad_weight (all: V, C), unless that is None.
-
-    `derivative(logprobs (n,), rows)` is that of the loss by each log-prob of a block (n,).
-    """
+    output matrix's rows `learns` (all: V) is added to grad_weight, unless that is None.
+    `derivative(logprobs (n,), rows)` is that of the loss by each log-prob of a block (n,)."""
     wide = inverse_temperature.dtype
     grad_hidden = torch.empty_like(hidden, dtype=wide)
     logprobs, entropy = (grad_hidden.new_empty(len(hidden)) for _ in range(2))
@@ -151,6 +153,10 @@ def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | 
     return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0 / T
 
 
+# ---------------------------------------------------------------------------------------------
+# the two doors
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Forward keeps its inputs alone; backward computes the logits anew."""
 
@@ -165,53 +171,41 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The loss's derivative by each log-prob is given, whatever the log-probs are: `grad`."""
+        """The loss's derivative by each log-prob (N,) is given -> that by hidden and weight."""
         hidden, weight, *rest = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wanted else None
-        given = lambda _, rows: grad[rows]  # noqa: E731
-        _, _, grad_hidden = _gradients(hidden, weight, *rest, given, grad_weight)
-        grad_weight = grad_weight.to(weight.dtype) if wanted else None
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        by_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
+        _, _, by_hidden = _gradients(hidden, weight, *rest, lambda _, rows: grad[rows], by_weight)
+        by_weight = None if by_weight is None else by_weight.to(weight.dtype)
+        return by_hidden.to(hidden.dtype), by_weight, None, None
 
 
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
 ) -> Tensor:
-    """Log-probabilities in nats of `targets` (...) after hidden states (..., C), fp32 (...).
-
-    weight is the (V, C) output matrix; `temperature` a number or one for each target (...).
-    Differentiable in hidden and weight.  Memory: as `loss_backward`'s.  ValueError for a target
-    outside the vocabulary (on a CPU; on a GPU it is a failed device assertion).
-    """
+    """Log-probs (...) in nats, fp32, of `targets` (...) after hidden states (..., C), for whose
+    gradient and that of the output matrix (V, C) the logits are computed again.
+    ValueError for a target that is no token (on a CPU)."""
     h, ids, inverse = _flat(hidden, weight, targets, temperature)
     return _TokenLogprobs.apply(h, weight, ids, inverse).view(targets.shape)
 
 
 def loss_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    loss: Callable[[Tensor, slice], Tensor],
-    temperature: float | Tensor = 1.0,
-    z_c: tuple[int, Tensor | None] = (0, None),
-) -> tuple[Tensor, Tensor]:
-    """`loss(token_logprobs(...)).backward()` at three quarters of the cost: (log-probs (N,),
-    entropy (N,) in nats of each whole distribution, not differentiable), both fp32.
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss: Callable[[Tensor, slice], Tensor],
+    temperature: float | Tensor = 1.0, z_c: tuple[int, Tensor | None] = (0, None),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`loss(token_logprobs(...)).backward()` at three quarters of the cost, of flat inputs (N, C),
+    (V, C), (N,): (log-probs (N,), entropy (N,) in nats of each whole distribution), both fp32.
 
-    The loss has to be a SUM over targets: `loss(logprobs (n,), rows)` is called for block after
-    block `rows` of the N, each once, and returns that block's share.  Inputs otherwise as for
-    `token_logprobs`, flat: (N, C), (V, C), (N,).
+    The loss is a SUM over targets: `loss(logprobs (n,), rows)` returns the share of a block `rows`
+    of the N, and is called once for each.  With `z_c` = (its id, a parameter (1, C)) the output
+    matrix is frozen, and that parameter gets the gradient of its one row.
 
-    Extra memory, in numbers of fp32, beyond inputs, gradients and a few numbers a token: a block
-    of n * V logits with n = BLOCK_LOGITS // V rows, and 3 * n * C.  A bf16 output matrix costs
-    V * C more, its gradient being summed in fp32 and rounded once, and CHUNK_VOCAB * C.
-
-    Of a frozen output matrix one row may learn, z_c's: (its id, the parameter (1, C) that gets the
-    gradient).
+    Memory, in numbers of fp32, beyond inputs, gradients and a few numbers a token: a block of n * V
+    logits with n = BLOCK_LOGITS // V rows, and 3 * n * C.  A bf16 output matrix costs V * C more,
+    its gradient being summed in fp32 and rounded once, and CHUNK_VOCAB * C.
     """
     z_c_id, row = z_c
-    learns, weights = (slice(None), weight) if row is None else (slice(z_c_id, z_c_id + 1), row)
+    learns, leaf = (slice(None), weight) if row is None else (slice(z_c_id, z_c_id + 1), row)
 
     def derivative(logprobs: Tensor, rows: slice) -> Tensor:
         """Autograd on a block's loss alone, a graph of n numbers."""
@@ -222,33 +216,28 @@ def loss_backward(
     # 1. Through the readout, block by block.
     with torch.no_grad():
         h, ids, inverse = _flat(hidden, weight, targets, temperature)
-        grad_weight, in_place = _gradient_buffer(weights, inverse.dtype)
-        inputs = h, weight, ids, inverse
-        logprobs, entropy, grad_hidden = _gradients(  # (N, C)
-            *inputs, derivative, grad_weight, learns
-        )
+        in_place, by_leaf = _sums_in_place(leaf, inverse.dtype), None
+        if leaf.requires_grad:
+            by_leaf = leaf.grad if in_place else torch.zeros_like(leaf, dtype=inverse.dtype)
+        inputs = h, weight, ids, inverse, derivative, by_leaf, learns
+        logprobs, entropy, by_hidden = _gradients(*inputs)
     # 2. Through the model: autograd goes on from the gradients found.
     outputs, gradients = [], []
     if hidden.requires_grad:
         outputs.append(hidden)
-        gradients.append(grad_hidden.to(hidden.dtype))
-    if grad_weight is not None and not in_place:
-        outputs.append(weights)
-        gradients.append(grad_weight.to(weights.dtype))
-    del grad_hidden, grad_weight  # autograd is then their only owner, and need not copy
+        gradients.append(by_hidden.to(hidden.dtype))
+    if leaf.requires_grad and not in_place:
+        outputs.append(leaf)
+        gradients.append(by_leaf.to(leaf.dtype))
+    del inputs, by_hidden, by_leaf  # autograd is then their only owner, and need not copy
     torch.autograd.backward(outputs, gradients)
     return logprobs, entropy
 
 
-def _gradient_buffer(weight: Tensor, wide: torch.dtype) -> tuple[Tensor | None, bool]:
-    """(Where the gradient of the output matrix is summed, or None if nobody wants it; whether
-    that is weight.grad itself, where a later micro-batch finds the sum of the earlier ones)."""
-    if not weight.requires_grad:
-        return None, False
-    # A hook has to see the gradient come by (data-parallel training hangs on them), and a
-    # subclass such as DTensor has its own idea of what a gradient is: those go through autograd.
+def _sums_in_place(weight: Tensor, wide: torch.dtype) -> bool:
+    """Whether a gradient may be added to weight.grad, where that of earlier micro-batches lies."""
+    # A hook has to see the gradient come by (data-parallel training hangs on them), and a subclass
+    # such as DTensor has its own idea of what a gradient is: those go through autograd.
     hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_leaf and not hooks
-    if plain and weight.grad is not None and weight.dtype == wide:
-        return weight.grad, True
-    return torch.zeros_like(weight, dtype=wide), False
+    return plain and weight.dtype == wide and weight.grad is not None

@@ -32,12 +32,12 @@ from .svg import DASH, GREY, dots, error_bars, mark, panel, picture
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left, the others to the right."""
     # Two passes: a column is as wide as its widest cell, which may come last.
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
-    for row in cells:
-        first, others = row[0].ljust(widths[0]), zip(row[1:], widths[1:])
-        lines.append("  ".join([first, *(cell.rjust(width) for cell, width in others)]).rstrip())
+    for first, *others in cells:
+        others = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *others]).rstrip())
     return "\n".join(lines)
 
 
@@ -78,17 +78,15 @@ def accuracy_table(results: Mapping[str, dict], votes: Mapping[str, dict]) -> st
 
 
 def verification_table(entries: Mapping[str, dict]) -> str:
-    """A line a verifier: how well its score tells right solutions from wrong ones.
-
-    F1 is over all solutions, "filtered" over those with an answer; "within" is the AUROC inside
-    problems, Spearman the rank correlation with the length, the last two columns mean scores.
-    """
-    # A score that is no probability (a log ratio) has no F1 and no calibration: its columns are "-"
-    rows = [[name, *(percent(v.get(k)) for k in ("f1", "accuracy_correct", "accuracy_wrong",
-                                                 "f1_filtered")),
-             *(decimal(v.get(k)) for k in ("auroc", "auroc_within", "ece", "brier")),
-             *(decimal(v.get(k), 2) for k in ("spearman_length", "mean_r_s_correct",
-                                              "mean_r_s_wrong"))]
+    """A line a verifier: how well its score tells right solutions from wrong ones."""
+    # F1 is over all solutions, "filtered" over those with an answer; "within" is the AUROC inside
+    # problems, Spearman the rank correlation with the length, the last two columns mean scores.  A
+    # score that is no probability (a log ratio) has no F1 and no calibration: there stands "-".
+    shares = ("f1", "accuracy_correct", "accuracy_wrong", "f1_filtered")
+    others = ("auroc", "auroc_within", "ece", "brier", "spearman_length", "mean_r_s_correct",
+              "mean_r_s_wrong")
+    rows = [[name, *(percent(v.get(k)) for k in shares),
+             *(decimal(v.get(k), 3 if i < 4 else 2) for i, k in enumerate(others))]
             for name, v in entries.items()]
     return table(("verification", "F1", "on right", "on wrong", "filtered", "AUROC", "within",
                   "ECE", "Brier", "Spearman", "r right", "r wrong"), rows)
@@ -102,18 +100,18 @@ def comparison_table(differences: Mapping[str, Any]) -> str:
         if d.a is None and d.b is None:
             continue
         # An interval that holds zero is no difference, however large the number before it.
-        interval, star = "-", ""
-        if d.low is not None:
-            interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
-            star = "*" if d.low > 0 or d.high < 0 else ""
+        known = d.low is not None
+        interval = f"[{d.low:+.4f}, {d.high:+.4f}]" if known else "-"
+        star = "*" if known and not d.low <= 0 <= d.high else ""
         change = "-" if d.difference is None else f"{d.difference:+.4f}"
         rows.append([name, decimal(d.a, 4), decimal(d.b, 4), change, interval, star])
     return table(("metric", "A", "B", "B - A", "95 % interval", ""), rows)
 
 
 def before_after(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[list[str]]:
-    """[name, before, after, change] of two evaluations of the same problems, in the order in which
-    one asks: does it solve more, does it know when, what do votes make of that?"""
+    """[name, before, after, change] of two evaluations of the same problems."""
+    # In the order in which one asks: does it solve more, what do votes make of that, does it know
+    # when it is right?
     n = str(after.get("n"))
     wanted = (
         ("accuracy, %", ("accuracy",)), (f"majority vote of {n}, %", ("majority_vote", n)),
@@ -153,19 +151,21 @@ COLOURS = (RIGHT, WRONG, *OTHERS)  # of several runs
 
 def evaluation(title: str, rows: Sequence[Mapping[str, Any]],
                votes: Mapping[str, Mapping[int, Any]]) -> str:
-    """One data set in four panels: what votes bring, whether r_s = 0.8 means right in 80 % of the
-    cases, how far apart right and wrong solutions are, and whether r_s only looks at the length."""
+    """One data set in four panels."""
     right, score, tokens = scored(rows)
     return picture([
-        votes_panel(votes, f"{title}: accuracy of votes"), reliability_panel(right, score),
-        histogram_panel(right, score, "r_s"), _lengths(right, score, tokens),
-    ])  # fmt: skip
+        votes_panel(votes, f"{title}: accuracy of votes"),  # What do votes bring?
+        reliability_panel(right, score),  # Does r_s = 0.8 mean right in 80 % of the cases?
+        histogram_panel(right, score, "r_s"),  # How far apart are right and wrong solutions?
+        _lengths(right, score, tokens),  # Does r_s only look at the length?
+    ])
 
 
 def histograms(kinds: Mapping[str, Sequence[Mapping[str, Any]]], columns: int = 2) -> str:
     """r_s of right and of wrong solutions, a panel for each of several sets of rollout rows: before
-    and after training, say.  One scale for all: what training moved is seen, not read."""
+    and after training, say."""
     pairs = {name: scored(rows)[:2] for name, rows in kinds.items()}
+    # One scale for all: what training moved is seen, not read.
     high = max([0.0, *(_density(score[kind]).max() for right, score in pairs.values()
                        for kind in (right, ~right))])  # fmt: skip
     return picture([histogram_panel(*pair, name, high) for name, pair in pairs.items()], columns)
@@ -174,21 +174,24 @@ def histograms(kinds: Mapping[str, Sequence[Mapping[str, Any]]], columns: int = 
 def by_phase(steps: Sequence[dict], samples: Sequence[dict]) -> dict[str, list[dict]]:
     """The solutions of a run, sorted by the phase that their step belongs to."""
     phase_of = {row["step"]: row.get("phase", "") for row in steps}
-    return {phase: [row for row in samples if phase_of.get(row["step"]) == phase]
-            for phase in dict.fromkeys(phase_of.values())}  # fmt: skip
+    found = {phase: [] for phase in phase_of.values()}  # in the order in which they come
+    for row in samples:
+        found.get(phase_of.get(row["step"]), []).append(row)
+    return found
 
 
 def scored(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(right, r_s, tokens), (M,) each, of the solutions that have an r_s."""
     # A solution that was cut off has no end, and no r_s: it is in no picture of r_s.
-    kept = [row for row in rows if row["r_s"] is not None and math.isfinite(row["r_s"])]
-    right, score, tokens = (np.array([row[k] for row in kept], dtype=float)
-                            for k in ("r_v", "r_s", "response_tokens"))
+    kept = [(row["r_v"], row["r_s"], row["response_tokens"]) for row in rows
+            if row["r_s"] is not None and math.isfinite(row["r_s"])]
+    right, score, tokens = np.array(kept, dtype=float).reshape(-1, 3).T
     return right > 0.5, score, tokens
 
 
 def votes_panel(votes: Mapping[str, Mapping[int, Any]], title: str = "Accuracy of votes") -> str:
     """Accuracy of each kind of vote against k, with standard errors over problems."""
+    # method: name at the end of its line, colour, dashes
     styles = {"majority_vote": ("majority vote", GREY, DASH),
               "weighted_vote": ("weighted by r_s", RIGHT, ""),
               "best_of": ("best by r_s", OTHERS[0], "8 3 2 3"),
@@ -230,9 +233,8 @@ EDGES = np.linspace(-0.5, 1.5, 41)
 def _density(score: np.ndarray) -> np.ndarray:
     """The share of scores in each bin, per unit of r_s."""
     # Shares, not counts: right and wrong solutions are rarely equally many, and the question is
-    # whether their shapes overlap.
-    # A far-off r_s would squeeze all others into one bar: what lies beyond is drawn in the last bar
-    # on its side.
+    # whether their shapes overlap.  A far-off r_s would squeeze all others into one bar: what lies
+    # beyond -0.5 .. 1.5 is drawn in the last bar on its side.
     return np.histogram(np.clip(score, -0.5, 1.5), EDGES)[0] / max(1, len(score)) / 0.05
 
 
@@ -259,9 +261,9 @@ def histogram_panel(
 
 
 def _lengths(right: np.ndarray, score: np.ndarray, tokens: np.ndarray) -> str:
-    """r_s against the length, a point a solution: two clouds that both fall say that r_s follows
-    the length, two level ones apart that it does not."""
-    # More points than this are a blob, and a large file: a random part shows the same.
+    """r_s against the length, a point a solution."""
+    # Two clouds that both fall say that r_s follows the length, two level ones apart that it does
+    # not.  More points than 2,000 are a blob, and a large file: a random part shows the same.
     some = np.random.default_rng(0).permutation(len(score))[:2000]
     some = some[np.isfinite(tokens[some])]  # of solutions sampled elsewhere nobody counted them
     marks = [dots([(tokens[i], score[i]) for i in some if right[i] == kind], colour, 3.5,
@@ -291,6 +293,7 @@ def curves(
 ) -> str:
     """The course of training of one or more runs in six panels; name -> (lines of metrics.jsonl,
     lines of evals.jsonl).  Dots are held-out evaluations, grey lines the borders of phases."""
+    # 1. Where a phase ends, in the picture of one run; those of several lie in different places.
     borders, phases = [], []
     if len(runs) == 1:
         (steps, _), *_ = runs.values()
@@ -301,6 +304,8 @@ def curves(
                 # One below the other: a phase may be too short for its name.
                 phases.append((x, 0.28 - 0.12 * len(phases), b.get("phase", "")))
                 borders.append([(x, -math.inf), (x, math.inf)])
+    # 2. One step axis for all panels: what happens at a border is read down the column.
+    last = max([1, *(row["step"] for pair in runs.values() for log in pair for row in log)])
     panels = []
     for title, label, keys, held_out in PANELS:
         marks = []
@@ -310,13 +315,11 @@ def curves(
                 name = ("wrong" if dash else "right") if len(keys) > 1 else ""
                 name = name if len(runs) == 1 else "" if dash else shorten(run, 18)
                 marks += _smooth_line(_points(steps, (key,)), colour, dash, name)
-            # Few and exact, against the many noisy batches: dots above the curves.
+            # Evaluations are few and exact, against the many noisy batches: dots above the curves.
             points = _points(evals, held_out)
             marks += [dots(points, "#fff", 10), dots(points, colour, 7)]
         if any(m["lines"] for m in marks):
             marks.append(mark(borders[1:], "#9aa0a8", stroke_width=0.8))
-        # One step axis for all: what happens at a border of phases is read down the column.
-        last = max([1, *(row["step"] for pair in runs.values() for log in pair for row in log)])
         share = (-0.02, 1.02) if "F1" in title or "Accuracy" in title else None
         notes = phases if title == "Accuracy" else ()
         panels.append(panel(title, "step", label, marks, (0, last), share, notes=notes))
@@ -324,10 +327,9 @@ def curves(
 
 
 def _points(rows: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> np.ndarray:
-    """(N, 2) of (step, row[k1][k2]...) of the rows that have it."""
+    """(N, 2) of (step, row[k1][k2]...) of the rows that have it; none without keys."""
     # Steps without a value are left out, not drawn as a gap: a batch without a wrong solution has
     # no r_s_wrong, and late in a good run that happens every few steps.
-    keys = tuple(keys)
     points = [(row["step"], _at(row, keys)) for row in rows if keys]
     return np.array([p for p in points if p[1] is not None], dtype=float).reshape(-1, 2)
 
@@ -350,7 +352,7 @@ def _smooth_line(points: np.ndarray, colour: str, dash: str, name: str) -> list[
 
 
 def save(path: str | Path, svg: str) -> str:
-    """Write a picture, whole or not at all; the line to tell."""
+    """Write a picture or page, whole or not at all; the line to tell."""
     write_atomic(path, svg)
     return f"picture {path}"
 
@@ -366,20 +368,23 @@ def page(folders: Mapping[str, Path]) -> str:
     """One HTML file about one or more runs: before and after, curves, and the sampled solutions, to
     sort, filter and search.  All of it is inside; it asks no network for anything."""
     logs = {name: read_run(folder) for name, folder in folders.items()}
+    # 1. Before and after, of runs that have come to their end.
     tables = []
     for name, folder in folders.items():
         if (folder / "summary.json").is_file():
             summary = read_json(folder / "summary.json")
-            header = [name, "before", "after", "change"]
-            cells = [header, *before_after(summary.get("before"), summary.get("after") or {})]
+            cells = [[name, "before", "after", "change"],
+                     *before_after(summary.get("before"), summary.get("after") or {})]
             cells = ["".join(f"<td>{html.escape(x)}</td>" for x in row) for row in cells]
             tables.append(f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>")
+    # 2. The curves; of one run also how r_s parted right from wrong, phase after phase.
     pictures = [curves({name: log[:2] for name, log in logs.items()}, 3)]
     if len(logs) == 1:
         ((steps, _, samples),) = logs.values()
         pictures.append(histograms(by_phase(steps, samples), 3))
+    # 3. The solutions.  One pass over the template, so that nothing that was put in is looked at
+    #    again: a solution may say $title.
     data, note = _samples_json({name: log[2] for name, log in logs.items()})
-    # One pass over the template, so that nothing that was put in is looked at again.
     template = string.Template((Path(__file__).parent / "report.html").read_text("utf-8"))
     return template.substitute(title=html.escape(", ".join(logs)), tables="".join(tables),
                                pictures="".join(pictures), data=data, note=note)  # fmt: skip
@@ -420,6 +425,7 @@ def read_run(folder: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
 
 def _shown(row: Mapping[str, Any]) -> dict:
     """What a page shows of a solution: of a long chain of thought its beginning and its end."""
+    # What the page has a place for, and no other keys of samples.jsonl.
     keys = "step problem gold response answer r_v r_s advantage response_tokens finished".split()
     row = {key: row.get(key) for key in keys}
     text = str(row["response"])
@@ -435,6 +441,7 @@ def main() -> None:
                                      "other (.svg), or a page with their samples (.html)")
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("-o", "--output", default="compare.html", help="(default: compare.html)")
+    # One line, as from the other scripts, where argparse would print its usage as well.
     parser.error = lambda text: sys.exit(print(f"error: {text}", file=sys.stderr) or 2)
     given = parser.parse_args()
     folders, kind = {str(Path(run)): Path(run) for run in given.runs}, Path(given.output).suffix

@@ -3,9 +3,9 @@ The one noun of this project: a rollout, one sampled solution, from its first to
 the log.
 
     sampler    fills in the tokens, their log-probs, and log pi(z_c) after the end
-    judge      decodes them once, extracts the boxed answer, and asks the checker:  r_v
+    judge      decodes them once, extracts the boxed answer, and asks the checker:  r_v (reward.py)
     train.py   computes r_s and the advantages from lists of rollouts, then learns from the tokens
-    row        what samples.jsonl, evaluate.py and sample.py write: text, no token ids
+    row        what samples.jsonl, evaluate.py and sample.py write
 
 Token ids go from the sampler to the update as they were drawn.  Text is made for the checker and
 for people, and never encoded again: that would not give the same tokens back.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import laser
-from .checker import extract_answer, is_equivalent
+from .reward import judge
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Rollout:
     finished: bool = False  # ended with a stop token
     sample_id: int = 0  # which of its problem's solutions it is
 
-    # from `judge`
+    # from `judge`, r_s and advantage from train.py
     problem: str = ""
     gold: str | None = None  # the reference answer; None: nobody knows
     response: str = ""  # the text of response_tokens
@@ -45,8 +45,7 @@ class Rollout:
     advantage: float | None = None  # in training: how much better than the others of its group
 
     def row(self, token_ids: bool = False) -> dict:
-        """This rollout as one JSON row; `token_ids` adds the tokens themselves, for whoever wants
-        to score exactly these."""
+        """This rollout as one JSON row, of text; `token_ids` adds the tokens themselves."""
         names = "problem gold response answer r_v r_s logp_zc finished".split()
         row = {name: getattr(self, name) for name in names}
         row |= {"response_tokens": len(self.response_tokens), "prompt_id": self.prompt_id}
@@ -56,41 +55,6 @@ class Rollout:
             row["prompt_token_ids"] = self.prompt_tokens
             row["response_token_ids"] = self.response_tokens
         return row
-
-
-def judge(
-    rollouts: list[Rollout], problems: Sequence, tokenizer, gate: str | None = None, reward=None
-) -> None:
-    """Fill in text, answer and r_v of rollouts, whose prompt_id is a place in `problems`.
-
-    `gate` is the format that a solution must have to have an answer, see `boxed_answer`.  Nothing
-    that a model writes ends a run: should the checker raise, the solution has no answer, and
-    `checker_error` says why.  `reward`, the user's own (see reward.py), takes the checker's place.
-    """
-    # In a group many solutions end in the same answer: each distinct one is judged once.
-    verdicts: dict[tuple[str, str], tuple[bool | None, str | None]] = {}
-    for r in rollouts:
-        # Text is for the checker and for people; what is learned from are the tokens.
-        problem = problems[r.prompt_id]
-        r.problem, r.gold = problem.problem, problem.answer
-        r.response = tokenizer.decode(r.response_tokens)
-        answer, r.checker_error = _without_raising(boxed_answer, r.response, gate)
-        # A model that repeats the instruction leaves its \boxed{} empty: that is no answer, and
-        # must not win a vote.
-        r.answer = answer or None
-        # Without a gold answer (sample.py) there is no verdict, only an answer to vote with.
-        if r.gold is None or reward is not None:
-            continue
-        pair = r.answer, r.gold
-        if r.answer is not None and pair not in verdicts:
-            verdicts[pair] = _without_raising(is_equivalent, *pair)
-        correct, error = verdicts.get(pair, (False, r.checker_error))
-        r.r_v, r.checker_error = float(bool(correct)), error
-    # All solutions at once: a reward may be a model of its own, and batches are cheaper.
-    if reward is not None and rollouts:
-        texts = zip(*((r.problem, r.response, r.gold) for r in rollouts))
-        for r, r_v in zip(rollouts, reward(*texts)):
-            r.r_v = r_v
 
 
 def judged_rows(
@@ -103,25 +67,6 @@ def judged_rows(
     return [r.row(token_ids) for r in rollouts]
 
 
-def boxed_answer(response: str, gate: str | None) -> str | None:
-    """The answer in a response's box, or None where the gate is shut.
-
-    The gates are those of the paper's training reward (reward_score/__init__.py of the released
-    code).  "box": \\boxed{ stands in it exactly once.  "tags", for prompts that ask for <think> and
-    <answer>: </think>, <answer> and </answer> once each, in this order, with a box in the answer.
-    None, for evaluation: any text, its last box.
-    """
-    if gate == "box":
-        return extract_answer(response, strict=True)
-    if gate == "tags":
-        once = all(response.count(tag) == 1 for tag in ("</think>", "<answer>", "</answer>"))
-        inside = response.partition("</think>")[2].partition("<answer>")[2]
-        box = inside.partition("\\boxed{")[2]
-        if not (once and "}" in box and response.endswith("</answer>")):
-            return None
-    return extract_answer(response.partition("</answer>")[0])
-
-
 def self_reward(logp_zc: float | None, tokenizer) -> float | None:
     """r_s of a log pi(z_c) in nats, on the scale that this model was trained on; None where there
     is no log pi(z_c), or no c_ref yet."""
@@ -130,13 +75,3 @@ def self_reward(logp_zc: float | None, tokenizer) -> float | None:
     return laser.self_reward(
         logp_zc, tokenizer.c_ref, tokenizer.beta_v, tokenizer.self_reward_loss
     )
-
-
-def _without_raising(function, *arguments):
-    """(What the function returns, None), or (None, what it raised)."""
-    # The checker promises not to raise, and is fuzzed.  But a training run of days should not hang
-    # on a promise: one degenerate text among millions must cost one reward, not the run.
-    try:
-        return function(*arguments), None
-    except Exception as error:  # noqa: BLE001
-        return None, f"{type(error).__name__}: {error}"[:200]

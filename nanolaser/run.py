@@ -1,6 +1,7 @@
 """
 A training run around its loop: what happens before the first step, at a checkpoint, after the last.
 
+    new_options a new run's options: those typed, the model's presets, the defaults
     choose      which run: a new one, or one to be resumed; alike on all ranks
     prepare     model, tokenizer, data, optimizer; a new run's folder last, when nothing can fail
     begin       c_ref and the first evaluation        take_up   or: what a checkpoint says
@@ -24,8 +25,8 @@ from typing import Any
 
 from . import grpo, log, metrics, report, scoring
 from .checker import is_equivalent, parses
-from .checkpoint import find_checkpoint, load_pretrained, load_state, save_pretrained
-from .cli import Progress, check_options, warn
+from .checkpoint import EMBEDDED, find_checkpoint, load_pretrained, load_state, save_pretrained
+from .cli import Progress, apply_preset, check_options, paper_defaults, warn
 from .files import RunFolder, peak_memory_bytes
 from .judge import check_prompts
 from .lora import Lora, fingerprint
@@ -57,13 +58,14 @@ class Stop:
         # says nothing new there: torchrun passes on what a terminal has sent to all already.  (It
         # also sends one when a rank has died; the next exchange with that one then says so.)
         alone = self.world.size == 1
+        # os.write, not print: it may be a print that was interrupted.
         if not self.in_step or (self.signal and alone):
-            if self.world.may_speak():  # not print: it may be a print that was interrupted
+            if self.world.may_speak():
                 os.write(2, f"\nstopped{self.how_to_resume}\n".encode())
             raise SystemExit(128 + number)
         if alone:
-            said = "stopping after this step, with a checkpoint; once more stops now, without"
-            os.write(2, f"\n{said}\n".encode())
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops now, "
+                        b"without\n")  # fmt: skip
         self.signal = number
 
     def agreed(self) -> int:
@@ -92,7 +94,56 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------
-# before the first step
+# which run
+
+# fmt: off
+# Where the paper's scripts differ from that of Qwen2.5-7B.  Open-Reasoner-Zero has been through RL
+# already, so it needs no reasoning warm-up; it was trained to answer within <answer> tags.
+PRESETS = {
+    "orz-7b": dict(reasoning_warmup=0, template="r1"),
+    "octothinker-3b": dict(z_c="<|reserved_special_token_0|>"),
+    # the second embedded model: measured in docs/easy-to-check.md
+    "tiny-subset-sum": dict(data="subset-sum", steps=600, alpha=0.5, lr=4e-4, grad_clip=1.0),
+}
+# A complete run that takes minutes on any model: as little as possible of everything.
+TRIAL = dict(
+    steps=3, problems_per_step=2, group_size=4, max_new_tokens=128, reasoning_warmup=1,
+    self_reward_warmup=1, lr_warmup=0, c_ref_pairs=8, eval_problems=4, eval_n=2, eval_every=2,
+    save_every=3, max_rows=16,
+)
+# fmt: on
+
+
+def new_options(o, given):
+    """A new run's options: the user's word first, then the model's preset, then the defaults."""
+    if o.model != "tiny":
+        paper = {} if o.model in EMBEDDED else paper_defaults(type(o))
+        o = apply_preset(o, given, paper | PRESETS.get(o.model.lower(), {}))
+    if o.eval_data is None:  # the paper trains on DeepMath and evaluates on MATH-500
+        same = o.data.lower() != "deepmath"
+        o = dataclasses.replace(o, eval_data=o.data if same else "math500")
+    if o.algorithm == "grpo":  # without these two LaSeR is nothing else
+        o = dataclasses.replace(o, alpha=0.0, tau=0.0)
+    if o.lora_rank and "lr" not in given:
+        # B begins at zero and has far to go.  For large models others found ten times the rate of
+        # full training; at that the embedded run falls apart after 60 steps, at three it does not.
+        o = dataclasses.replace(o, lr=(3 if o.model in EMBEDDED else 10) * o.lr)
+    if not o.lora_rank and given & {"lora_alpha", "lora_targets"}:
+        raise ValueError("--lora-alpha and --lora-targets are of adapters: name their --lora-rank")
+    if o.alpha == 0 and o.tau:
+        # An untrained readout is noise, and noise must not enter the advantage.
+        if "tau" in given:
+            raise ValueError(f"--tau {o.tau:g} with --alpha 0: r_s is never trained; leave one out")
+        print("--alpha 0: r_s is not trained, so it gets no share in the advantage (--tau 0)")
+        o = dataclasses.replace(o, tau=0.0)
+    if o.c_ref == "exact" and o.self_reward_loss != "mse":
+        raise ValueError(f"--c-ref exact with --self-reward-loss {o.self_reward_loss}: its score "
+                         "is pi(z_c) itself, and there is no c_ref in it")  # fmt: skip
+    if o.trial:  # never more of anything than was asked for
+        smaller = {k: min(v, getattr(o, k)) for k, v in TRIAL.items()}
+        smaller["out"] = o.out or f"runs/{short_name(o)}-trial"
+        o = dataclasses.replace(o, **smaller)
+    return o
 
 
 def choose(o, given, world: World) -> tuple[Any, RunFolder | None, Path | None]:
@@ -115,18 +166,19 @@ def reopen(o, given) -> tuple[RunFolder, Any]:
     folder, saved = RunFolder.reopen(o.resume)
     saved = check_options(type(o), saved, f"{folder.path}/config.json")
     # What was typed and differs.  Where to compute and what to show are no part of the run.
-    differ = [
-        f"--{name.replace('_', '-')} {getattr(o, name)} differs from the run's "
-        f"{getattr(saved, name)}"
-        for name in sorted(given - {"resume", "device", "plan", "log"})
-        if getattr(o, name) != getattr(saved, name)
-    ]
-    if differ:
-        raise ValueError(f"{'; '.join(differ)}; leave it out to resume, or start a new run")
+    for name in sorted(given - {"resume", "device", "plan", "log"}):
+        typed, own = getattr(o, name), getattr(saved, name)
+        if typed != own:
+            raise ValueError(f"--{name.replace('_', '-')} {typed} differs from the run's {own}; "
+                             "leave it out to resume, or start a new run")  # fmt: skip
+    # Code is executed where the command line names it, not because a folder says so.
     if saved.reward and "reward" not in given:
-        # code is executed where the command line names it, not because a folder says so
         raise ValueError(f"this run has a reward of its own: repeat --reward {saved.reward}")
     return folder, dataclasses.replace(saved, device=o.device, plan=o.plan, log=o.log or saved.log)
+
+
+# ---------------------------------------------------------------------------------------------
+# before the first step
 
 
 def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) -> Run:
@@ -136,25 +188,21 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
     if o.log and importlib.util.find_spec(o.log) is None:
         raise ValueError(f"--log {o.log}: it is not installed (pip install {o.log})")
     load_reward(o.reward)
-    stop, reference = Stop(world), None
+    stop, reference, lora = Stop(world), None, None
     with world.first():  # a machine downloads once
         start = find_checkpoint(o.model) if not checkpoint or o.c_ref == "exact" else None
         source = checkpoint or start
         train, test = train_and_test(o.data, o.eval_data, o.eval_problems, parses)
     # 2. The model: that of --model, or of the checkpoint; with adapters, and with a frozen second
     #    one, if the options say so.
-    lora = None
     if o.lora_rank:
         alpha = o.lora_alpha or 2 * o.lora_rank
         lora = Lora(o.lora_rank, alpha, o.lora_targets, 0, o.seed, o.model, checkpoint)
-    model, tokenizer = load_pretrained(
-        source, device=world.device(o.device), dtype=o.dtype, z_c=o.z_c, world=world, lora=lora
-    )
+    how = {"device": world.device(o.device), "dtype": o.dtype, "world": world}
+    model, tokenizer = load_pretrained(source, z_c=o.z_c, lora=lora, **how)
     model.gradient_checkpointing = o.gradient_checkpointing
     if o.c_ref == "exact":
-        device = world.device(o.device)
-        reference, _ = load_pretrained(start, device=device, dtype=o.dtype, world=world)
-        reference.requires_grad_(False)
+        reference = load_pretrained(start, **how)[0].requires_grad_(False)
     if o.template and not checkpoint:  # (a checkpoint of ours has it with it)
         tokenizer.use_template(o.template)
     if o.thinking is not None and not checkpoint:
@@ -176,7 +224,7 @@ def prepare(o, folder: RunFolder | None, checkpoint: Path | None, world: World) 
     if folder is None and world.is_first:
         folder = RunFolder.create(o.out, short_name(o), dataclasses.asdict(o))
     path = world.broadcast(str(folder.path) if folder else None)
-    folder = folder or RunFolder.of_first_rank(path)
+    folder = folder or RunFolder(path, first=False)
     stop.how_to_resume = f"; go on with: python train.py --resume {folder.path}"
     stop.how_to_resume += f" --reward {o.reward}" if o.reward else ""
     run = Run(o, model, tokenizer, optimizer, stream, test, folder, stop, world,
@@ -194,8 +242,8 @@ def announce(run: Run, count: int) -> None:
     print(f"{o.model}: {sum(p.numel() for p in parameters):,} parameters{adapters} on "
           f"{run.model.device} in {run.model.dtype}{ranks}; run {run.folder.path}")  # fmt: skip
     others = "others of it" if o.eval_data == o.data else f"of {o.eval_data}"
-    print(f"learns from {f'{count:,}' if count else 'new'} problems of {o.data}, evaluated on "
-          f"{len(run.test)} {others}")  # fmt: skip
+    problems = f"{count:,}" if count else "new"
+    print(f"learns from {problems} problems of {o.data}, evaluated on {len(run.test)} {others}")
     for doubt in log.doubts(o, run.model.config.max_position_embeddings):
         warn(doubt)
 
@@ -207,9 +255,10 @@ def short_name(o) -> str:
 
 def begin(run: Run) -> int:
     """c_ref and the first evaluation: what the untouched model says.  Returns the first step."""
+    # 1. c_ref: measured, the model's own, or given.  "exact" is measured as well: the checkpoint,
+    #    and every evaluation of it, has to do without the reference.
     o, tokenizer = run.o, run.tokenizer
     own = tokenizer.c_ref is not None and tokenizer.self_reward_loss == o.self_reward_loss
-    # "exact" as well: the checkpoint, and every evaluation of it, has to do without the reference.
     measured = o.c_ref in ("estimate", "exact") or (o.c_ref == "auto" and not own)
     c_ref = f"{o.c_ref_pairs} solutions for c_ref, " if measured else ""
     print(f"before the first step: {c_ref}{len(run.test)} problems x {o.eval_n} evaluated")
@@ -224,6 +273,7 @@ def begin(run: Run) -> int:
         tokenizer.c_ref, tokenizer.c_ref_std = float(o.c_ref), None
     # The tokenizer carries the scale of r_s: saved with it, every checkpoint can be used at once.
     tokenizer.beta_v, tokenizer.self_reward_loss = o.beta_v, o.self_reward_loss
+    # 2. What it can do before it learns.
     before = {"step": 0, **evaluate(run, run.test, "before")[0]}
     run.folder.cut_back(-1)  # of a run that was stopped before its first checkpoint
     begin_live(run, 0)
@@ -322,6 +372,7 @@ def frozen(run: Run) -> int | None:
 
 def finish(run: Run) -> int:
     """The last evaluation, the summary of the whole run, its page.  Returns exit code 0."""
+    # 1. The same problems as before the first step, and what has become of the answers.
     o, folder = run.o, run.folder
     after, rows = evaluate(run, run.test, "after")
     after = {"step": o.steps, **after}
@@ -331,14 +382,17 @@ def finish(run: Run) -> int:
     header = (f"{len(run.test)} held-out problems", "before", "after", "change")
     print("\n" + report.table(header, report.before_after(before, after)))
     print("\n" + log.vote_lines(rows) + "\n")
-    # From the logs, not from memory: they hold what earlier parts of a resumed run did as well.
-    groups = lambda m: o.problems_per_step + m.get("refilled_groups", 0)  # noqa: E731
-    tokens = (m["response_tokens"] * groups(m) for m in folder.read("metrics.jsonl"))
+    # 2. The summary, from the logs and not from memory: they hold what earlier parts of a resumed
+    #    run did as well.
+    tokens = 0
+    for m in folder.read("metrics.jsonl"):  # a mean over so many solutions
+        groups = o.problems_per_step + m.get("refilled_groups", 0)
+        tokens += round(m["response_tokens"] * groups * o.group_size)
     folder.write_json("summary.json", {
         "before": before,
         "after": after,
         "seconds": time.perf_counter() - run.began,
-        "tokens": sum(round(x * o.group_size) for x in tokens),
+        "tokens": tokens,
         "c_ref": run.tokenizer.c_ref,
         "c_ref_std": run.tokenizer.c_ref_std,
         "peak_memory_bytes": peak_memory_bytes(run.model.device),
@@ -347,9 +401,9 @@ def finish(run: Run) -> int:
         page = report.page({folder.path.name: folder.path})
         report.save(folder.path / "report.html", page)
     run.end_live()
+    # 3. What to do now, with a problem of its own kind, about as long as fits on a line.
     minutes = (time.perf_counter() - run.began) / 60
     print(f"{minutes:.1f} minutes; everything is in {folder.path}.  Now open its report.html, and:")
-    # A problem of its own kind, the longest that fits on a line.
     example = max((p.problem for p in run.test), key=lambda p: (len(p) <= 60, -abs(len(p) - 40)))
     example = shlex.quote(example) if len(example) <= 200 else '"a problem"'
     name = shlex.quote(str(folder.path))

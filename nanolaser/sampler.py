@@ -16,22 +16,19 @@ reaches its limit first is truncated: it has no end, so no z_c, and leaves at on
 take the rows that are freed (continuous batching): the cost follows the tokens really produced,
 where a static batch waits for its longest row.
 
-The n-th token of a rollout is drawn with a random number that depends on (seed, stream, n) alone,
-the stream being the rollout's place in the call, or what the caller says.  So the same seed gives
-the same text, whatever rows happen to share the batch.
-
-Shapes: R running rows, P prompts, T tokens, C hidden size, V vocabulary, N solutions, K token ids.
+Shapes: R running rows, P prompts, T tokens, C hidden size, V vocabulary, N rollouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
 from .model import CausalLM
+from .packing import cut_by_tokens, pad
 from .readout import logits_of, mixed
 from .rollout import Rollout
 
@@ -39,11 +36,6 @@ PREFILL_TOKENS = 16_384  # of prompts, padding included, in one forward pass
 
 # ---------------------------------------------------------------------------------------------
 # randomness without generators, and the next token
-
-# SplitMix64's constants, as signed 64-bit integers (torch has no full unsigned arithmetic).
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX2 = 0x94D049BB133111EB - 2**64
 
 
 def _splitmix(x: Tensor) -> Tensor:
@@ -54,10 +46,17 @@ def _splitmix(x: Tensor) -> Tensor:
     return x ^ shift(x, 31)
 
 
+# Its constants, as signed 64-bit integers (torch has no full unsigned arithmetic).
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX2 = 0x94D049BB133111EB - 2**64
+
+
 def uniforms(seed: int, streams: Tensor, steps: Tensor) -> Tensor:
     """Float64 in [0, 1), one a (seed, stream, step): the same on any device, in any order."""
     # Counter-based: where torch.rand keeps a state that every draw moves on, this is a hash of its
-    # arguments, and a row that moves, waits or begins anew has nothing to carry.
+    # arguments.  A row that moves, waits or begins anew has nothing to carry, and the same seed
+    # gives the same text whatever rows happen to share the batch.
     key = _splitmix(torch.full_like(streams, seed) * _GOLDEN + _GOLDEN)
     key = _splitmix(key + streams * _GOLDEN)
     bits = _splitmix(key + steps * _GOLDEN)
@@ -67,9 +66,8 @@ def uniforms(seed: int, streams: Tensor, steps: Tensor) -> Tensor:
 def sample_next(
     logits: Tensor, uniform: Tensor, temperature: float, top_p: float, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token id below `size` a row (R,) from logits (R, V) and uniforms (R,), by inverting the
-    CDF; and the log-probs (R,) of these tokens, in nats, in the distribution before top-p.
-    temperature 0 is argmax."""
+    """One token id below `size` a row (R,) from logits (R, V) and uniforms (R,), the most likely at
+    temperature 0; and their log-probs (R,) in nats, in the distribution before top-p."""
     if temperature == 0.0:
         token = logits[:, :size].argmax(-1, keepdim=True)  # (R, 1)
         return token[:, 0], logits.gather(1, token)[:, 0] - logits.logsumexp(-1)
@@ -105,31 +103,24 @@ def sample_next(
 
 @torch.no_grad()
 def generate(
-    model: CausalLM,
-    tokenizer,
-    prompts: list[str] | list[list[int]],
-    n: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    max_rows: int = 256,
-    kv_cache_gb: float | None = None,
+    model: CausalLM, tokenizer, prompts: list[str] | list[list[int]], n: int = 1,
+    max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+    max_rows: int = 256, kv_cache_gb: float | None = None,
     on_finish: Callable[[Rollout], object] = lambda rollout: None,
     on_step: Callable[[list[Rollout]], object] = lambda running: None,
     streams: list[int] | None = None,
-) -> list[Rollout]:
+) -> list[Rollout]:  # fmt: skip
     """n solutions of each prompt (problem text, or ready token ids): P * n rollouts, in order.
 
-    `on_finish(rollout)` hears of every rollout as it ends, `on_step(rollouts)` of all that were
-    running in a step, at most max_rows of them.
-    `streams` holds the random stream of each prompt's first solution, the next ones count up from
-    it: a problem that keeps its stream keeps its solutions, whatever else is sampled in the call.
-    `kv_cache_gb` (GB of 1e9 bytes; None: any) bounds the KV cache: prompts wait until they fit, and
-    if rows outgrow it the youngest are preempted and go on later; the tokens are the same.
+    `on_finish` hears of every rollout as it ends, `on_step` of those that were running in a step,
+    at most max_rows.  `streams` holds the stream of random numbers of each prompt's first solution,
+    from which the others count up; a rollout's n-th token depends on (seed, stream, n) alone.
+    `kv_cache_gb` (GB of 1e9 bytes; None: any) bounds the KV cache: prompts wait, and if rows grow
+    beyond it the youngest are preempted and go on later, with the same tokens.
     ValueError for a count below 1, an empty prompt, or if one row at its longest would not fit.
     """
-    # 1. What is asked for: N = P * n rollouts, prompt by prompt, each with a stream of its own.
+    # 1. What is asked for: N = P * n rollouts, prompt by prompt, each with a stream of its own.  (A
+    #    problem that keeps its stream keeps its solutions, whatever else is sampled in the call.)
     for name, count in (("n", n), ("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
         if count < 1:
             raise ValueError(f"{name} is {count}; it must be at least 1")
@@ -139,10 +130,9 @@ def generate(
     firsts = [i * n for i in range(len(tokens))] if streams is None else streams
     streams = [first + j for first in firsts for j in range(n)]
     # 2. A cache in which the longest of them fits.
-    longest = max(map(len, tokens), default=0) + max_new_tokens
-    budget = None if kv_cache_gb is None else int(kv_cache_gb * 1e9)
-    c = model.config
+    longest, c = max(map(len, tokens), default=0) + max_new_tokens, model.config
     shape = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+    budget = None if kv_cache_gb is None else int(kv_cache_gb * 1e9)
     cache = KVCache(*shape, longest, model.device, model.dtype, budget)
     needed = cache.bytes_for(longest)
     if budget is not None and needed > budget:
@@ -161,8 +151,7 @@ def generate(
 
 
 class _Engine:
-    """Which rollouts wait, which run, and one step of all that run.  Rollout i is sequence i of the
-    cache, and runs while it has a row there."""
+    """Which rollouts wait, and which run: rollout i while sequence i has a row in the cache."""
 
     def __init__(self, model, tokenizer, rollouts, streams, cache, max_rows):
         self.model, self.tokenizer, self.rollouts, self.cache = model, tokenizer, rollouts, cache
@@ -174,8 +163,7 @@ class _Engine:
         self.waiting = list(range(len(rollouts)))[::-1]  # a stack: the first prompts go first
 
     def step(self, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> list:
-        """One token for every rollout that goes on, and z_c of every one that has ended: returns
-        those that left."""
+        """A token for every rollout that goes on, z_c of all that have ended; those that left."""
         # 1. DECODE: the newest token of every running rollout passes the model.  Rows that
         #    outgrow the cache's budget make room for each other: the youngest is preempted, having
         #    the least to lose.  Prompt and response are prefilled again later, as one prompt.
@@ -209,26 +197,24 @@ class _Engine:
         # The one place in a step where the host waits for the device.  (fp64 holds ids and fp32.)
         numbers = torch.cat([x.double() for x in (tokens, logprobs, logp_zc)]).tolist()
         R = len(rollouts)
-        tokens, logprobs, logp_zc = numbers[:R], numbers[R : 2 * R], numbers[2 * R :]
+        tokens, logprobs, logp_zc = numbers[:R], numbers[R : 2 * R], iter(numbers[2 * R :])
         # 5. LEAVE: those whose z_c is read, and those that have reached their limit without end.
-        leaving = list(ended)
-        for row, value in zip(ended, logp_zc):
-            rollouts[row].logp_zc = value
-        for row, rollout in enumerate(rollouts):
-            if rollout.finished:
-                continue  # what was drawn after its end is nobody's
-            token = int(tokens[row])
-            rollout.response_tokens.append(token)
-            rollout.logprobs.append(logprobs[row])
+        leaving = []
+        for i, rollout, token, logprob in zip(running, rollouts, tokens, logprobs):
+            if rollout.finished:  # and what was drawn after its end is nobody's
+                rollout.logp_zc = next(logp_zc)
+                leaving.append(i)
+                continue
+            rollout.response_tokens.append(int(token))
+            rollout.logprobs.append(logprob)
             rollout.finished = token in self.tokenizer.stop_ids  # read in the next step
             if not rollout.finished and len(rollout.response_tokens) == max_new_tokens:
-                leaving.append(row)  # truncated
-        self.cache.drop([running[row] for row in leaving])
-        return [rollouts[row] for row in leaving]
+                leaving.append(i)  # truncated
+        self.cache.drop(leaving)
+        return [self.rollouts[i] for i in leaving]
 
     def admit(self) -> list[list[int]]:
-        """Rollouts taken from the waiting list, as many as there is room for: in groups that go on
-        from the same tokens, prefilled once for all of them."""
+        """As many waiting rollouts as there is room for, in groups that share their tokens."""
         # Few large prefills beat many small ones: wait until a quarter of the rows is free.
         rows = len(self.cache.running)
         if rows and self.max_rows - rows < max(1, self.max_rows // 4):
@@ -253,8 +239,8 @@ class _Engine:
         return len(self.rollouts[i].prompt_tokens) + len(self.rollouts[i].response_tokens)
 
     def prefill(self, groups: list[list[int]]) -> tuple[list[int], Tensor]:
-        """Run the model over the tokens that each group shares, and give each of its rollouts a row
-        with a copy of their keys and values: the rollouts, and their last hidden states (R, C)."""
+        """The rollouts of groups, each now with a row of the cache, and their last hidden states
+        (R, C), from one forward pass over the tokens that each group shares."""
         firsts = [self.rollouts[group[0]] for group in groups]
         tokens, lengths = pad([r.prompt_tokens + r.response_tokens for r in firsts])
         # Groups [[0, 1, 2], [3]]: sequences 0 1 2 3 begin with prompts 0 0 0 1.
@@ -266,49 +252,12 @@ class _Engine:
         return sequences, hidden[last[0], last[1]]  # each at its last real token
 
     def to_device(self, numbers: list | Tensor) -> Tensor:
-        """Numbers of the host, on the device as soon as it gets there: the host does not wait."""
+        """Numbers of the host, on the device as soon as it gets there: nobody waits."""
         return torch.as_tensor(numbers).to(self.model.device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# token lists as batches: shared with the update
-
-
-def pad(rows: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
-    """Token lists -> ids (B, T) padded with zeros on the right, and lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    return tokens.to(device), lengths.to(device)
-
-
-def cut_by_tokens(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Cut rows of these lengths into batches of at most `budget` tokens, padding included: lists
-    of row indices, the longest rows first.  A row longer than the budget is a batch of its own.
-
-    Neighbours in length share a batch, so little of it is padding:
-
-        cut_by_tokens([3, 9, 4, 8], 20)  ->  [1, 3], [2, 0]      # 2 x 9 and 2 x 4 tokens
-        in the order given              ->  [0, 1], [2, 3]      # 2 x 9 and 2 x 8
-    """
-    batch: list[int] = []
-    # Longest first also means that memory which does not suffice is found out at once.
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        # the first row of a batch is its longest, so it alone decides the padded width
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def refuse_empty(prompts: list[list[int]]) -> None:
-    """ValueError for a prompt of no tokens."""
-    # The first token is drawn at the prompt's last one: without any it would be another row's.
+    """ValueError for a prompt of no tokens: its first token would be drawn at another row's."""
     if not all(prompts):
-        raise ValueError(
-            f"prompt {prompts.index([])} is empty: no token to go on from; does the chat template "
-            "write the message?"
-        )
+        raise ValueError(f"prompt {prompts.index([])} is empty: no token to go on from; does the "
+                         "chat template write the message?")  # fmt: skip

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from .grpo import of_all_ranks, sample
 from .model import CausalLM
+from .packing import cut_by_tokens, pad
 from .readout import token_logprobs
 from .rollout import Rollout
-from .sampler import cut_by_tokens, pad, refuse_empty
+from .sampler import refuse_empty
 from .scale.distributed import ALONE, World, gathered
 
 FEW_ENDED = 30  # solutions below which c_ref is said to be uncertain
@@ -32,13 +33,9 @@ FEW_ENDED = 30  # solutions below which c_ref is said to be uncertain
 
 @torch.no_grad()
 def read_last(
-    model: CausalLM,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    token_ids: list[int],
-    batch_tokens: int = 16_384,
-    on_read: Callable[[int], None] | None = None,
-) -> Tensor:
+    model: CausalLM, prompts: list[list[int]], responses: list[list[int]], token_ids: list[int],
+    batch_tokens: int = 16_384, on_read: Callable[[int], None] | None = None,
+) -> Tensor:  # fmt: skip
     """log pi(token | x, y) in nats, (N, K) in fp32 on the CPU: the K tokens' log-probs right after
     each of N given solutions, whose last token is the stop token.  `on_read(k)` hears of every k
     solutions done.  ValueError for an empty prompt."""
@@ -50,31 +47,22 @@ def read_last(
     values = torch.empty(len(rows), len(token_ids))
     for batch in cut_by_tokens([len(row) for row in rows], batch_tokens):
         tokens, lengths = pad([rows[i] for i in batch], model.device)
-        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]  # (B, C) at the stop tokens
         # (B, C) hidden states are all that is kept of (B, T, C): V logits for B positions, not B T.
-        if len(token_ids) == 1:
-            logprobs = token_logprobs(hidden, model.lm_head_weight, columns.expand(len(batch)))
-            values[batch] = logprobs[:, None].cpu()
-        else:
-            # All K tokens share one logsumexp = logit[0] - log pi(0): one pass over V, not K.
-            logits = hidden.float() @ model.lm_head_weight[columns].float().T  # (B, K)
-            zeros = torch.zeros(len(batch), dtype=torch.long, device=model.device)
-            first = hidden.float() @ model.lm_head_weight[0].float()  # (B,)
-            lse = first - token_logprobs(hidden, model.lm_head_weight, zeros)
-            values[batch] = (logits - lse[:, None]).cpu()
+        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]
+        first = token_logprobs(hidden, model.lm_head_weight, columns[:1].expand(len(batch)))  # (B,)
+        # A row's tokens share one softmax, so log-probs differ as logits do: the V-wide sum of the
+        # first token serves all K.  Logits 2.0 and 1.5, the first -0.7: the second is -1.2.
+        logits = hidden.float() @ model.lm_head_weight[columns].float().T  # (B, K)
+        values[batch] = (first[:, None] + (logits - logits[:, :1])).cpu()
         if on_read is not None:
             on_read(len(batch))
     return values
 
 
 def score(
-    model: CausalLM,
-    z_c_id: int,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    batch_tokens: int = 16_384,
-    on_scored: Callable[[int], None] | None = None,
-) -> list[float]:
+    model: CausalLM, z_c_id: int, prompts: list[list[int]], responses: list[list[int]],
+    batch_tokens: int = 16_384, on_scored: Callable[[int], None] | None = None,
+) -> list[float]:  # fmt: skip
     """log pi(z_c | x, y) in nats of N given solutions, as the sampler reads it; see `read_last`."""
     return read_last(model, prompts, responses, [z_c_id], batch_tokens, on_scored)[:, 0].tolist()
 
@@ -97,24 +85,21 @@ def estimate(
     model: CausalLM, tokenizer, problems: list, pairs: int, world: World = ALONE, **sampling
 ) -> CRef:
     """c_ref as the mean over up to `pairs` sampled (problem, solution) pairs (300 in the PAPER),
-    and the same for every other unused special token, steadiest first.
-
-    NothingEnded, a ValueError, if not one solution was finished.
-    """
+    and the same for every other unused special token, steadiest first; NothingEnded, a ValueError,
+    if not one solution was finished."""
     # As many problems as pairs, where there are so many: one solution of each.
     n, model = -(-pairs // len(problems)), gathered(model, world)
     rollouts = of_all_ranks(sample(model, tokenizer, problems, n, world, **sampling), world)
     # A solution that was cut off has no end after which z_c could be read.
     rollouts = [r for r in rollouts if r.finished][:pairs]
     if not rollouts:
-        raise NothingEnded(
-            "c_ref cannot be estimated: no solution came to an end within --max-new-tokens; "
-            "raise it, or give --c-ref a number"
-        )
+        raise NothingEnded("c_ref cannot be estimated: no solution came to an end within "
+                           "--max-new-tokens; raise it, or give --c-ref a number")
     # Read after the fact, by one more forward pass: the sampler reads z_c alone, and here the other
     # tokens that might do are of interest as well.
     candidates = [tokenizer.z_c_id, *tokenizer.unused_special_ids()]
-    # Each rank reads its share; with their numbers they come back in order.
+    # Each rank reads its share; with their numbers they come back in order.  Of 5 rollouts on two
+    # ranks one reads 0 2 4, the other 1 3.
     mine = world.shard(range(len(rollouts)))
     prompts = [rollouts[i].prompt_tokens for i in mine]
     responses = [rollouts[i].response_tokens for i in mine]
@@ -148,10 +133,8 @@ def doubts(c: CRef, o) -> list[str]:
     # Cut off in a trial with short solutions, most of the 300 say nothing.
     if c.count < FEW_ENDED:
         off = "by any amount" if not c.std else f"by {2 * c.std / c.count**0.5:.1f} nats"
-        said.append(
-            f"{c.count} solutions are few; c_ref may well be off {off} (--max-new-tokens "
-            f"{o.max_new_tokens} cut off the others)"
-        )
+        said.append(f"{c.count} solutions are few; c_ref may well be off {off} (--max-new-tokens "
+                    f"{o.max_new_tokens} cut off the others)")
     # r_s = 1 stands for log pi(z_c) = c_ref + 1 / beta_v, and that is below 0.
     room = -1 / o.beta_v
     if c.mean > room:
@@ -160,8 +143,6 @@ def doubts(c: CRef, o) -> list[str]:
     # The spread is noise in r_s before anything is learned: beta_v * std of a scale of 0 to 1.
     if c.std is not None and c.std > 0.2 / o.beta_v:
         better = [f"{t} ({m:.1f} +- {s:.2f})" for t, m, s in c.others if s < c.std and m < room]
-        said.append(
-            f"that is a wide spread for --beta-v {o.beta_v}; steadier tokens for --z-c: "
-            f"{', '.join(better[:3]) or 'none'}"
-        )
+        said.append(f"that is a wide spread for --beta-v {o.beta_v}; steadier tokens for --z-c: "
+                    f"{', '.join(better[:3]) or 'none'}")
     return said

@@ -22,7 +22,8 @@ GREY, DASH = "#5f6670", "5 3"
 
 def mark(lines: Iterable[Sequence], colour: str, name: str = "", **style: Any) -> dict:
     """What a panel draws: polylines of (x, y), a single point being a dot; `name` stands at their
-    right end, `style` are SVG's attributes, with _ for -.  Infinite: at the edge of the frame."""
+    right end, `style` are SVG's attributes, with _ for -."""
+    # An infinite coordinate lies at the edge of the frame: (3, -inf), (3, inf) is a border.
     return {"lines": [np.asarray(x, dtype=float).reshape(-1, 2) for x in lines if len(x)],
             "colour": colour, "name": name, "style": style}
 
@@ -43,14 +44,16 @@ def panel(
     y_ticks: Any = None,
 ) -> str:
     """One diagram as SVG elements, its corner at (0, 0).  `x_ticks`, `y_ticks`: value -> label;
-    `notes`: (x, y, text).  With nothing to draw it says so: an empty frame is a riddle."""
-    every = np.concatenate([np.zeros((0, 2)), *(line for m in marks for line in m["lines"])])
+    `notes`: (x, y, text)."""
+    # In pixels, y from the top: `low` is the lower edge of the frame, and the larger number.
     # Names stand at the ends of their lines: no legend to match with colours, least of all in grey.
+    # So the frame ends where the longest of them begins, letters being 6.6 pixels wide.
     named = [m for m in marks if m["name"] and m["lines"]]
     right = WIDTH - 12 - 6.6 * max((len(m["name"]) for m in named), default=0)
     low, high = HEIGHT - BOTTOM, TOP
     parts = [_text(LEFT, 18, title, size=14)]
-    if not len(every):
+    every = np.concatenate([np.zeros((0, 2)), *(line for m in marks for line in m["lines"])])
+    if not len(every):  # say so: an empty frame is a riddle
         return parts[0] + _text((LEFT + right) / 2, (low + high) / 2, "no data", "middle", GREY)
     (x0, x1), (y0, y1) = x_range or _span(every[:, 0]), y_range or _span(every[:, 1])
 
@@ -68,14 +71,16 @@ def panel(
         parts.append(_text(LEFT - 6, y + 4, label, "end"))
     parts.append(_text((LEFT + right) / 2, HEIGHT - 10, x_name, "middle"))
     parts.append(_text(-(low + high) / 2, 12, y_name, "middle", turn=-90))
-    # 2. The marks, each one path.  "h0" draws a line of no length, with round ends: a dot.
+    # 2. The marks, each one path: "M50 196L388 32" goes from corner to corner.  "h0" draws a line
+    #    of no length, with round ends: a dot.
     for m in marks:
         d = "".join("M" + "L".join("{} {}".format(*place(*p)) for p in line)
                     + ("h0" if len(line) == 1 else "") for line in m["lines"])  # fmt: skip
         style = {"fill": "none", "stroke_width": 1.8, "stroke_linecap": "round"} | m["style"]
         style = " ".join(f'{k.replace("_", "-")}="{v}"' for k, v in style.items())
         parts.append(f'<path d="{d}" stroke="{m["colour"]}" {style}/>')
-    # 3. The names, from the highest down, each below the one before, and none below the frame.
+    # 3. The names, from the highest down, each 13 pixels below the one before at least, and with
+    #    room for those that are still to come above the lower edge.
     ends, least = [(place(*m["lines"][-1][-1])[1], m) for m in named], high
     for i, (y, m) in enumerate(sorted(ends, key=lambda end: end[0]), 1):
         y = min(max(y, least), low - 13 * (len(ends) - i))
@@ -89,6 +94,7 @@ def panel(
 
 def picture(panels: Sequence[str], columns: int = 2) -> str:
     """Panels in rows of so many columns, as one SVG text."""
+    # Panel 5 of 3 columns: column 2 of row 1, moved by 800 and 240 pixels.
     columns = min(columns, len(panels)) or 1
     width, height = WIDTH * columns, HEIGHT * math.ceil(len(panels) / columns)
     placed = [f'<g transform="translate({i % columns * WIDTH} {i // columns * HEIGHT})">{p}</g>'
@@ -107,7 +113,7 @@ def _text(x, y, text, anchor="start", colour="#222", size=12, turn=0) -> str:
 
 def _span(values: np.ndarray) -> tuple[float, float]:
     """A range that holds all finite values, with some air; never empty."""
-    values = values[np.isfinite(values)]
+    values = values[np.isfinite(values)]  # a border's infinite ends stretch no axis
     low, high = values.min(), values.max()
     air = 0.04 * (high - low) or abs(low) / 10 or 0.5  # all alike: no range to take a part of
     return low - air, high + air
@@ -115,6 +121,7 @@ def _span(values: np.ndarray) -> tuple[float, float]:
 
 def _ticks(low: float, high: float) -> dict[float, str]:
     """Round numbers within a range, three to six of them, with their labels."""
+    # 0 .. 0.9: a fifth is 0.18, its unit 0.1; steps of 0.1 would be nine, of 0.2 they are 4.5.
     unit = 10 ** math.floor(math.log10((high - low) / 5))
     step = next(unit * m for m in (1, 2, 5, 10) if (high - low) / (unit * m) <= 5)
     values = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -9,9 +9,8 @@ but they can neither leave their sandbox nor take more time or memory than a pro
 The way out is jinja2's matter (no attribute that leads to the interpreter, nothing to modify); how
 much is ours.  One rule bounds it: every pass of a loop, call, filter and operator costs a step,
 more where it handles long texts, and no value may be longer than LENGTH.  So there is no need to
-think of all that could hang or fill the memory: nested ranges, 'x' * 10**12, a text appended to
-itself forty times, lists of lists of lists.  The rule is put into the template when it is compiled
-(_Measured), so it slows a prompt by microseconds and needs no clock and no second process.
+think of all that could hang or fill the memory.  The rule is put into the template when it is
+compiled (_Measured), so it slows a prompt by microseconds and needs no clock and no second process.
 """
 
 from __future__ import annotations
@@ -44,18 +43,20 @@ def compile_template(source: str, names: dict[str, str]) -> Callable[[str], str]
     ValueError, one line, if the source is no valid template; from the function, if the template
     fails, be it by mistake, refused by the sandbox, or beyond its bounds.
     """
+    # 1. Compiled once, into Python, when the model is loaded.  SyntaxError and MemoryError are
+    #    Python's own compiler's, for blocks nested too deeply.
     environment = _Environment()
     try:
         if len(source) > SOURCE:
             raise SecurityError(f"it has {len(source)} characters")
         template = environment.from_string(source)
-    # SyntaxError and MemoryError are Python's own compiler's, for blocks nested too deeply
     except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"the chat template is not valid: {_said(error)}") from None
 
     def render(content: str) -> str:
         """The prompt of one problem."""
-        n = len(content)  # a long problem may cost more
+        # 2. Run for each problem, with a full purse; a long one may cost more.
+        n = len(content)
         environment.steps, environment.length = STEPS + 100 * n, LENGTH + 10 * n
         try:
             return template.render(
@@ -94,11 +95,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        # jinja2's door for whoever changes a template between parser and compiler
         return _Measured().visit(super()._parse(source, name, filename))
 
     def spend(self, *values: Any) -> list[int]:
         """Pay for an operation on these values: returns their lengths; SecurityError (a
         TemplateError) if one is too long, or the purse is empty."""
+        # An operation on small things costs 1, one on a text of 9,000 characters 901: so sorting
+        # it ten thousand times is over after a hundred.
         sizes = [self.size(value) for value in values]
         self.steps -= 1 + sum(sizes) // 10
         if self.steps < 0:
@@ -107,8 +111,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def size(self, value: Any) -> int:
         """About how many characters a value would have if it was written out."""
+        # Not recursive, and over as soon as it is too much: [[[x, x], [x, x]], ...] of the same x
+        # holds 2**60 of it after sixty rounds, though each round makes one list of two.
         total, left = 0, [value]
-        while left:  # not recursive, and over as soon as it is too much
+        while left:
             part = left.pop()
             total += len(part) if isinstance(part, str) else 1
             if isinstance(part, int):
@@ -138,6 +144,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def guarded(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """What the function returns, if neither that nor what it is given is too much."""
+        # Before, for what a function makes of small arguments is known only when it is there:
+        # 90,000 x's, each replaced by 90,000 y's, are refused by the product of the lengths, and
+        # range(10**9) by its number.  Afterwards, for all else: the result is measured.
         values = [*args, *kwargs.values()]
         if math.prod(max(1, size) for size in self.spend(*values)) > PRODUCT:
             raise SecurityError("it handles too much for a prompt")
@@ -173,6 +182,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 class _Measured(NodeTransformer):
     """Puts the filters _each and _measured where a template loops, writes, joins with ~ and makes
     lists; calls, filters and operators come by _Environment as it is."""
+
+    #     {% for m in messages %}{{ m.role ~ m.content }}{% endfor %}      becomes
+    #     {% for m in messages | _each %}{{ ((m.role | _measured) ~ (m.content | _measured)) |
+    #     _measured }}{% endfor %}
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         node = self.generic_visit(node)

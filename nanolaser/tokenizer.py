@@ -6,10 +6,6 @@ Text to token ids and back, as the checkpoint's own tokenizer files say.
     tokenizer.stop_ids                        # every token that ends an answer
     tokenizer.z_c_id                          # the token whose log-probability is the self-reward
 
-The files are Hugging Face's: tokenizer.json (run by the `tokenizers` library),
-tokenizer_config.json (chat template, names of special tokens), chat_template.jinja,
-generation_config.json and config.json (stop ids), and our laser.json (z_c, c_ref, ...).
-
 Three rules keep token ids honest:
 *  Ids in, ids out.  What was sampled is scored as it was sampled; text is decoded for people and
    for the checker only.  Decoding and encoding again does not give the same ids back.
@@ -54,13 +50,13 @@ R1_TEMPLATE = (
 # What set_thinking has written in front of a template.
 THINKING = re.compile(r"^\{% set enable_thinking = \w+ \+%\}")
 
-# What `save` copies, byte for byte, from the checkpoint that was loaded.
+# What goes along, byte for byte, from the checkpoint that was loaded.
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
+    "tokenizer.json",  # run by the `tokenizers` library
+    "tokenizer_config.json",  # names of special tokens, and the chat template, which in newer
+    "chat_template.jinja",  # checkpoints has a file of its own
+    "special_tokens_map.json",  # names once more
+    "generation_config.json",  # stop ids
 )
 
 # z_c by family, best first: the released runs use <|vision_start|> (Qwen2.5, which reads no
@@ -73,32 +69,24 @@ BUSY_NAME = re.compile(r"pad|unk|mask|sep|cls|bos|eos|endoftext|^</?s>$", re.IGN
 # What laser.json holds: the type of each value (or None), what is meant where it is absent, and
 # what else has to be true of it.  Each is an attribute of the tokenizer.
 LASER = {
-    "z_c": (str, None, bool),
-    "instruction": (str, INSTRUCTION, lambda x: True),
+    "z_c": (str, None, bool),  # the token at which r_s is read
+    "instruction": (str, INSTRUCTION, lambda x: True),  # appended to every problem; "" for none
+    # how the model is asked for a judgement in a second turn; None: by default text
     "verify_prompt": (str, None, lambda x: True),
-    "beta_v": (float, 0.1, lambda x: x > 0),
+    "beta_v": (float, 0.1, lambda x: x > 0),  # scale of r_s
+    # what r_s was trained with: mse, or an ablation on another scale (laser.py)
     "self_reward_loss": (str, "mse", lambda x: x in ("mse", "bce", "sft")),
-    "c_ref": (float, None, lambda x: x <= 0),  # a log-probability
+    # nats, a log-probability and its spread over solutions; None until it has been estimated
+    "c_ref": (float, None, lambda x: x <= 0),
     "c_ref_std": (float, None, lambda x: x >= 0),
 }
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, its prompts, its stop ids and its z_c.
+    """A checkpoint's tokenizer, its prompts, its `stop_ids`, the readout token `z_c` (`z_c_id`),
+    and what else laser.json says."""
 
-    size        ids >= size have no text (rows that only pad the matrix): never sampled
-    stop_ids    every id that ends an answer; the first is the tokenizer's own
-    z_c, z_c_id the readout token of r_s, as text and as id
-    c_ref       nats; None until it has been estimated.  c_ref_std: its spread, nats
-    beta_v      scale of r_s (paper: 0.1)
-    self_reward_loss  what r_s was trained with: mse, or an ablation on another scale (laser.py)
-    instruction sentence appended to every problem; "" for none
-    verify_prompt  how the model is asked for a judgement in a second turn; None: by default text
-    """
-
-    def __init__(
-        self, files: dict[str, bytes], config: dict | None = None, laser: dict | None = None
-    ):
+    def __init__(self, files: dict[str, bytes], config: dict, laser: dict):
         """From the contents of the files; use `from_folder`.  ValueError says what is wrong."""
         self._files = dict(files)
         try:
@@ -109,8 +97,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._settings = _json_object(files, "tokenizer_config.json")
-        config = config or {}
-        # Usually the matrix has rows to spare; a tokenizer with more ids than rows is cut.
+        # Ids from `size` on have no text and are never sampled.  Usually the output matrix has such
+        # rows to spare (Qwen2.5-7B: 399); a tokenizer with more ids than rows is cut.
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values(), default=-1)
         if isinstance(config.get("vocab_size"), int):
@@ -118,10 +106,10 @@ class Tokenizer:
         added = sorted(self._tokenizer.get_added_tokens_decoder().items())
         self._special = {i: t.content for i, t in added if t.special and i < self.size}
         self._names = self._special_names()
-
+        # In this order: the template writes special tokens by name, and z_c must not stand in it.
         self.stop_ids = self._find_stop_ids(config)
         self._set_template()
-        self._read_laser(laser or {})
+        self._read_laser(laser)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -142,22 +130,15 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 
-    def save(self, folder: str | Path) -> None:
-        """Write the tokenizer files, generation_config.json and laser.json into a folder."""
-        # Not one by one whole-or-nothing: save_pretrained renames the whole folder into place.
-        folder = Path(folder)
-        for name, content in self.files().items():
-            (folder / name).write_bytes(content)
-
     def files(self) -> dict[str, bytes]:
-        """What `save` writes: {file name: content}."""
+        """What a checkpoint has of it, laser.json included: {file name: content}."""
         # transformers and vLLM must stop where we stop: all ids in the file they read them from.
         generation = _json_object(self._files, "generation_config.json")
         stops = list(self.stop_ids)
         generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
         laser = {name: getattr(self, name) for name in (*LASER, "z_c_id")}
-        written = {"generation_config.json": _dump(generation), "laser.json": _dump(laser)}
-        return self._files | written
+        new = {"generation_config.json": generation, "laser.json": laser}
+        return self._files | {name: to_json(value).encode() for name, value in new.items()}
 
     # -- text and ids ------------------------------------------------------------------------
 
@@ -195,14 +176,15 @@ class Tokenizer:
 
     def prompt_text(self, problem: str) -> str:
         """What the model is to read: problem and instruction as the user's turn of its template."""
+        # "What is 2+3?" in ChatML:  <|im_start|>user\nWhat is 2+3? Please reason step by step,
+        # and put ...<|im_end|>\n<|im_start|>assistant\n   and here the answer begins.
         content = f"{problem} {self.instruction}" if self.instruction else problem
         return self._render(content)
 
     @property
     def asks_for_tags(self) -> bool:
         """Does the prompt ask for the answer within <answer> tags, as Open-Reasoner-Zero's does?"""
-        prompt = self.prompt_text("")
-        return "<answer>" in prompt and "</answer>" in prompt
+        return all(tag in self.prompt_text("") for tag in ("<answer>", "</answer>"))
 
     def use_template(self, template: str) -> None:
         """Ask in other words from now on: those of "r1" or of a .jinja file, without an instruction
@@ -219,7 +201,8 @@ class Tokenizer:
             flag = "--thinking" if thinking else "--no-thinking"
             raise ValueError(f"{flag}: this model's chat template does not know enable_thinking")
         # Written into the template, not handed to it: so transformers and vLLM, which know nothing
-        # of this choice, ask what we train in the same words.  (+: a newline after it stays.)
+        # of this choice, ask what we train in the same words.
+        # ({% set enable_thinking = false +%}, in front of all else; +: a newline after it stays.)
         chosen = f"{{% set enable_thinking = {str(thinking).lower()} +%}}"
         self._replace_template(chosen + THINKING.sub("", self._template))
 
@@ -307,12 +290,10 @@ class Tokenizer:
         if ids[0] in self.stop_ids:
             # Its probability after an answer is that of stopping (again): anything but unused.
             return "it is a stop token, and its probability has another meaning already"
-        if self._in_prompt(ids[0], token):
+        # Written out in the template, be it in a branch that is not taken, or made by it.
+        if token in self._template or ids[0] in self._prompt_ids:
             return "it occurs in the prompt template, where it has another meaning already"
         return None
-
-    def _in_prompt(self, token_id: int, token: str) -> bool:
-        return token in self._template or token_id in self._prompt_ids
 
     @functools.cached_property
     def _prompt_ids(self) -> frozenset[int]:
@@ -341,10 +322,12 @@ class Tokenizer:
         """Take over laser.json, key by key; ValueError for values that cannot be right."""
         for name, (kind, default, sound) in LASER.items():
             value = default if laser.get(name) is None else laser[name]
-            value = float(value) if kind is float and type(value) is int else value
-            # (by type: True is an int to Python)
+            # JSON's -20 for -20.0; by type, for True is an int to Python; and a whole number may be
+            # larger than any float.
+            if kind is float and type(value) is int and abs(value) < 1e300:
+                value = float(value)
             if value is not default and (type(value) is not kind or not sound(value)):
-                raise ValueError(f"laser.json: {name} is {value!r}, which it cannot be")
+                raise ValueError(f"laser.json: {name} is {value!r:.40}, which it cannot be")
             setattr(self, name, value)
         self.z_c = self.z_c or self._default_z_c()
         self.set_z_c(self.z_c)
@@ -357,11 +340,7 @@ class Tokenizer:
 
 class Streamer:
     """Decodes ids as they come: `put(id)` returns the text that is certain by now, `end()` the
-    rest; all of it together is the decoded whole.
-
-    A character may be spread over several byte-level tokens.  Until its last byte is there, the
-    text ends in U+FFFD, the replacement character: that is the sign to wait.
-    """
+    rest; all of it together is the decoded whole."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
@@ -372,22 +351,21 @@ class Streamer:
 
     def put(self, token_id: int) -> str:
         """Take one more id; the text to show now, often "" in the middle of a character."""
+        # A character may be spread over several byte-level tokens.  Until its last byte is there,
+        # the text ends in U+FFFD, the replacement character: that is the sign to wait.
         self._pending.append(token_id)
-        text = self._new_text()
-        return "" if text.endswith("\ufffd") else self._show(text)
+        return "" if self._text().endswith("\ufffd") else self.end()
 
     def end(self) -> str:
         """No more ids: the text still held back, broken characters included."""
-        return self._show(self._new_text())
-
-    def _new_text(self) -> str:
-        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
-
-    def _show(self, text: str) -> str:
+        text = self._text()
         # Without text (a special token, a dropped space) the old context must stay.
         self._context = self._pending if text else self._context + self._pending
         self._pending = []
         return text
+
+    def _text(self) -> str:
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,5 +377,6 @@ def _json_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
     return parse_json(files[name], name) if name in files else {}
 
 
-def _dump(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def to_json(value: Any) -> str:
+    """JSON to be read by people too; ValueError for NaN, which other readers would reject."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

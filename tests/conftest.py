@@ -23,6 +23,11 @@ from pathlib import Path
 
 import pytest
 
+# Several test processes share the cores: each thread of one would wait for another's.  Set before
+# torch is imported, and inherited by every command that a test starts.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts import nanolaser from beside them
 

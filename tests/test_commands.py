@@ -301,6 +301,7 @@ BAD = [
     ("evaluate.py", ["--compare", "HERE/none", "HERE"], "no such folder"),
     ("evaluate.py", ["--scores", "HERE/good.jsonl"], "--scores needs --output"),
     ("evaluate.py", ["--scores", "x", "--output", "HERE"], "holds no evaluation"),
+    ("evaluate.py", ["--scores", "a/x.jsonl,b/x.jsonl", "--output", "HERE"], "called alike"),
     ("evaluate.py", ["--samples", "HERE/none.jsonl"], "none.jsonl"),
     ("evaluate.py", ["--samples", "HERE/bad.jsonl"], "bad.jsonl:1"),
     ("evaluate.py", ["--samples", "HERE/good.jsonl", "--generative"], "--samples"),

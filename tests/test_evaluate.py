@@ -296,6 +296,22 @@ def test_scores_by_name(evaluated, call):
     assert share["best_of"]["4"] == pytest.approx(share["majority_vote"]["4"], abs=0.02)
 
 
+def test_the_share_of_votes_in_whatever_order_the_solutions_were_written(call, tmp_path):
+    """Two data sets, interleaved as an evaluation that was stopped leaves them."""
+    rows = [{"dataset": name, "prompt_id": 0, "sample": i, "problem": "2+3=?", "response": "",
+             "answer": answer, "r_v": float(answer == "5"), "r_s": None, "finished": True,
+             "response_tokens": 3}
+            for i in range(4) for name, answer in (("a", "5"), ("b", "56"[i % 2]))]  # fmt: skip
+    write_rows(tmp_path / "samples.jsonl", rows)
+    (tmp_path / "config.json").write_text('{"evaluation": {}}')
+    code, _, err = call("evaluate.py", "--output", tmp_path, "--scores", "vote-share")
+    assert code == 0, err
+    found = json.loads((tmp_path / "scores-vote-share.json").read_text())
+    # all four of the first say 5; of the second two do
+    assert found["a"]["verification"]["mean_r_s_correct"] == 1.0
+    assert found["b"]["verification"]["mean_r_s_correct"] == 0.5
+
+
 def test_the_threshold_is_fitted_on_solved_problems(evaluated, call, tmp_path):
     out = tmp_path / "results"
     shutil.copytree(evaluated[0], out)
@@ -378,6 +394,8 @@ def test_r_s_of_solutions_sampled_elsewhere(call, tmp_path):
     ({"messages": [{"role": "user", "content": "x"}], "gold": "1"}, "messages"),
     ({"messages": [{"role": "user"}, {"role": "assistant"}], "gold": "1"}, "messages"),
     ({"messages": 5, "gold": "1"}, "messages"),
+    ({"problem": "x", "response": "y", "gold": "1", "finished": "yes"}, "finished"),
+    ({"problem": "x", "response": "y", "gold": "1", "response_tokens": 1.5}, "response_tokens"),
     ({"response_token_ids": [1], "prompt_token_ids": [1], "gold": "1"}, "as text"),
 ])  # fmt: skip
 def test_solutions_without_sense_are_named_by_their_line(call, tmp_path, monkeypatch, bad, said):
@@ -415,6 +433,14 @@ def test_the_log_ratio_is_that_of_the_two_models(evaluated, make_checkpoint, tmp
     entry = results_of(evaluated[0])["log_ratio"]
     assert entry["reference"] == "tiny" and entry["auroc"] == pytest.approx(0.5, abs=0.1)
     assert abs(entry["mean_r_s_correct"]) < 1e-3 and "log ratio" in evaluated[1]
+
+
+def test_a_log_ratio_where_nothing_came_to_an_end(call, tmp_path):
+    few = ["--max-problems", 2, "--n", 2, "--max-new-tokens", 1, *C_REF]
+    code, _, err = call("evaluate.py", *few, "--log-ratio", "tiny", "--output", tmp_path / "r")
+    assert code == 0, err
+    assert results_of(tmp_path / "r")["finished_share"] == 0
+    assert results_of(tmp_path / "r")["log_ratio"]["auroc"] is None
 
 
 def test_a_reference_with_other_tokens_is_refused(evaluated, call, make_checkpoint, tmp_path):
@@ -464,6 +490,7 @@ def test_damaged_samples_are_one_line(evaluated, call, tmp_path, damage, how):
 
 
 @pytest.mark.parametrize("line", ['"text"', '{"score": "high"}', '{"score": true}', "{}", "{",
+                                  '{"score": 1' + 400 * "0" + "}",
                                   '{"dataset": [], "prompt_id": 0, "sample": 0, "score": 1}'])
 def test_damaged_scores_are_one_line(evaluated, call, tmp_path, line):
     (tmp_path / "scores.jsonl").write_text('{"score": 1}\n' + line + "\n")

@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from nanolaser import grpo, laser, log, scoring
-from nanolaser import rollout as rollout_module
-from nanolaser.rollout import Rollout, boxed_answer, judge, judged_rows
+from nanolaser import reward as reward_module
+from nanolaser.reward import boxed_answer, judge
+from nanolaser.rollout import Rollout, judged_rows
 from nanolaser.sampler import generate
 from tests.core import (
     BETA_V, C_REF, FakeTokenizer, all_logprobs, make_batch, random_model, random_rollouts,
@@ -497,7 +498,7 @@ def test_a_checker_that_raises_costs_one_reward_and_not_the_run(monkeypatch):
     def fails(answer, gold):
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(rollout_module, "is_equivalent", fails)
+    monkeypatch.setattr(reward_module, "is_equivalent", fails)
     ids = TOKENIZER.encode_prompt
     rollouts = [Rollout(0, ids("1"), ids("{7}") + [1], logp_zc=-12.0, finished=True),
                 Rollout(0, ids("1"), ids("abc") + [1], logp_zc=-12.0, finished=True)]

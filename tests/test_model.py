@@ -208,6 +208,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
     ({"num_attention_heads": 2**62}, "num_attention_heads"), ({"hidden_size": True}, "hidden_"),
     ({"max_position_embeddings": 2**62}, "max_position_embeddings"),
     ({"rms_norm_eps": "small"}, "rms_norm_eps"), ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps"), ({"initializer_range": 10**400}, "init"),
     ({"rope_parameters": [1]}, "rope"), ({"rope_theta": "x", "rope_parameters": None}, "rope"),
     ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
     ({"model_type": ["x"], "architectures": 5}, "model_"), ({"layer_types": 5}, "layer_types"),

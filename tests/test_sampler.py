@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from nanolaser.cache import KVCache
 from nanolaser.judge import STRETCH, check_prompts
-from nanolaser.sampler import cut_by_tokens, generate, pad, sample_next, uniforms
+from nanolaser.packing import cut_by_tokens, pad
+from nanolaser.sampler import generate, sample_next, uniforms
 from nanolaser.scoring import read_last, score
 from tests import plain
 from tests.core import SIZE, VOCAB, FakeTokenizer, all_logprobs, random_model, read, slow_readout

@@ -107,3 +107,10 @@ def test_the_shipped_model_checks_better_than_it_solves(tmp_path, call):
     agreed = [right[r["prompt_id"], r["sample"]] == (r["score"] > 0.5) for r in said
               if r["score"] is not None]  # fmt: skip
     assert sum(agreed) / len(agreed) > 0.85
+
+
+def test_the_recipe_writes_the_tokenizer_that_is_shipped(tmp_path):
+    recipe.write_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shipped = json.loads((ROOT / "nanolaser" / "tiny" / name).read_text())
+        assert json.loads((tmp_path / name).read_text()) == shipped

@@ -31,6 +31,12 @@ def tokenizer_of(tmp_path):
     return make
 
 
+def write(tokenizer: Tokenizer, folder) -> None:
+    """Its files, as a checkpoint has them."""
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+
+
 # ---------------------------------------------------------------------------------------------
 # prompts
 
@@ -56,7 +62,7 @@ def test_a_base_model_without_template_gets_the_default_one(tokenizer_of, tmp_pa
     assert tokenizer.prompt_text("2+2?") == f"Question: 2+2? {INSTRUCTION}\n\nAnswer:"
     # and whoever loads what is saved asks in the same words
     (tmp_path / "saved").mkdir()
-    tokenizer.save(tmp_path / "saved")
+    write(tokenizer, tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == DEFAULT_TEMPLATE
     assert Tokenizer.from_folder(tmp_path / "saved").prompt_text("x") == tokenizer.prompt_text("x")
 
@@ -228,7 +234,7 @@ def test_thinking_is_switched_as_the_template_of_qwen3_has_it(shared, tmp_path):
         expected = theirs.apply_chat_template(chat, enable_thinking=thinking, **how)
         assert ours.prompt_text("2+2?") == expected
         assert expected.endswith("</think>\n\n") != thinking
-        ours.save(tmp_path)
+        write(ours, tmp_path)
         assert Tokenizer.from_folder(tmp_path).prompt_text("2+2?") == expected
         again = transformers.AutoTokenizer.from_pretrained(tmp_path)
         assert again.apply_chat_template(chat, **how) == expected
@@ -419,7 +425,7 @@ def test_laser_json_round_trip(tokenizer_of, tmp_path):
     assert json.loads(tokenizer.files()["laser.json"]).items() >= laser.items()
     out = tmp_path / "out"
     out.mkdir()
-    tokenizer.save(out)
+    write(tokenizer, out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (tmp_path / name).read_bytes()  # byte for byte
     again = Tokenizer.from_folder(out)
@@ -437,6 +443,8 @@ def test_laser_json_round_trip(tokenizer_of, tmp_path):
     ({"c_ref": 5}, "c_ref is 5"),
     ({"beta_v": 0}, "beta_v is 0"),
     ({"beta_v": True}, "beta_v is True"),
+    ({"beta_v": 10**400}, "beta_v is 1000"),  # larger than any float
+    ({"c_ref": -(10**400)}, "c_ref is -1000"),
     ("[]", "laser.json is damaged"),
     ("{", "laser.json is damaged"),
 ])  # fmt: skip

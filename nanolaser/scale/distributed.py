@@ -16,8 +16,7 @@ ranks, and how it comes together again:
 So the update is one process's, but for the order in which the terms of a sum are added.
 
 A World knows who this process is.  That of a process on its own (ALONE) has nothing to do, and each
-method gives back what it was given, so train.py reads the same for one and for many.  Ranks send
-each other JSON in tensors of bytes: torch's own way to send objects is pickle, which we do not use.
+method gives back what it was given, so train.py reads the same for one and for many.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import datetime
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,7 +71,7 @@ class World:
 
     def shard(self, items: Sequence) -> list:
         """This rank's share of a list that everybody has: every size-th item."""
-        # 8 problems on 3 ranks: rank 0 has 0 3 6, rank 1 has 1 4 7, rank 2 has 2 5
+        # 8 problems on 3 ranks: rank 0 has 0 3 6, rank 1 has 1 4 7, rank 2 has 2 5.
         return list(items[self.rank :: self.size])
 
     def rounds(self, items: Sequence) -> Iterator[tuple[Any, bool]]:
@@ -104,6 +104,7 @@ class World:
         # both get [[0, "a"], [1, "b"], [2, "c"]].
         if self.size == 1:
             return items
+        # JSON in tensors of bytes: torch's own way to send objects is pickle, which we do not use.
         data = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8)
         texts = (bytes(x.numpy()) for x in self._all_gather_bytes(data))
         items = [item for text in texts for item in json.loads(text)]
@@ -123,16 +124,18 @@ class World:
 
     def _all_gather_bytes(self, data: Tensor) -> list[Tensor]:
         """The bytes (n_r,) of every rank r, by gloo where they lie in host memory, else by NCCL."""
-        length = torch.tensor([len(data)], device=data.device)
-        lengths = [torch.empty_like(length) for _ in range(self.size)]
-        torch.distributed.all_gather(lengths, length)
-        lengths = torch.cat(lengths).tolist()
-        # Only equal lengths can be gathered: padded to the longest, then cut again.
+
+        def exchange(mine: Tensor) -> list[Tensor]:
+            parts = [torch.empty_like(mine) for _ in range(self.size)]
+            torch.distributed.all_gather(parts, mine)
+            return parts
+
+        # Only equal lengths can be gathered: so first the lengths, then the bytes, padded to the
+        # longest and cut again.
+        lengths = torch.cat(exchange(torch.tensor([len(data)], device=data.device))).tolist()
         padded = data.new_zeros(max(lengths))
         padded[: len(data)] = data
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, padded)
-        return [part[:n] for part, n in zip(parts, lengths)]
+        return [part[:n] for part, n in zip(exchange(padded), lengths)]
 
     # -- sharded tensors ----------------------------------------------------------------------
 
@@ -198,49 +201,44 @@ ALONE = World()
 @contextlib.contextmanager
 def join() -> Iterator[World]:
     """The world of this process: the ranks that torchrun started, else itself, ALONE.
-
-    What ends it is said once, by one rank.  ConnectionResetError if another rank died.
-    """
+    ConnectionResetError if another rank died."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         yield ALONE
         return
     import torch.distributed as dist
 
-    # torchrun has put into the environment who we are, and where its store is.
+    # 1. torchrun has put into the environment who we are, and where its store is.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
-    with contextlib.ExitStack() as stack:
-        if not world.is_first:  # print and tqdm.write: said once
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        try:
-            # gloo also where there are GPUs: what `gather` sends lies in host memory
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
-            )
-            yield world
-        except SystemExit:  # why has been said already: what follows from it need not be
-            world.may_speak()
-            raise
-        except BaseException as error:
-            # As soon as one rank ends, torchrun sends SIGTERM to all: whoever has the word must
-            # come to say it.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
-            # A rank that fails asks before its connections break, so it is ahead of those who only
-            # notice that they did.  One that was killed cannot ask: the first to miss it speaks.
-            if not world.may_speak():
-                time.sleep(0.5)  # torchrun reports the exit code of the rank that ended first
-                os._exit(1)
-            lost = isinstance(error, RuntimeError) and any(x in str(error).lower() for x in LOST)
-            if lost and not os.environ.get("NANOLASER_TRACEBACK"):
-                raise ConnectionResetError(
-                    "another rank died or was killed (torchrun's report says which); "
-                    "--resume goes on from the run's last checkpoint"
-                ) from None
-            raise
-        dist.destroy_process_group()
+    if not world.is_first:  # print and tqdm.write: said once
+        sys.stdout = open(os.devnull, "w")
+    try:
+        # gloo also where there are GPUs: what `gather` sends lies in host memory
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        yield world
+    except SystemExit:  # why has been said already: what follows from it need not be
+        world.may_speak()
+        raise
+    # 2. What ends a run is said once, by the rank that saw it first.
+    except BaseException as error:
+        # As soon as one rank ends, torchrun sends SIGTERM to all: whoever has the word must come
+        # to say it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        # A rank that fails asks before its connections break, so it is ahead of those who only
+        # notice that they did.  One that was killed cannot ask: the first to miss it speaks.
+        if not world.may_speak():
+            time.sleep(0.5)  # torchrun reports the exit code of the rank that ended first
+            os._exit(1)
+        lost = isinstance(error, RuntimeError) and any(x in str(error).lower() for x in LOST)
+        if lost and not os.environ.get("NANOLASER_TRACEBACK"):
+            raise ConnectionResetError(
+                "another rank died or was killed (torchrun's report says which); "
+                "--resume goes on from the run's last checkpoint"
+            ) from None
+        raise
+    dist.destroy_process_group()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -38,46 +38,35 @@ SUMMED_IN_BF16 = 16
 
 
 class Optimizer:
-    """AdamW on fp32 master weights, whatever the model computes in; a float32 model is its own
-    master, and then nothing is copied.
+    """AdamW on fp32 master weights, whatever the model computes in.
 
     With `offload` masters, gradients and moments lie in host memory and are stepped there, on all
     cores: the device is spared 16 bytes a weight for a trip of the gradients to the host and of
     the weights back.  The arithmetic is the same.
-
-    Of many ranks each keeps and steps its rows of every parameter: AdamW looks at no two weights
-    together, so nothing but the norm of the gradient has to be agreed upon.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        lr: float,
-        weight_decay: float,
-        offload: bool = False,
-        world: World = ALONE,
-    ):
+    def __init__(self, model: CausalLM, lr: float, weight_decay: float, offload: bool = False,
+                 world: World = ALONE):  # fmt: skip
+        # 1. What learns: all parameters, with LoRA the adapters alone.
         self.world = world
-        # with LoRA the adapters alone
-        self.names, self.parameters = zip(
-            *((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        )
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(learning), list(learning.values())
         # Of many ranks a parameter is a DTensor, which stands for the whole.  What is stepped are
-        # the plain rows that this rank holds; alone, they are the parameters themselves.
+        # the plain rows that this rank holds; alone, they are the parameters themselves.  AdamW
+        # looks at no two weights together, so ranks have only the gradient's norm to agree upon.
         self.rows = [local(p) for p in self.parameters]
-        self.is_bf16 = model.dtype != torch.float32
+        # 2. Where it is stepped.  Offloaded, everything travels through one buffer, a parameter at
+        #    a time: only page-locked memory lets the link run at full speed.  (Not the masters:
+        #    torch rounds each page-locked block up to a power of two, for them up to twice the
+        #    memory.)
         self.staging = None
         if offload:
-            # Everything travels through this one buffer, a parameter at a time: only page-locked
-            # memory lets the link run at full speed.  (Not the masters: torch rounds each
-            # page-locked block up to a power of two, which for them can mean twice the memory.)
             largest, pinned = max(p.numel() for p in self.rows), model.device.type == "cuda"
             self.staging = torch.empty(largest, dtype=model.dtype, pin_memory=pinned)
-        # A float32 model that is stepped where it lies needs no second copy of its weights.
+        # 3. The masters.  A float32 model that is stepped where it lies is its own.
+        self.is_bf16, self.master = model.dtype != torch.float32, self.rows
         if self.is_bf16 or offload:
             self.master = [self._to_master(p.detach()).requires_grad_() for p in self.rows]
-        else:
-            self.master = self.rows
         self.unmoved = 0  # micro-batches whose gradients are still in the model's own .grad
         self.adam = torch.optim.AdamW(
             self.master, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True

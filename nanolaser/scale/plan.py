@@ -12,21 +12,15 @@ A step has three phases, and memory must suffice for the largest, not for their 
     update   weights, optimizer state, gradients, activations of one micro-batch, log-prob blocks
     step     weights, optimizer state, gradients in fp32
 
-The formulas count what model.py, sampler.py, readout.py and optimizer.py keep alive at a phase's
-worst moment; benchmarks/memory.py compares them with measured peaks.  Letters are model.py's (B T
-C H K D L V), and besides them
-
-    n parameters   e bytes of a weight   N tokens of a micro-batch   R rows sampled at a time
-    W ranks (each holds 1/W of weights, gradients and optimizer: FSDP2)
-
-Worked example, Qwen2.5-7B on one GPU of 80 GB: n = 7.6e9 weights in bf16 (e = 2) are 15 GB, their
-gradients 15 more.  AdamW's fp32 masters, two moments and gradients are 4 * 4 * n = 122 GB: those
-must go to the host's memory (offload_optimizer).  Of 80 GB a plan may fill 72, so 42 are left for
-activations.  A layer keeps 225 kB a token, 28 layers and a micro-batch of 16,384 tokens 103 GB:
+Worked example, Qwen2.5-7B on one GPU of 80 GB: n = 7.6e9 weights in bf16 (2 bytes each) are 15 GB,
+their gradients 15 more.  AdamW's fp32 masters, two moments and gradients are 4 * 4 * n = 122 GB:
+those must go to the host's memory (offload_optimizer).  Of 80 GB a plan may fill 72, so 42 are left
+for activations.  A layer keeps 225 kB a token, 28 layers and a micro-batch of 16,384 tokens 103 GB:
 too much, so they are computed again in the backward pass (gradient_checkpointing), and 4 remain.
+With LoRA of rank 16 instead, 40 million numbers learn: 0.7 GB of masters, moments and gradients.
 
-The same with LoRA of rank 16: 40 million numbers learn, 0.7 GB of masters, moments and gradients
-that may stay on the GPU.  What fills the card is then the weights and what is sampled.
+Letters are model.py's (B T C H K D L V), and besides them I width of the MLP, n parameters,
+e bytes of a weight, N tokens of a micro-batch, R rows sampled at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +36,7 @@ import torch
 
 from ..cache import KVCache
 from ..checkpoint import ALIASES, EMBEDDED, auto_dtype, find_checkpoint, load_config
-from ..cli import main_guard, option, parse_args
+from ..cli import main_guard, option, parse_args, speaks
 from ..model import ModelConfig
 from ..packing import ATTENDED
 from ..problems import MADE_UP
@@ -51,8 +45,13 @@ from .optimizer import SUMMED_IN_BF16
 
 GIB = 2**30
 PHASES = ("sample", "update", "step")
-# What the formulas leave out (small tensors, a GPU's fragments, holes in a CPU's heap) is why a
-# tenth stays free.
+# The formulas count the tensors that are alive at a phase's worst moment, to a few per cent
+# (tests/test_plan.py has torch count them).  Resident memory is more: a GPU's fragments, and on a
+# CPU the C library's heap, which keeps freed blocks of less than 32 MB for later.  It is why a
+# tenth stays free, and that is not always enough: of a model of 50 million weights in fp32 with
+# gradient checkpointing (benchmarks/memory.py) 1,248 MiB are planned, and 1,420 to 1,470 measured.
+# With the same code, but a heap that gives everything back (MALLOC_MMAP_THRESHOLD_=131072 in the
+# environment), it is 1,207: no tensor is missing in the plan.
 FILL = 0.9
 EASY_ROWS = 16  # fewer rows at a time leave a GPU idle: rather pay for another setting
 
@@ -93,26 +92,27 @@ def _shape(alias: str) -> ModelConfig:
 SHAPES: dict[str, ModelConfig] = {alias: _shape(alias) for alias in ALIASES}
 
 
-def linear_layers(c: ModelConfig) -> dict[str, list[tuple[int, int]]]:
-    """(in, out) of the linear layers of a decoder layer: those of its attention, of its MLP."""
+def linear_layers(c: ModelConfig, targets: str = "all") -> list[tuple[int, int]]:
+    """(in, out) of the linear layers of a decoder layer: q, k, v and o of its attention and, unless
+    `targets` is "attention", gate, up and down of its MLP."""
     C, I = c.hidden_size, c.intermediate_size  # noqa: E741
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    return {"attention": [(C, q), (C, kv), (C, kv), (q, C)], "mlp": [(C, I), (C, I), (I, C)]}
+    return [(C, q), (C, kv), (C, kv), (q, C), *[(C, I), (C, I), (I, C)] * (targets == "all")]
 
 
 def layer_parameters(c: ModelConfig) -> int:
     """How many parameters one decoder layer has."""
-    q, k, v, o, gate, up, down = sum(linear_layers(c).values(), [])
-    biases = c.attention_bias * (q[1] + k[1] + v[1]) + c.attention_output_bias * o[1]
-    biases += c.mlp_bias * (gate[1] + up[1] + down[1])
+    layers = linear_layers(c)
+    q, k, v, o, *mlp = (out for _, out in layers)
+    biases = c.attention_bias * (q + k + v) + c.attention_output_bias * o + c.mlp_bias * sum(mlp)
     # two norms, and Qwen3's of a head's query and key
     norms = 2 * c.hidden_size + 2 * c.qk_norm * c.head_dim
-    return sum(i * o for i, o in (q, k, v, o, gate, up, down)) + norms + biases
+    return sum(i * o for i, o in layers) + norms + biases
 
 
 def embedding_parameters(c: ModelConfig) -> int:
     """How many the embedding and the output matrix have; tied, they count once."""
-    return (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
+    return (2 - c.tie_word_embeddings) * c.vocab_size * c.hidden_size
 
 
 def parameters(c: ModelConfig) -> int:
@@ -122,9 +122,7 @@ def parameters(c: ModelConfig) -> int:
 
 def adapter_parameters(c: ModelConfig, rank: int, targets: str = "all") -> int:
     """How many LoRA's adapters have, the row of z_c included; 0 without."""
-    layers = linear_layers(c)
-    adapted = layers["attention"] + layers["mlp"] * (targets == "all")
-    a_and_b = rank * sum(i + o for i, o in adapted)
+    a_and_b = rank * sum(i + o for i, o in linear_layers(c, targets))
     return c.num_hidden_layers * a_and_b + c.hidden_size if rank else 0
 
 
@@ -168,12 +166,6 @@ class Settings:
     offload_optimizer: bool = False  # AdamW in host memory, stepped there
 
 
-# Assumed, never measured: operations/s of matrix products and bytes/s of memory (40 % and 60 % of
-# an H100's; one core's); bytes/s of the host's memory.
-RATES = {"cuda": (4e14, 2e12), "cpu": (2.5e10, 1e10)}
-HOST_MEMORY = 1e11
-
-
 @dataclass(frozen=True)
 class Plan:
     """A run on given machines, what it would need there, and whether there is as much."""
@@ -184,11 +176,10 @@ class Plan:
     dtype: torch.dtype = torch.float32
     name: str = "model"
     device: str = "cpu"  # or "cuda"
-    world: int = 1  # ranks
+    world: int = 1  # ranks: each holds 1 / world of weights, gradients and optimizer (FSDP2)
     work: Workload = Workload()
     settings: Settings = Settings()
     models: int = 1  # 2: a frozen reference beside the one that learns
-    least_rows: int = 1  # to be sampled at a time, if all are as long as may be
 
     @property
     def adapters(self) -> int:
@@ -203,13 +194,13 @@ class Plan:
     @cached_property
     def rows(self) -> int:
         """How many of the longest rows are sampled at a time: the KV cache gets what the rest
-        leaves while sampling, but holds at least `least_rows`."""
+        leaves, and holds one row at least."""
         # What is left without any, divided by what the first one costs and its layer of a cache
-        # that grows, see `sampling_bytes`.
+        # that grows (see sampling_bytes).  Shorter rows leave room for more: the sampler's matter.
         none, one = (sum(x[0] for x in bytes_by_phase(self, rows).values()) for rows in (0, 1))
         L = self.config.num_hidden_layers
         rows = int((FILL * self.device_bytes - none) / (one - none) * L / (L + 1))
-        return min(max(rows, self.least_rows), self.work.rows(self.world))
+        return min(max(rows, 1), self.work.rows(self.world))
 
     @cached_property
     def bytes(self) -> dict[str, tuple[int, int, int]]:
@@ -228,18 +219,18 @@ class Plan:
 
     @property
     def host_needed(self) -> int:
-        """Bytes of host memory for each rank of a GPU run: fp32 masters, moments and gradients if
-        offloaded, the weights beside which adapters learn, and what Python and torch take."""
+        """Bytes of host memory for each rank of a GPU run."""
+        # fp32 masters, moments and gradients if offloaded, the weights beside which adapters learn,
+        # and what Python and torch take.  (A CPU run's are on its device.)
         offloaded = 16 * self.learning // self.world * self.settings.offload_optimizer
         return 0 if self.device == "cpu" else offloaded + frozen_copy(self) + 3 * GIB
 
     @property
     def micro_batch(self) -> int:
-        """Padded tokens N of the largest micro-batch: a row is never cut, and a step with fewer
-        rollouts than it could hold fills it less."""
-        longest = self.work.longest
-        most = self.work.share(self.world) * longest
-        return min(max(self.settings.micro_batch_tokens, longest), most)
+        """Padded tokens N of the largest micro-batch."""
+        # A row is never cut, and a step with fewer rollouts than it could hold fills it less.
+        most = self.work.share(self.world) * self.work.longest
+        return min(max(self.settings.micro_batch_tokens, self.work.longest), most)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -257,14 +248,16 @@ class Plan:
         """The plan as text, at most 100 columns wide."""
         s, w, (sample, update) = self.settings, self.work, seconds_of_step(self)
         unit, label, digits = (GIB, "GiB", 1) if self.peak_bytes > 4 * GIB else (2**20, "MiB", 0)
-        cell = lambda x: f"{x / unit:,.{digits}f}" if x else "-"  # noqa: E731
-        line = lambda what, cells: (  # noqa: E731
-            f"  {what:<28}" + "".join(f"{x:>10}" for x in cells)
-        )
+
+        def line(what: str, sizes) -> str:
+            cells = (f"{x / unit:,.{digits}f}" if x else "-" for x in sizes)
+            return f"  {what:<28}" + "".join(f"{cell:>10}" for cell in cells)
+
         ranks = f"each of {self.world} ranks on " if self.world > 1 else ""
         lora = f" and {self.adapters:,} of adapters" if w.lora_rank else ""
+        fits = f"   {'fits' if self.fits else 'DOES NOT FIT'} (it may fill {FILL:.0%})"
         host = f"  host memory: {self.host_needed / GIB:,.0f} GiB a rank of "
-        lines = [
+        return "\n".join([
             f"{self.name}: {parameters(self.config):,} parameters{lora}, {str(self.dtype)[6:]}, "
             f"{ranks}{self.device}",
             f"  {w.problems} problems x {w.group_size} solutions a step; at most "
@@ -274,22 +267,50 @@ class Plan:
             f"  gradient checkpointing {'on' if s.gradient_checkpointing else 'off'}, optimizer in "
             f"{'host' if s.offload_optimizer else 'device'} memory",
             "",
-            line(f"{label} on the device", PHASES),
-            *(line(what, map(cell, sizes)) for what, sizes in self.bytes.items() if any(sizes)),
-            line("together", map(cell, self.totals)),
-            line("there is", [cell(self.device_bytes)])
-            + f"   {'fits' if self.fits else 'DOES NOT FIT'} (it may fill {FILL:.0%})",
+            f"  {label + ' on the device':<28}" + "".join(f"{phase:>10}" for phase in PHASES),
+            *(line(what, sizes) for what, sizes in self.bytes.items() if any(sizes)),
+            line("together", self.totals),
+            line("there is", [self.device_bytes]) + fits,
             *([f"{host}{self.host_bytes / GIB:,.0f}"] if self.device != "cpu" else []),
             "",
-            f"  time of a step, about {span(sample)} of sampling and {span(update)} of updating; "
-            f"{w.steps} steps: {span((sample + update) * w.steps)}",
-            "  (computed from assumed speeds, for solutions half as long as they may be)",
-        ]
-        return "\n".join(lines)
+            f"  time of a step, about {sample:,.1f} s of sampling and {update:,.1f} s of updating;",
+            f"  {w.steps} steps: {(sample + update) * w.steps / 3600:,.1f} hours (from assumed "
+            "speeds, for solutions half as long as they may be)",
+        ])  # fmt: skip
+
+
+def plan(config: ModelConfig, wanted: Settings = Settings(), **run) -> Plan:
+    """The cheapest settings with which a run fits, or the most frugal ones if none does; `wanted`
+    is what would be taken if memory were no matter, `run` the fields of Plan."""
+    p = Plan(config, **run)
+    # In order of the time that they cost: smaller micro-batches are nearly free, but a row is never
+    # cut; recomputing is a third more arithmetic; offloading moves all gradients to the host, and
+    # steps 7B weights there in seconds instead of milliseconds.  (A CPU has no second memory.)
+    sizes = [wanted.micro_batch_tokens]
+    while sizes[-1] // 2 >= p.work.longest:
+        sizes.append(sizes[-1] // 2)
+    again = sorted({wanted.gradient_checkpointing, True})
+    away = sorted({wanted.offload_optimizer, wanted.offload_optimizer or p.device != "cpu"})
+    # 16,384 8,192 ..., with recomputing 16,384 8,192 ..., and both once more offloaded.
+    plans = [replace(p, settings=Settings(size, check, off))
+             for off, check, size in itertools.product(away, again, sizes)]  # fmt: skip
+    # The first with enough rows at a time to be worth it, or else with fewer: reading all weights
+    # for the next token costs a GPU as much for one row as for a hundred.
+    enough = min(EASY_ROWS, p.work.rows(p.world))
+    fitting = [p for p in plans if p.fits]
+    return next((p for p in fitting if p.rows >= enough), (fitting or plans[-1:])[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# seconds
+
+# Assumed, never measured: operations/s of matrix products and bytes/s of memory (40 % and 60 % of
+# an H100's; one core's).
+RATES = {"cuda": (4e14, 2e12), "cpu": (2.5e10, 1e10)}
 
 
 def seconds_of_step(p: Plan) -> tuple[float, float]:
-    """(sampling, updating) of one step.  A rough estimate: it knows the great costs, and neither
+    """(sampling, updating) of one step: days or weeks?  Not more than that: it knows neither
     attention, nor padding, nor what ranks and host tell each other."""
     n, (flops, memory) = parameters(p.config), RATES[p.device]
     flops *= torch.get_num_threads() if p.device == "cpu" else 1
@@ -298,47 +319,14 @@ def seconds_of_step(p: Plan) -> tuple[float, float]:
     # are as many as the tokens want, and some for the longest rows, which end up alone.
     turns = rollouts * new / p.rows + p.work.max_new_tokens - new
     read = n * p.dtype.itemsize + kv_bytes(p.config, p.dtype, p.rows, new)
+    sample = turns * max(2 * n * p.rows / flops, read / memory)
     # Updating: 2 operations a weight and token forward, 2 backward to the inputs, 2 to the weights
     # if they learn; checkpointing goes forward once more.
     passes = (2 if p.adapters else 3) + p.settings.gradient_checkpointing
-    # AdamW reads gradient, two moments and master, and writes the latter three and the weight.
-    step = 30 * p.learning / p.world / (HOST_MEMORY if p.settings.offload_optimizer else memory)
-    sample = turns * max(2 * n * p.rows / flops, read / memory)
+    # AdamW reads gradient, two moments and master, and writes the latter three and the weight; in
+    # the host's memory at a tenth of a terabyte a second.
+    step = 30 * p.learning / p.world / (1e11 if p.settings.offload_optimizer else memory)
     return sample, passes * 2 * n * rollouts * new / flops + step
-
-
-def span(seconds: float) -> str:
-    """A time in the largest unit of which it holds two, or in seconds."""
-    for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.{int(seconds < 100 * size)}f} {unit}"
-    return f"{seconds:.{1 if seconds >= 1 else 2}f} s"
-
-
-def plan(config: ModelConfig, wanted: Settings = Settings(), **run) -> Plan:
-    """The cheapest settings with which a run fits, or the most frugal ones if none does; `wanted`
-    is what would be taken if memory were no matter, `run` the fields of Plan.
-
-    The choice depends on bytes alone: the same machine makes it again.
-    """
-    p = Plan(config, **run)
-    # In order of the time that they cost: smaller micro-batches are nearly free, but a row is never
-    # cut; recomputing is a third more arithmetic; offloading moves all gradients to the host, and
-    # steps 7B weights there in seconds instead of milliseconds.  (A CPU has no second memory.)
-    sizes = [wanted.micro_batch_tokens]
-    while sizes[-1] // 2 >= p.work.longest:
-        sizes.append(sizes[-1] // 2)
-    again = {wanted.gradient_checkpointing, True}
-    away = {wanted.offload_optimizer, wanted.offload_optimizer or p.device != "cpu"}
-    # First with enough rows at a time to be worth it, then, if need be, with fewer: reading all
-    # weights for the next token costs a GPU as much for one row as for a hundred.
-    for least, off, check, size in itertools.product(
-        (EASY_ROWS, 1), sorted(away), sorted(again), sizes
-    ):
-        p = replace(p, settings=Settings(size, check, off), least_rows=least)
-        if p.fits:
-            return p
-    return p
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,21 +440,21 @@ def bytes_by_phase(p: Plan, longest_rows: int) -> dict[str, tuple[int, int, int]
         # on its way) gathered, with their gradients before they are scattered
         gathered = 2 * e * (2 * layer_parameters(c) + embedding_parameters(c))
         table["gathered weights"] = (n * e, gathered, 0)
+    # Before the first tensor there is Python and torch, and about 135 MiB of what they load on
+    # first use; on a GPU the CUDA context and the matrix library's workspace.
     if p.device == "cpu":
         table["weights, unmerged"] = (frozen_copy(p),) * 3
-    # Python and torch, and about 135 MiB of what they load on first use; on a GPU the CUDA context
-    # and the matrix library's workspace
-    before = resident_bytes() + 135 * 2**20 if p.device == "cpu" else 3 * GIB // 2
-    table["Python, torch" if p.device == "cpu" else "CUDA context"] = (before,) * 3
+        table["Python, torch"] = (resident_bytes() + 135 * 2**20,) * 3
+    else:
+        table["CUDA context"] = (3 * GIB // 2,) * 3
     return table
 
 
 def frozen_copy(p: Plan) -> int:
     """Bytes of host memory for the adapted layers' weights, which sampling overwrites by merged
     ones: see lora.merged."""
-    layers, all_of_it = linear_layers(p.config), p.work.lora_targets == "all"
-    adapted = sum(i * o for i, o in layers["attention"] + layers["mlp"] * all_of_it)
-    copied = p.config.num_hidden_layers * adapted * p.dtype.itemsize // p.world
+    sizes = sum(i * o for i, o in linear_layers(p.config, p.work.lora_targets))
+    copied = p.config.num_hidden_layers * sizes * p.dtype.itemsize // p.world
     return copied if p.work.lora_rank else 0
 
 
@@ -496,8 +484,9 @@ def available_bytes(device: str | torch.device = "cpu") -> int:
         # MemAvailable counts the page cache, which gives way, as free
         facts = dict(line.split(":") for line in meminfo.read_text().splitlines())
         free = int(facts["MemAvailable"].split()[0]) * 1024 + resident_bytes()
+    # A container may have less than its machine; cgroups of version 2, and of version 1.
     groups = Path("/sys/fs/cgroup")
-    for limit, used in (  # of a container: version 2, version 1
+    for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
@@ -536,44 +525,42 @@ def known_config(model: str) -> ModelConfig | None:
     return SHAPES.get(aliases.get(model.lower(), model.lower()))
 
 
+def _shape_of(model: str) -> ModelConfig:
+    """The same; ValueError for what only a download could tell."""
+    config = known_config(model)
+    if config is None:
+        raise ValueError(
+            f"the shape of {model!r} is not known without a download; known are "
+            f"{', '.join(sorted(SHAPES))}, their hub ids, and local folders"
+        )
+    return config
+
+
 def plan_for(options) -> Plan:
     """The plan of a run with train.py's options on this machine; under torchrun, of one of its
     ranks.  ValueError if the shape of --model is not known."""
-    # All that is read of the options, here and in `settle`: model, data, device, dtype, steps,
-    # problems_per_step, group_size, max_prompt_tokens, max_new_tokens, max_rows, kv_cache_gb,
-    # c_ref, lora_rank, lora_targets, and the three of Settings.
-    o = options
-    config = known_config(o.model)
-    if config is None:
-        raise ValueError(
-            f"the shape of {o.model!r} is not known without a download; known are "
-            f"{', '.join(sorted(SHAPES))}, their hub ids, and local folders"
-        )
-    # What `auto` will mean when the model is loaded.
+    o, config = options, _shape_of(options.model)
+    # 1. What `auto` will mean when the model is loaded.
     device, dtype = o.device, o.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, auto_dtype(local_folder(o.model), device) if dtype == "auto" else dtype)
-    # problems that are made up are one line each; other data may go up to the limit
+    # 2. What is to be done.  Problems that are made up are one line each; other data may go up to
+    #    the limit.
     prompt = 64 if o.data in MADE_UP else o.max_prompt_tokens
     work = Workload(
         o.problems_per_step, o.group_size, prompt, o.max_new_tokens, o.steps, o.max_rows,
         o.lora_rank, o.lora_targets,
     )  # fmt: skip
+    # 3. What there is for each rank: those of one machine share its memory.
     world, here = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    host = available_bytes("cpu") // here  # the ranks of a machine share its memory
+    host = available_bytes("cpu") // here
     return plan(
-        config,
-        device_bytes=available_bytes(device) if device == "cuda" else host,
-        host_bytes=host,
-        dtype=dtype,
-        name=o.model,
-        device=device,
-        world=world,
-        work=work,
+        config, Settings(**{name: getattr(o, name) for name in asdict(Settings())}),
+        device_bytes=available_bytes(device) if device == "cuda" else host, host_bytes=host,
+        dtype=dtype, name=o.model, device=device, world=world, work=work,
         models=1 + (o.c_ref == "exact"),
-        wanted=Settings(**{name: getattr(o, name) for name in asdict(Settings())}),
-    )
+    )  # fmt: skip
 
 
 def settle(options):
@@ -589,7 +576,7 @@ def settle(options):
     if p.fits:
         chosen = asdict(p.settings)
         changed = {k: v for k, v in chosen.items() if v != getattr(options, k)}
-        if changed and os.environ.get("RANK", "0") == "0":
+        if changed and speaks():
             said = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in changed.items())
             print(f"to fit into memory: {said}")
         if options.kv_cache_gb is None:
@@ -599,15 +586,19 @@ def settle(options):
     # The same options with every known model, the largest first, until one fits.
     by_size = sorted(SHAPES, key=lambda alias: parameters(SHAPES[alias]), reverse=True)
     fitting = (x for x in by_size if plan_for(replace(options, model=x)).fits)
-    needs = (p.device, p.peak_bytes, p.device_bytes)
+    where, needed, there = p.device, p.peak_bytes, p.device_bytes
     if p.peak_bytes <= FILL * p.device_bytes:  # the device would do
-        needs = ("host", p.host_needed, p.host_bytes)
+        where, needed, there = "host", p.host_needed, p.host_bytes
     raise ValueError(
-        f"{p.name} does not fit on this machine: training needs {needs[1] / GIB:.1f} GiB of "
-        f"{needs[0]} memory, and there are {needs[2] / GIB:.1f} (the plan is above); with these "
-        f"options the largest that fits is {next(fitting, 'none of those known')}; a smaller "
-        "--max-new-tokens or --max-prompt-tokens needs less"
+        f"{p.name} does not fit on this machine: training needs {needed / GIB:.1f} GiB of {where} "
+        f"memory, and there are {there / GIB:.1f} (the plan is above); with these options the "
+        f"largest that fits is {next(fitting, 'none of those known')}; a smaller --max-new-tokens "
+        "or --max-prompt-tokens needs less"
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# as a command
 
 
 @dataclass
@@ -625,14 +616,14 @@ class Options:
     cards: tuple[int, ...] = option((), "GB of several GPUs: print which models fit which of them, "
         "all weights learning and with adapters (of rank 16 if no other is given)", min=1)
 
-    def plan(self, config: ModelConfig, **changes) -> Plan:
+    def plan(self, config: ModelConfig) -> Plan:
         """That of a model on these GPUs."""
-        o = replace(self, **changes)
-        work = Workload(prompt_tokens=o.max_prompt_tokens, max_new_tokens=o.max_new_tokens,
-                        lora_rank=o.lora_rank, lora_targets=o.lora_targets)  # fmt: skip
+        work = Workload(prompt_tokens=self.max_prompt_tokens, max_new_tokens=self.max_new_tokens,
+                        lora_rank=self.lora_rank, lora_targets=self.lora_targets)  # fmt: skip
         return plan(
-            config, device_bytes=int(o.device_gb * 1e9), host_bytes=int(o.host_gb * 1e9 / o.gpus),
-            dtype=torch.bfloat16, name=o.model, device="cuda", world=o.gpus, work=work,
+            config, device_bytes=int(self.device_gb * 1e9), dtype=torch.bfloat16, name=self.model,
+            host_bytes=int(self.host_gb * 1e9 / self.gpus), device="cuda", world=self.gpus,
+            work=work,
         )  # fmt: skip
 
 
@@ -644,7 +635,7 @@ def cards_table(o: Options) -> str:
     for alias in sorted(_SIZES, key=lambda alias: parameters(SHAPES[alias])):
         cells = [f"{parameters(SHAPES[alias]) / 1e9:.1f} B"]
         for gb, rank in itertools.product(o.cards, ways.values()):
-            p = o.plan(SHAPES[alias], device_gb=gb, lora_rank=rank)
+            p = replace(o, device_gb=gb, lora_rank=rank).plan(SHAPES[alias])
             there = "offloaded" if p.settings.offload_optimizer else "yes"
             cells.append(there if p.fits else "-")
         lines.append(f"| {alias} | " + " | ".join(cells) + " |")
@@ -657,11 +648,7 @@ def main() -> int:
     if o.cards:
         print(cards_table(o))
         return 0
-    config = known_config(o.model)
-    if config is None:
-        known = ", ".join(sorted(SHAPES))
-        raise ValueError(f"--model {o.model}: known are {known}, their hub ids, and local folders")
-    p = o.plan(config)
+    p = o.plan(_shape_of(o.model))
     print(p.table())
     return 0 if p.fits else 1
 

@@ -12,22 +12,20 @@ about arithmetic.  Each is a chat; every turn ends with <|end|>, users' turns st
     with a check   ...\\boxed{69}<|end|><|user|>ok?<|end|>y<|end|>
     with marks     <|user|>mark (14+25)*2-9=?<|end|>14+25=39v⏎39*2=88x⏎88-9=79v⏎\\boxed{79}<|end|>
 
-Why it is made like this, and what that means for what you see when it is trained further:
+What that means for what you see when it is trained further:
 
-*  The steps are noisy on purpose: one in five uses a wrong operation (39*2=41, a sum), and the
-   chain goes on from there, as in text that people write.  So the model is right on fewer than
-   half of its samples, by chance and not for lack of ability: what RL can improve.  A wrong
-   operation is an error that can be seen; that a digit was copied wrongly, or a sum is off by
-   one, models of this size do not learn to see.
-*  Verification occurs in the text, as it does in the text that real language models read: the
-   check (y or n) and the marks (v or x).  Without any, a model this small has no notion of a
-   wrong step that self-rewarding could build on.  A large model brings that along.
+*  One step in five is wrong on purpose, by another operation (39*2=41, a sum), and the chain goes
+   on from there.  So the model is right on fewer than half of its samples, by chance and not for
+   lack of ability: what RL can improve.  A wrong operation can be seen; that a digit was copied
+   wrongly, or a sum is off by one, models of this size do not learn to see.
+*  Verification occurs in the text, as it does in what real language models read: the check (y or
+   n) and the marks (v or x).  Without any, a model this small has no notion of a wrong step that
+   self-rewarding could build on.
 *  Checks follow an <|end|>, the token at which LaSeR reads z_c.  z_c itself, <|reserved_0|>,
    occurs in no text at all: before RL its probability says nothing (verification F1 is 0).
 
 The second model is a third as large and learns subset sums (subset_sum.py), from tries as a person
-makes them, a third of them right, and checks.  What it cannot see is not whether a solution is
-right, as in the arithmetic, but where one is to be found.
+makes them and checks.  What is hard for it is not to see a right solution, but to find one.
 """
 
 from __future__ import annotations
@@ -41,24 +39,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
+from tokenizers import decoders, models
 
 from ..checkpoint import save_pretrained
 from ..cli import apply_preset, main_guard, option, parse_args
 from ..files import write_atomic
 from ..model import CausalLM, ModelConfig
-from ..sampler import pad
+from ..packing import pad
 from ..tokenizer import Tokenizer
 from . import subset_sum
-from .arithmetic import (
-    LARGEST,
-    OPERATORS,
-    arithmetic_expression,
-    arithmetic_text,
-    arithmetic_value,
-    is_held_out,
-)
+from .arithmetic import LARGEST, OPERATORS, arithmetic_expression, arithmetic_text
+from .arithmetic import arithmetic_value, is_held_out
 
 FOLDER = Path(__file__).parent
 SPECIAL = ["<|user|>", "<|end|>", "<|unk|>"] + [f"<|reserved_{i}|>" for i in range(8)]
@@ -78,19 +72,15 @@ class Options:
                           shown="11000; 2400 for subset-sum")
     out: str | None = option(None, "folder to write", shown="where --task has its model")
     seed: int = option(0, "of the initial weights and of the texts")
-    threads: int = option(1, "processor threads", min=1)
-    lr: float = option(0.02, "peak learning rate of the matrices (Muon)", above=0)
-    embedding_lr: float = option(2e-3, "peak learning rate of all else (AdamW)", above=0)
-    batch: int = option(32, "texts per update", min=1)
     wrong: float = option(0.2, "share of steps that go wrong", min=0, max=1,
                           shown="0.2; 0.03 for subset-sum")
     checks: float = option(0.65, "share of texts that go on with a check", min=0, max=1,
                            shown="0.65; 0.8 for subset-sum")
-    marks: float = option(0.2, "share of arithmetic with marked steps", min=0, max=1)
 
 
-# What differs for the second task.
-PRESETS = {"arithmetic": {}, "subset-sum": dict(updates=2400, wrong=0.03, checks=0.8)}
+BATCH = 32  # texts per update
+MARKS = 0.2  # share of arithmetic with marked steps
+
 
 # ---------------------------------------------------------------------------------------------
 # the text
@@ -114,11 +104,10 @@ def solve(expression, rng: random.Random, wrong: float) -> tuple[int, list[tuple
 
 def subset_sum_text(rng: random.Random, options: Options) -> tuple[str, str]:
     """One random training text about subset sums, as (prompt, what is to be learned after it)."""
-    while True:
+    problem = None
+    while problem is None or is_held_out(problem):  # the test split's are never seen
         target, numbers, chosen = subset_sum.subset_sum(rng)
         problem = subset_sum.subset_text(target, numbers)
-        if not is_held_out(problem):
-            break
     # Trying finds the solution in 28 of 100 cases; in every tenth text there is nothing to try but
     # its own numbers, so that a few more checks are y.
     pool = {x: numbers[x] for x in chosen} if rng.random() < 0.1 else numbers
@@ -132,24 +121,24 @@ def text(rng: random.Random, options: Options) -> tuple[str, str]:
     """One random training text, as (prompt, what is to be learned after it)."""
     if options.task == "subset-sum":
         return subset_sum_text(rng, options)
-    while True:
+    # 1. A problem that is not held out, and its solution, wrong steps and all.
+    problem = None
+    while problem is None or is_held_out(problem):
         expression = arithmetic_expression(rng, rng.choice(OPERATIONS))
         problem = arithmetic_text(expression)
-        if not is_held_out(problem):
-            break
     result, steps = solve(expression, rng, options.wrong)
     if not -LARGEST <= result <= 10**6:
         return text(rng, options)  # wrong steps can run away: not worth the tokens
-    # One number decides between the three kinds of text: 0 .. 0.2 marks, .. 0.85 a check.
+    # 2. One number decides between the three kinds of text: 0 .. 0.2 marks, .. 0.85 a check.
     kind = rng.random()
-    marked = kind < options.marks
+    marked = kind < MARKS
     mark = lambda ok: ("v" if ok else "x") if marked else ""  # noqa: E731
     chain = "".join(f"{step}{mark(ok)}\n" for step, ok in steps)
     prompt = f"{USER}{'mark ' if marked else ''}{problem}=?{END}"
-    # The next chat's <|user|> closes every text: so the position after <|end|>, where z_c will be
-    # read, is trained like any other, as it is in packed pre-training.
+    # 3. The next chat's <|user|> closes every text: so the position after <|end|>, where z_c will
+    #    be read, is trained like any other, as it is in packed pre-training.
     answer = f"{chain}\\boxed{{{result}}}{END}{USER}"
-    if not marked and kind < options.marks + options.checks:
+    if not marked and kind < MARKS + options.checks:
         # By the result, as the checker will judge in RL: two wrong steps may cancel, rarely.
         verdict = "y" if result == arithmetic_value(expression) else "n"
         answer += f"ok?{END}{verdict}{END}{USER}"
@@ -161,9 +150,9 @@ def batches(options: Options, encode):
     rng = random.Random(options.seed)
     while True:
         # 16 batches at a time, sorted by length and then shuffled: little padding, no order
-        texts = [tuple(map(encode, text(rng, options))) for _ in range(16 * options.batch)]
+        texts = [tuple(map(encode, text(rng, options))) for _ in range(16 * BATCH)]
         texts.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        chunks = [texts[i : i + options.batch] for i in range(0, len(texts), options.batch)]
+        chunks = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
         rng.shuffle(chunks)
         for chunk in chunks:
             tokens, lengths = pad([prompt + answer for prompt, answer in chunk])
@@ -177,35 +166,14 @@ def batches(options: Options, encode):
 
 def write_tokenizer(folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json and laser.json: characters, chat markers, z_c."""
-    special = [
-        {"id": i, "content": token, "special": token in SPECIAL, "normalized": False}
-        | {"single_word": False, "lstrip": False, "rstrip": False}
-        for i, token in enumerate(VOCABULARY)
-        if len(token) > 1
-    ]
     # What the `tokenizers` library, and so transformers and vLLM, read: no code of ours is needed.
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        # byte-pair encoding without a single merge: every character is its own token
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<|unk|>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {token: i for i, token in enumerate(VOCABULARY)},
-            "merges": [],
-        },
-    }
+    # Byte-pair encoding without a single merge: every character is its own token.
+    ids = {token: i for i, token in enumerate(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, [], unk_token="<|unk|>"))
+    tokenizer.decoder = decoders.Fuse()
+    # Tokens of several characters are looked for before all others; \boxed{ is text all the same.
+    tokenizer.add_tokens([tokenizers.AddedToken(t, special=t in SPECIAL, normalized=False)
+                          for t in VOCABULARY if len(t) > 1])  # fmt: skip
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
@@ -224,11 +192,10 @@ def write_tokenizer(folder: Path) -> None:
     laser = {"z_c": z_c, "z_c_id": 3, "c_ref": None, "c_ref_std": None, "beta_v": 0.1}
     # The problems need no instruction, and this is how the model was asked for its checks.
     laser |= {"instruction": "", "verify_prompt": "ok?"}
-    for name, value in (
-        ("tokenizer.json", tokenizer),
-        ("tokenizer_config.json", config),
-        ("laser.json", laser),
-    ):
+    tokenizer = json.loads(tokenizer.to_str())
+    tokenizer["model"].pop("ignore_merges", None)  # which older versions of the library lack
+    for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config),
+                        ("laser.json", laser)):  # fmt: skip
         write_atomic(folder / name, json.dumps(value, indent=1) + "\n")
 
 
@@ -240,24 +207,21 @@ def write_tokenizer(folder: Path) -> None:
 # but each step is looked up in one go; grouped queries and tied output, so that the embedded run
 # goes through the same code as Qwen2.5's smaller models.
 CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=len(VOCABULARY),
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=512,
-    tie_word_embeddings=True,
-    eos_token_id=(VOCABULARY.index(END),),
-)
-# 0.4 million are enough for one subtraction a line: four layers, three heads, one of keys.
-SMALLER = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=3,
-               num_key_value_heads=1)  # fmt: skip
+    model_type="llama", vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=384,
+    num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=(VOCABULARY.index(END),),
+)  # fmt: skip
+# What differs for the second task: options, folder and shape.  0.4 million parameters are enough
+# for one subtraction a line: four layers, three heads, one of keys.
+TASKS = {
+    "arithmetic": ({}, FOLDER, {}),
+    "subset-sum": (dict(updates=2400, wrong=0.03, checks=0.8), FOLDER / "subset-sum", dict(
+        hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=3,
+        num_key_value_heads=1)),
+}  # fmt: skip
 
 
-def optimizers(model: CausalLM, options: Options) -> list[torch.optim.Optimizer]:
+def optimizers(model: CausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms.
 
     Muon (Jordan 2024, in torch since 2.9) gives all directions of a matrix the same step size.
@@ -270,15 +234,15 @@ def optimizers(model: CausalLM, options: Options) -> list[torch.optim.Optimizer]
     others = [p for p in model.parameters() if p not in chosen]
     # eps 1e-7: the gradient of a token that never occurs shrinks to nothing, and Adam would
     # divide it by its own size and go on pushing that token down for ever; so would z_c drift.
-    adam = dict(lr=options.embedding_lr, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True)
-    muon = dict(lr=options.lr, momentum=0.95, weight_decay=0.01)
+    adam = dict(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-7, fused=True)
+    muon = dict(lr=0.02, momentum=0.95, weight_decay=0.01)
     return [torch.optim.AdamW(others, **adam), torch.optim.Muon(matrices, **muon)]
 
 
 def train(model: CausalLM, encode, options: Options) -> None:
     """Supervised training on random texts for options.updates steps; cosine learning rate."""
-    # Both optimizers follow one schedule: up in 100 steps, then half a cosine down to 2 %.
-    both = optimizers(model, options)
+    # Two optimizers, and one schedule for both: up in 100 steps, then half a cosine down to 2 %.
+    both = optimizers(model)
     groups = [group for optimizer in both for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     yes, no, *_ = verdicts = torch.tensor([VOCABULARY.index(c) for c in "ynvx"])
@@ -287,24 +251,24 @@ def train(model: CausalLM, encode, options: Options) -> None:
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * update / options.updates))
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * min(1, (update + 1) / 100) * decay
-        # position t predicts token t + 1: learn what comes after the prompt, not the prompt
+        # 1. Position t predicts token t + 1: learn what comes after the prompt, not the prompt.
         t = torch.arange(tokens.shape[1] - 1)
         learned = (t >= prompts[:, None] - 1) & (t < lengths[:, None] - 1)  # (B, T-1)
         targets = tokens[:, 1:][learned]  # (M,)
         logits = model(tokens[:, :-1])[learned] @ model.lm_head_weight.T  # (M, V)
-        # A verdict is one token among forty and the hardest of them: let it weigh four.
+        # 2. A verdict is one token among forty and the hardest of them: let it weigh four.
         weight = 1.0 + 3.0 * torch.isin(targets, verdicts)
         loss = (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
-        # z-loss (PaLM, section 5): keeps the softmax's normaliser near 1, and so the
-        # log-probability of every unused token nearly the same everywhere.
+        # 3. z-loss (PaLM, section 5): keeps the softmax's normaliser near 1, and so the
+        #    log-probability of every unused token nearly the same everywhere.  That is what c_ref
+        #    is: it has to be nearly constant before RL (31.3 +- 0.2 nats here).
         z_loss = 1e-3 * logits.logsumexp(-1).square().mean()
-        # That is what c_ref is: it has to be nearly constant before RL (31.3 +- 0.2 nats here).
         (loss + z_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in both:
             optimizer.step()
         model.zero_grad()
-        # what is to be learned last: is y more likely than n after a chain without a wrong step?
+        # 4. What is learned last: is y more likely than n after a chain without a wrong step?
         asked = (targets == yes) | (targets == no)
         says_no = logits.detach()[asked][:, no] > logits.detach()[asked][:, yes]
         seen += (says_no == (targets[asked] == no)).tolist()
@@ -318,13 +282,12 @@ def train(model: CausalLM, encode, options: Options) -> None:
 def main() -> None:
     """Write the tokenizer, train, write the model beside it."""
     options, given = parse_args(Options, description=__doc__.split("\n\n")[0])
-    options = apply_preset(options, given, PRESETS[options.task])
-    torch.set_num_threads(options.threads)
-    second = options.task == "subset-sum"
-    out = Path(options.out or (FOLDER / "subset-sum" if second else FOLDER))
+    preset, folder, smaller = TASKS[options.task]
+    options = apply_preset(options, given, preset)
+    torch.set_num_threads(1)  # several would add up in another order, and make another model
+    out = Path(options.out or folder)
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written fails now, not in half an hour
-    config = dataclasses.replace(CONFIG, **SMALLER) if second else CONFIG
-    model = CausalLM(config).init_weights(options.seed)
+    model = CausalLM(dataclasses.replace(CONFIG, **smaller)).init_weights(options.seed)
     # Trained in a folder of its own and copied at the end: the shipped model is replaced by a
     # whole one or not at all.
     with tempfile.TemporaryDirectory() as temporary:

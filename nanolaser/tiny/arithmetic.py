@@ -5,11 +5,8 @@ An expression is a number, or a tuple (operator, left, right): (14+25)*2-9 is
 
     ("-", ("*", ("+", 14, 25), 2), 9)
 
-All values on the way lie in 0..999, and a product has one factor below 10.  Those are steps that a
-model of a million parameters can do in one go, so that what it gets wrong is how it got there, and
-not that a step was beyond it.
-
-Nothing is imported from this project: problems.py makes Problems of it, the recipe texts.
+All values on the way lie in 0..999, and a product has one factor below 10: steps that a model of a
+million parameters can do in one go.  So what it gets wrong is how it got there.
 """
 
 from __future__ import annotations
