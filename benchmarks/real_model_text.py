@@ -161,19 +161,19 @@ def page(found: dict) -> str:
 
 
 HEADLINE = """\
-*  **r_s learns something, from nothing**: before RL z_c says, if anything, the contrary (AUROC
-   {auroc_before}), after LaSeR r_s has {auroc}, F1 {f1}. Asked in words the same model has an AUROC
-   of {words}.
-*  **But it learns which problems it can solve, not which solutions are right**: within a problem
-   its AUROC is {within}, where chance is 50. A score that knows only which of the 22 kinds a
-   problem is of, and how often the model solves those, has {kind}.
+*  **r_s learns what there is to read**: before RL z_c says, if anything, the contrary (AUROC
+   {auroc_before}); after LaSeR r_s has {auroc}, F1 {f1}. A linear probe on the state that r_s is
+   read from, fitted on solutions of the same model, has {probe}; asked in words, it has {words}.
+*  **That is which problems it can solve, not which solutions are right**: within a problem r_s has
+   {within} and the probe {probe_within}, where chance is 50. A score that knows only which of the
+   22 kinds a problem is of, and how often the model solves those, has {kind}.
 *  **So it brings no vote forward**: one solution {one}, majority of eight {majority}, weighted by
    r_s {weighted}, best by r_s {best}.
-*  **More could be read**: a solution's mean log-probability, which is free, has {free} and within
-   problems {free_within}; a linear probe on the state that r_s is read from, fitted on solutions
-   of the same model, {probe} and {probe_within}.
-*  **{steps} steps are few**, and r_s was not steady at their end. They did not make the model better:
-   one solution is right in {one_before} % of the cases before, {one} after LaSeR{one_grpo}.
+*  **What knows more is not at the end**: a solution's mean log-probability, which is free, has
+   {free}, and within problems {free_within}. It sums up what the model doubted while it wrote;
+   the state after the last token does not carry that, or not in a straight line.
+*  **{steps} steps are few**: r_s was not steady at their end, and they did not make the model better.
+   One solution is right in {one_before} % of the cases before, {one} after LaSeR{one_grpo}.
 """
 
 PAGE = """\
@@ -204,8 +204,8 @@ python benchmarks/real_model.py report                        # this page from r
 
 2. **Untouched** the model solves {base} of 100 of them (its own template, the instruction, 160
    tokens), and {boxed} answer is in a box.
-3. **Warm start**: {updates} updates of {texts} worked solutions, {warm_minutes} minutes on a shared
-   core, until {solved} % of 150 held-out problems are solved.
+3. **Warm start**: {updates} updates of {texts} worked solutions, {warm_minutes} minutes on a
+   shared core, until {solved} % of 150 held-out ones are solved.
 4. **GRPO and LaSeR** from there: the same {steps} steps of 8 problems x 8 solutions, the same
    problems and seed, lr {lr}, clip {clip}; LaSeR with alpha {alpha}, {first} steps of plain GRPO and
    {second} before r_s enters the advantage. {minutes}.
@@ -243,8 +243,8 @@ it has learned anything (50: no; below: it is likelier after wrong ones).
 
 {c_ref}
 
-*  **The constant holds**: after the warm start `{z_c}` varies by {spread} nats, {noise} of r_s's scale
-   from 0 to 1. (The paper has 0.04 nats for a model of 7 billion weights.)
+*  **The constant holds**: after the warm start `{z_c}` varies by {spread} nats, {noise} of the
+   scale of r_s from 0 to 1. (The paper has 0.04 nats for a model of 7 billion weights.)
 *  **The warm start moves it**: c_ref belongs to the model that RL begins from, and is measured
    there; so does `--c-ref auto`.
 *  **The exact reference would change little**: AUROC of LaSeR's log pi(z_c) {constant}, with what
