@@ -604,6 +604,11 @@ def collect(o: Options, runs: Path) -> dict:
     for name in ("c-ref", "user"):
         path = runs / f"{name}.json"
         found[name] = read_json(path) if path.exists() else None
+    for row in found["user"]["commands"] if found["user"] else ():
+        del row["output"], row["command"]  # runs/user.json has them, for whoever wants to see them
+    if (runs / "results" / "gsm8k" / "results.json").exists():
+        (entry,) = read_json(runs / "results" / "gsm8k" / "results.json").values()
+        found["gsm8k"] = entry["accuracy"]
     return json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 5))
 
 

@@ -128,6 +128,12 @@ def minutes(found: dict) -> str:
     return "; ".join(said) + ", evaluations and all"
 
 
+def seconds(run: dict) -> float:
+    """The median of a run's seconds a step."""
+    times = [row["seconds_rollout"] + row["seconds_update"] for row in run["steps"]]
+    return sorted(times)[len(times) // 2]
+
+
 def clipped(found: dict) -> str:
     """How many times the policy's gradient norm the first of the loss on r_s is."""
     steps = found["runs"]["laser"]["steps"]
@@ -157,6 +163,9 @@ def page(found: dict) -> str:
         own=pair(exact["own"]), reference=pair(exact["reference"]), users=user_table(found),
         nats=f"{found['user']['same']['nats']:.0e}", r_s=f"{found['user']['same']['r_s']:.0e}",
         compared=found["user"]["same"]["solutions"], times=clipped(found),
+        trial_fp32=f"{found['user']['commands'][0]['cpu_seconds']:.0f}",
+        trial_bf16=f"{found['user']['commands'][1]['cpu_seconds']:.0f}",
+        gsm8k=percent(found["gsm8k"]), step=f"{seconds(found['runs']['laser']):.0f}",
     )  # fmt: skip
 
 
@@ -172,8 +181,8 @@ HEADLINE = """\
 *  **What knows more is not at the end**: a solution's mean log-probability, which is free, has
    {free}, and within problems {free_within}. It sums up what the model doubted while it wrote;
    the state after the last token does not carry that, or not in a straight line.
-*  **{steps} steps are few**: r_s was not steady at their end, and they did not make the model better.
-   One solution is right in {one_before} % of the cases before, {one} after LaSeR{one_grpo}.
+*  **{steps} steps are few**: r_s was not steady at their end, and the model did not solve more. One
+   solution is right in {one_before} % of the cases before, {one} after LaSeR{one_grpo}.
 """
 
 PAGE = """\
@@ -207,8 +216,8 @@ python benchmarks/real_model.py report                        # this page from r
 3. **Warm start**: {updates} updates of {texts} worked solutions, {warm_minutes} minutes on a
    shared core, until {solved} % of 150 held-out ones are solved.
 4. **GRPO and LaSeR** from there: the same {steps} steps of 8 problems x 8 solutions, the same
-   problems and seed, lr {lr}, clip {clip}; LaSeR with alpha {alpha}, {first} steps of plain GRPO and
-   {second} before r_s enters the advantage. {minutes}.
+   problems and seed, lr {lr}, clip {clip}; LaSeR with alpha {alpha}, {first} steps of plain GRPO
+   and {second} more before r_s enters the advantage. {minutes}.
 5. **Evaluation**: {problems} held-out problems, eight solutions each at temperature 1.
 
 All forward passes are in bfloat16 with masters in float32 (`--dtype bfloat16`), on one core of an
@@ -258,7 +267,14 @@ On GSM8K's problems, one core, beside other programs:
 
 {users}
 
-USERSAID
+*  **The checkpoint is transformers' as well**: over {compared} solutions `verify.py` and
+   transformers, both in float32, differ by at most {r_s} in r_s ({nats} nats).
+*  **`--dtype bfloat16`**: on a CPU auto means float32. Where `lscpu` has `avx512_bf16` bfloat16 is
+   faster: {trial_bf16} processor seconds for the trial in place of {trial_fp32}.
+*  **GSM8K is out of reach**: as published the model solves none of the trial's problems, and most
+   solutions run into its limit of 128 tokens, as it says ("... solutions are few"); after all of
+   the above it solves {gsm8k} % of 25 problems x 4.
+*  **`--plan` is too careful here**: it expected 83 s a step, and a step took {step} s.
 
 ## What it is not
 
