@@ -609,7 +609,7 @@ def collect(o: Options, runs: Path) -> dict:
     if (runs / "results" / "gsm8k" / "results.json").exists():
         (entry,) = read_json(runs / "results" / "gsm8k" / "results.json").values()
         found["gsm8k"] = entry["accuracy"]
-    return json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 5))
+    return json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.4g}"))
 
 
 def write(o: Options, runs: Path) -> None:

@@ -47,6 +47,9 @@ def reading_table(found: dict) -> str:
             NAMES[name], pair([row["AUROC"][0], row["within problem"][0]]),
             pair(of and [of["auroc"], of["auroc_within"]]),
             *(pair(row.get(s)) for s in ("p-yes", "mean-logprob", "vote-share"))])
+    if "untouched" in probes:
+        of = pair([probes["untouched"][k] for k in ("auroc", "auroc_within")])
+        rows.append(["untouched, reading those of the warm start", "-", of, "-", "-", "-"])
     head = ["", "r_s", "probe", "asked in words", "mean log-prob", "share of votes"]
     return grid(head, rows)
 
@@ -106,7 +109,7 @@ def headline(found: dict) -> str:
     grpo = found["results"].get("grpo")
     probe, point = found["probe"]["laser"], lambda x: percent(x[0])
     words = after.get("p-yes", [None])[0]
-    return HEADLINE.format(
+    return HEADLINE.strip().format(
         auroc_before=point(before["AUROC"]), auroc=point(after["AUROC"]), f1=point(after["F1"]),
         words=percent(words), within=point(after["within problem"]),
         kind=percent(probe["kind_auroc"]), free=percent(after["mean-logprob"][0]),
@@ -116,16 +119,18 @@ def headline(found: dict) -> str:
         weighted=point(after["weighted of 8"]), majority=point(after["majority of 8"]),
         best=point(after["best of 8"]), one_before=point(before["one solution"]),
         steps=found["options"]["steps"],
-        one_grpo=f", {point(grpo['one solution'])} after GRPO" if grpo else "",
+        one_grpo=f" and {point(grpo['one solution'])} after GRPO" if grpo else "",
+        any_before=point(before["any of 8"]), any=point(after["any of 8"]),
+        any_grpo=f" and {point(grpo['any of 8'])}" if grpo else "",
     )  # fmt: skip
 
 
 def minutes(found: dict) -> str:
     """How long RL took, and its memory."""
-    said = [f"{NAMES[name].strip('*')} took {run['seconds'] / 60:.0f} minutes and "
+    said = [f"{NAMES[name].strip('*')}: {run['seconds'] / 60:.0f} minutes, "
             f"{run['peak_memory_bytes'] / 1e9:.1f} GB" for name, run in found["runs"].items()
             if "seconds" in run]  # fmt: skip
-    return "; ".join(said) + ", evaluations and all"
+    return "; ".join(said)
 
 
 def seconds(run: dict) -> float:
@@ -181,8 +186,9 @@ HEADLINE = """\
 *  **What knows more is not at the end**: a solution's mean log-probability, which is free, has
    {free}, and within problems {free_within}. It sums up what the model doubted while it wrote;
    the state after the last token does not carry that, or not in a straight line.
-*  **{steps} steps are few**: r_s was not steady at their end, and the model did not solve more. One
-   solution is right in {one_before} % of the cases before, {one} after LaSeR{one_grpo}.
+*  **RL did not make it better**, neither GRPO nor LaSeR: one solution is right in {one_before} % of
+   the cases before, {one} after LaSeR{one_grpo}; any of eight in {any_before}, {any}{any_grpo}.
+   {steps} steps of 64 solutions at this learning rate made the solutions more alike, not righter.
 """
 
 PAGE = """\
@@ -217,7 +223,8 @@ python benchmarks/real_model.py report                        # this page from r
    shared core, until {solved} % of 150 held-out ones are solved.
 4. **GRPO and LaSeR** from there: the same {steps} steps of 8 problems x 8 solutions, the same
    problems and seed, lr {lr}, clip {clip}; LaSeR with alpha {alpha}, {first} steps of plain GRPO
-   and {second} more before r_s enters the advantage. {minutes}.
+   and {second} more before r_s enters the advantage. With their evaluations, on a shared core,
+   {minutes}.
 5. **Evaluation**: {problems} held-out problems, eight solutions each at temperature 1.
 
 All forward passes are in bfloat16 with masters in float32 (`--dtype bfloat16`), on one core of an
@@ -240,7 +247,7 @@ The course of the runs, means over the solutions of training:
 
 AUROC over all solutions, then within problems (chance is 50), each model on its own solutions. The
 probe is a logistic regression on the very state that r_s is read from, fitted on {probed} solutions
-of training problems. Asked in words: P(yes) against P(no) in a second turn.
+of training problems (L2 penalty chosen among four on a third of them; the strongest won). Asked in words: P(yes) against P(no) in a second turn.
 
 {reading}
 
@@ -256,9 +263,9 @@ it has learned anything (50: no; below: it is likelier after wrong ones).
    scale of r_s from 0 to 1. (The paper has 0.04 nats for a model of 7 billion weights.)
 *  **The warm start moves it**: c_ref belongs to the model that RL begins from, and is measured
    there; so does `--c-ref auto`.
-*  **The exact reference would change little**: AUROC of LaSeR's log pi(z_c) {constant}, with what
-   the warm start says of the same solution taken off (read afterwards: the run itself was trained
-   with the constant) {own}; the warm start's own number {reference}.
+*  **The exact reference would change little**: LaSeR's log pi(z_c) has an AUROC of {constant};
+   less what the warm start says of the same solution, {own}. (Read afterwards:
+   the run was trained with the constant.) The warm start's number alone has {reference}.
 *  **A steadier token is there**, but what it would save is noise of a twentieth of r_s's scale.
 
 ## What a user meets
@@ -280,6 +287,8 @@ On GSM8K's problems, one core, beside other programs:
 
 *  One seed, {steps} steps, {problems} problems: differences of a few points mean nothing here.
 *  Generated problems of 22 kinds: the numbers are new in the held-out ones, the kinds are not.
+*  r_s was not steady when the run ended: from step to step its mean went up and down by 0.3, which
+   its F1 feels (at a threshold of 0.5) and its AUROC does not.
 *  alpha, lr and clip were chosen by reasoning, and not searched. The first step of the loss on r_s
    has {times} times the norm of the policy's gradient, and is clipped (see [the log](log.md)).
 *  The warm start's learning rate was first laid out for 400 updates, and after 40 of them for 120;
