@@ -247,7 +247,8 @@ The course of the runs, means over the solutions of training:
 
 AUROC over all solutions, then within problems (chance is 50), each model on its own solutions. The
 probe is a logistic regression on the very state that r_s is read from, fitted on {probed} solutions
-of training problems (L2 penalty chosen among four on a third of them; the strongest won). Asked in words: P(yes) against P(no) in a second turn.
+of training problems, its L2 penalty chosen among four on a third of them. Asked in
+words: P(yes) against P(no) in a second turn.
 
 {reading}
 
@@ -263,8 +264,8 @@ it has learned anything (50: no; below: it is likelier after wrong ones).
    scale of r_s from 0 to 1. (The paper has 0.04 nats for a model of 7 billion weights.)
 *  **The warm start moves it**: c_ref belongs to the model that RL begins from, and is measured
    there; so does `--c-ref auto`.
-*  **The exact reference would change little**: LaSeR's log pi(z_c) has an AUROC of {constant};
-   less what the warm start says of the same solution, {own}. (Read afterwards:
+*  **The exact reference would change little**: LaSeR's log pi(z_c) has an AUROC of
+   {constant}; less what the warm start says of the same solution, {own}. (Read afterwards:
    the run was trained with the constant.) The warm start's number alone has {reference}.
 *  **A steadier token is there**, but what it would save is noise of a twentieth of r_s's scale.
 
