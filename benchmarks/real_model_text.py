@@ -114,6 +114,9 @@ def headline(found: dict) -> str:
         words=percent(words), within=point(after["within problem"]),
         kind=percent(probe["kind_auroc"]), free=percent(after["mean-logprob"][0]),
         free_within=percent(after["mean-logprob"][1]), probe=percent(probe["auroc"]),
+        probe_before=percent(found["probe"]["warm"]["auroc"]),
+        probe_grpo=", {} after GRPO".format(percent(found["probe"]["grpo"]["auroc"]))
+        if "grpo" in found["probe"] else "",
         probe_within=percent(probe["auroc_within"]),
         one=point(after["one solution"]),
         weighted=point(after["weighted of 8"]), majority=point(after["majority of 8"]),
@@ -177,7 +180,8 @@ def page(found: dict) -> str:
 HEADLINE = """\
 *  **r_s learns what there is to read**: before RL z_c says, if anything, the contrary (AUROC
    {auroc_before}); after LaSeR r_s has {auroc}, F1 {f1}. A linear probe on the state that r_s is
-   read from, fitted on solutions of the same model, has {probe}; asked in words, it has {words}.
+   read from, fitted on each model's own solutions, has {probe} after LaSeR, {probe_before} before
+   RL{probe_grpo}; LaSeR's model asked in words has {words}.
 *  **That is which problems it can solve, not which solutions are right**: within a problem r_s has
    {within} and the probe {probe_within}, where chance is 50. A score that knows only which of the
    22 kinds a problem is of, and how often the model solves those, has {kind}.
