@@ -96,6 +96,7 @@ def load_reward(name: str | None) -> Callable[..., list[float]] | None:
         raise ValueError(f"--reward {name}: give it as FILE.py:FUNCTION, a file that is there")
 
     def ask(problem: str, function, *arguments):
+        """function(*arguments); ValueError with file, line and problem if it raises anything."""
         # Whatever the user's code raises becomes one line: where in their file, and for which
         # problem.  A traceback through this project would hide just that.
         try:
