@@ -545,8 +545,9 @@ def log_ratio_entries(model, tokenizer, run: RunFolder, reference: Path, o: Opti
         # The same tokens through both models; the difference is what RL has changed.
         tokens = [tokens_of(tokenizer, row) for row in ended]
         prompts, responses = [p for p, _ in tokens], [r for _, r in tokens]
-        sums = [confidences(m, prompts, responses, tokenizer.size)["logprob"]
-                for m in (model, before)]
+        with Progress("log ratios", 2 * len(ended), "reading") as progress:
+            sums = [confidences(m, prompts, responses, tokenizer.size, on_read=progress.update)
+                    ["logprob"] for m in (model, before)]  # fmt: skip
         quality = metrics.verification(rescored(ended, (a - b for a, b in zip(*sums))))
         # A sum of log ratios is no probability: it orders solutions, and that is all.
         entries[name] = {"reference": o.log_ratio} | {
@@ -618,7 +619,11 @@ def own_scores_of(rows: list[dict], o: Options, model_given: bool) -> dict[str, 
         model, tokenizer = open_model(replace(o, model=wrote))
         # One that was cut off has no end to be asked about: no score.
         ended = [i for i, row in enumerate(rows) if row["finished"]]
-        for name, x in own_scores(model, tokenizer, [rows[i] for i in ended], names).items():
+        # P(yes) is one forward pass over all, the others are another, together.
+        passes = ("p-yes" in names) + bool(set(names) - {"p-yes"})
+        with Progress("reading scores", passes * len(ended), "reading") as progress:
+            scores = own_scores(model, tokenizer, [rows[i] for i in ended], names, progress.update)
+        for name, x in scores.items():
             mine = dict(zip(ended, x))
             found[name] = [mine.get(i) for i in range(len(rows))]
     return found

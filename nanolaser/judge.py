@@ -265,7 +265,10 @@ def judge(
     generate(model, tokenizer, prompts, on_finish=finish, **sampling | {"temperature": 0.0})
 
 
-def p_yes(model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384) -> list[float]:
+def p_yes(
+    model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384,
+    on_read: Callable[[int], None] | None = None,
+) -> list[float]:  # fmt: skip
     """P(yes) / (P(yes) + P(no)) of each row as the first word of a judgement, in [0, 1]: the same
     question, but instead of writing an answer the model is asked what it would write (P(True),
     Kadavath et al. 2022)."""
@@ -274,7 +277,7 @@ def p_yes(model: CausalLM, tokenizer, rows: list[dict], budget: int = 16_384) ->
     # The first token of each word stands for it: what follows is nearly certain then.
     ids = [tokenizer.encode(word)[0] for word in words]
     prompts = [judgement_prompt(tokenizer, row) + tokenizer.encode(lead) for row in rows]
-    logprobs = read_last(model, prompts, [[] for _ in rows], ids, budget)  # (N, 2)
+    logprobs = read_last(model, prompts, [[] for _ in rows], ids, budget, on_read)  # (N, 2)
     return (logprobs[:, 0] - logprobs[:, 1]).sigmoid().tolist()
 
 
@@ -288,7 +291,7 @@ WINDOW = 8  # tokens in a group of it; the authors take 1024 or 2048 of solution
 @torch.no_grad()
 def confidences(
     model: CausalLM, prompts: list[list[int]], responses: list[list[int]], size: int,
-    budget: int = 16_384,
+    budget: int = 16_384, on_read: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:  # fmt: skip
     """What the distributions at the tokens of N responses say, N numbers each, larger is surer:
 
@@ -298,7 +301,8 @@ def confidences(
     lowest-group    the least mean over WINDOW tokens in a row of minus the mean log-prob of the TOP
                     likeliest tokens, nats (DeepConf, Fu et al. 2025)
 
-    `size` is the tokenizer's; `budget` tokens, padding included, go to a forward pass.
+    `size` is the tokenizer's; `budget` tokens, padding included, go to a forward pass; `on_read(k)`
+    hears of every k responses done.
     """
     values = [(0.0,) * 4] * len(prompts)  # in the order above
     head = model.lm_head_weight  # (V, C); rows beyond `size` are padding of the matrix
@@ -328,6 +332,8 @@ def confidences(
             groups = confidence.unfold(0, min(WINDOW, len(confidence)), 1).mean(-1)
             four = (logprob.sum(), logprob.mean(), certainty.mean(), groups.min())
             values[i] = tuple(x.item() for x in four)
+        if on_read is not None:
+            on_read(len(batch))
     names = ("logprob", "mean-logprob", "self-certainty", "lowest-group")
     return {name: [four[k] for four in values] for k, name in enumerate(names)}
 
@@ -336,10 +342,15 @@ def confidences(
 OWN_SCORES = ("p-yes", "mean-logprob", "self-certainty", "lowest-group")
 
 
-def own_scores(model: CausalLM, tokenizer, rows: list[dict], names: Sequence[str]) -> dict:
-    """{name: N scores} of N rollout rows that have an end, for names of OWN_SCORES."""
-    found = {"p-yes": p_yes(model, tokenizer, rows)} if "p-yes" in names else {}
-    if set(names) - set(found) and rows:
+def own_scores(
+    model: CausalLM, tokenizer, rows: list[dict], names: Sequence[str],
+    on_read: Callable[[int], None] | None = None,
+) -> dict:  # fmt: skip
+    """{name: N scores} of N rollout rows that have an end, for names of OWN_SCORES; `on_read(k)`
+    hears of k rows after each forward pass, of which a row takes one or two."""
+    asked = {"p-yes"} & set(names)
+    found = {name: p_yes(model, tokenizer, rows, on_read=on_read) for name in asked}
+    if set(names) - asked and rows:
         prompts, responses = zip(*(tokens_of(tokenizer, row) for row in rows))
-        found |= confidences(model, prompts, responses, tokenizer.size)
+        found |= confidences(model, prompts, responses, tokenizer.size, on_read=on_read)
     return {name: found.get(name, []) for name in names}
