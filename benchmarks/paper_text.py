@@ -37,7 +37,8 @@ cent, in brackets the 95 % interval over problems and seeds. This text is made f
 side, **does not** if the whole interval is on the other, and is **not decided** where the interval
 holds both. What the paper says is quoted *as reported*, of models of 3 to 7 billion parameters on
 competition mathematics; a small model on arithmetic may differ for any reason. Every row says how
-many seeds it is the mean of: LaSeR and GRPO have {n} so far.
+many seeds it is the mean of: LaSeR and GRPO have {n} so far. Of one seed the interval holds the
+problems alone: another seed of the same run may lie outside.
 
 F1 is the paper's: the harmonic mean of the accuracy on right and on wrong solutions, judged right
 at a score above 0.5. "Within problem" is the AUROC over pairs of a right and a wrong solution of
