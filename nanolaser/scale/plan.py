@@ -304,9 +304,9 @@ def plan(config: ModelConfig, wanted: Settings = Settings(), **run) -> Plan:
 # ---------------------------------------------------------------------------------------------
 # seconds
 
-# Assumed, never measured: operations/s of matrix products and bytes/s of memory (40 % and 60 % of
-# an H100's; one core's).
-RATES = {"cuda": (4e14, 2e12), "cpu": (2.5e10, 1e10)}
+# Operations/s of matrix products and bytes/s of memory.  A GPU's are assumed, never measured: 40 %
+# and 60 % of an H100's.  A core's: two thirds of the 9e10 that fp32 products alone came to on one.
+RATES = {"cuda": (4e14, 2e12), "cpu": (6e10, 1e10)}
 
 
 def seconds_of_step(p: Plan) -> tuple[float, float]:
