@@ -286,8 +286,8 @@ On GSM8K's problems, one core, beside other programs:
 *  **GSM8K is out of reach**: as published the model solves none of the trial's problems, and most
    solutions run into its limit of 128 tokens, as it says ("... solutions are few"); after all of
    the above it solves {gsm8k} % of 25 problems x 4.
-*  **`--plan` is too careful here**: it expects 35 s a step, for it does not know which CPUs are fast
-   in bfloat16, and a step took {step} s.
+*  **`--plan` is too careful here**: it expects 35 s a step, not knowing which CPUs are fast in
+   bfloat16, and a step took {step} s.
 
 ## What it is not
 
