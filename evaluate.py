@@ -57,8 +57,8 @@ from nanolaser.judge import (
 from nanolaser.problems import (
     MADE_UP, Problem, has_test_split, load_problems, read_solutions, train_and_test,
 )  # fmt: skip
-from nanolaser.reward import load_reward
-from nanolaser.rollout import Rollout, judged_rows, self_reward
+from nanolaser.reward import judged_rows, load_reward, self_reward
+from nanolaser.rollout import Rollout
 from nanolaser.scoring import score
 from nanolaser.sampler import generate
 

@@ -35,7 +35,8 @@ from nanolaser.files import to_jsonl
 from nanolaser.judge import SamplingOptions, check_prompts, open_model
 from nanolaser.problems import Problem
 from nanolaser.report import percent, shorten, table
-from nanolaser.rollout import Rollout, judged_rows
+from nanolaser.reward import judged_rows
+from nanolaser.rollout import Rollout
 from nanolaser.sampler import generate
 
 

@@ -77,8 +77,7 @@ class Options:
     thinking: bool | None = what(None, "think before answering, where the template knows that",
         shown="as the template has it")
     reward: str | None = what(None, "r_v by a function of your own, in evaluations too: see "
-        "docs/own-reward.md", metavar="FILE.py:FUNCTION",
-        shown="the checker")
+        "docs/own-reward.md", metavar="FILE.py:FUNCTION", shown="the checker")
     trial: bool = what(False, "this run in miniature: three steps, one of each phase")
     seed: int = what(0, "of problems and sampling", min=0)
     device: str = what("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -94,13 +93,12 @@ class Options:
     max_prompt_tokens: int = sampling(2048, "longer problems are left out", min=1)
     # no top-p here: the policy gradient is that of the distribution that was sampled from
     temperature: float = sampling(1.0, "of the policy; z_c is read at 1", above=0)
-    # DAPO's dynamic sampling; but r_s learns from all: "all right" and "all wrong" are just what it
-    # has to tell apart
+    # DAPO's dynamic sampling; r_s still learns from all: right and wrong are what it tells apart
     refill: int = sampling(0, "times that fresh problems are sampled in place of groups whose "
         "rewards are all equal; only the loss on r_s learns from those then", min=0, max=100)
     max_rows: int = sampling(256, "solutions sampled at the same time", min=1)
-    kv_cache_gb: float | None = sampling(
-        None, "GB the KV cache may take", above=0, shown="what the plan leaves")
+    kv_cache_gb: float | None = sampling(None, "GB the KV cache may take", above=0,
+        shown="what the plan leaves")
 
     # LaSeR's own: from log pi(z_c) to r_s, what r_s is trained with, when it gets a say.
     alpha: float = self_rewarding(0.25, "weight of the loss on r_s", min=0, max=1000, paper=0.1)
@@ -123,8 +121,7 @@ class Options:
     self_reward_loss: str = self_rewarding("mse", "on r_s", choices=("mse", "bce", "sft"))
     class_weights: bool = self_rewarding(True, "right and wrong weigh the same in that loss")
 
-    # How a batch changes the weights.  A model of a million weights takes 600 times the step that
-    # one of 7 billion can bear.
+    # How a batch changes the weights.  A million of them bear 600 times the step of 7 billion.
     lr: float = updating(6e-4, "peak learning rate of AdamW; for adapters 10 times it, embedded 3",
         above=0, paper=1e-6)
     lr_warmup: int = updating(5, "steps of rising learning rate", min=0, paper=0)
@@ -139,11 +136,9 @@ class Options:
         "solutions of theirs, or a sum over tokens / (solutions * --max-new-tokens)",
         choices=("token", "sequence", "constant"))
     truncated: str = updating("keep", "solutions cut off: learned from like others, left out of "
-        "the policy loss, or with r_v = 0 whatever their box says",
-        choices=("keep", "mask", "zero"))
+        "the policy loss, or r_v = 0 whatever their box says", choices=("keep", "mask", "zero"))
     # uneven in DAPO, 0.2 and 0.28: what is improbable may rise further
-    clip_low: float = updating(0.2, "PPO's clip below ratio 1; idle at one update a batch", min=0,
-        max=1)
+    clip_low: float = updating(0.2, "PPO's clip below 1; idle at one update a batch", min=0, max=1)
     clip_high: float = updating(0.2, "and above it; likewise", min=0, max=100)
     # the weights stay, and a correction of rank R beside each linear layer learns
     lora_rank: int = updating(0, "R of LoRA's adapters; 0: all weights learn", min=0, max=1024)
@@ -160,8 +155,7 @@ class Options:
 
     # What is measured and kept on the way.
     eval_every: int = output(120, "steps between evaluations", min=1, paper=20)
-    eval_problems: int = output(
-        400, "held-out problems (in between, a quarter of them)", min=1, paper=500)
+    eval_problems: int = output(400, "held-out problems (in between, a quarter)", min=1, paper=500)
     eval_n: int = output(8, "solutions per held-out problem", min=1, paper=2)
     log: str | None = output(None, "live curves: metrics.jsonl and evals.jsonl as they are written",
         choices=("tensorboard", "trackio", "wandb"))
@@ -248,8 +242,7 @@ def sample_and_check(run: Run, step: int) -> tuple[list[Rollout], dict[str, floa
     rollouts, fresh, checking = [], 0, 0.0
     for _ in range(1 + o.refill):
         # 1. Sample.  G solutions of P problems, later of the `fresh` ones from `first` on; every
-        #    rank samples its share.  The seed depends on the step alone: a resumed run draws what
-        #    it would have drawn.
+        #    rank samples its share.  The seed depends on the step alone: a resumed run draws alike.
         problems, first = run.stream.at(step, fresh), len(rollouts) // o.group_size
         how = {"seed": o.seed * 1_000_003 + step, **o.sampling()}
         mine = grpo.sample(run.model, tokenizer, problems, o.group_size, world, first, **how)
@@ -287,10 +280,6 @@ def learning_rate(step: int, o: Options) -> float:
 # ---------------------------------------------------------------------------------------------
 # the loop
 
-# Updates in a row without a finite gradient, after which the run stops: one may be a wild batch,
-# five are a model that is broken.
-MAX_SKIPPED = 5
-
 
 def main() -> int:
     """Parse the options, then train: a process of its own, or each of torchrun's alike."""
@@ -312,7 +301,7 @@ def main() -> int:
 def loop(run: Run, first: int) -> int:
     """Step after step.  Returns 0 after the last one, else the exit code."""
     o, folder, stop = run.o, run.folder, run.stop
-    watch, skipped_in_a_row, phase = log.Watch(), 0, None
+    watch, phase = log.Watch(), None
     stop.in_step = True  # from here on a Ctrl-C waits for the end of its step, and a checkpoint
     bar = tqdm(total=o.steps, initial=first - 1, disable=not is_terminal(), unit="step")
     for step in range(first, o.steps + 1):
@@ -333,17 +322,11 @@ def loop(run: Run, first: int) -> int:
         for text in watch.look(m, o.problems_per_step):
             warn(text)
 
-        # An update that was skipped has harmed nothing.  (A batch without any gradient, norm 0, is
-        # no sign of health.)
-        if m["skipped_updates"]:
-            skipped_in_a_row += 1
-        elif m["grad_norm"]:
-            skipped_in_a_row = 0
-        if skipped_in_a_row == MAX_SKIPPED:
+        if watch.broken(m):
             folder.append("samples.jsonl", rows[o.group_size :])
             bar.close()
             if run.world.is_first:
-                print(f"error: {MAX_SKIPPED} updates in a row had non-finite gradients; the last "
+                print(f"error: {watch.skipped} updates in a row had non-finite gradients; the last "
                       f"rollouts are in {folder.path}/samples.jsonl; try a new run with a lower "
                       "--lr", file=sys.stderr)  # fmt: skip
             return 1

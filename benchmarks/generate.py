@@ -46,6 +46,7 @@ from nanolaser.checkpoint import config_to_hf  # noqa: E402
 from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import made_up_problems  # noqa: E402
+from nanolaser.tiny.__main__ import init_weights  # noqa: E402
 
 # times transformers' useful tokens a second; share of the matrix products' rate
 GOALS = {"embedded": (4.0, 0.45), "skewed": (5.0, 0.70), "equal": (1.8, 0.70)}
@@ -152,7 +153,7 @@ def random_90m(o: Options, lengths: list[int]) -> Work:
                          attention_bias=True)  # fmt: skip
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, 32_000, (o.problems, PROMPT), generator=g).tolist()
-    model = CausalLM(config).init_weights(0)
+    model = init_weights(CausalLM(config), 0)
     return Work(model, NoText(32_000), prompts, max(lengths), lengths)
 
 

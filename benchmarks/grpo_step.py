@@ -58,6 +58,7 @@ from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import Problem, made_up_problems  # noqa: E402
 from nanolaser.scale.distributed import ALONE  # noqa: E402
+from nanolaser.tiny.__main__ import init_weights  # noqa: E402
 from nanolaser.tokenizer import Tokenizer  # noqa: E402
 
 GOALS = {"embedded": 2.2, "random": 2.8, "gsm8k": 3.0, "laser_share": 0.03}
@@ -95,7 +96,7 @@ def write_random_model(folder: Path) -> None:
         "qwen2", 32_000, 640, 1728, 16, 10, 2, 64, tie_word_embeddings=True, attention_bias=True,
         eos_token_id=(258,),
     )  # fmt: skip
-    save_pretrained(CausalLM(config).init_weights(0), Tokenizer.from_folder(folder), folder)
+    save_pretrained(init_weights(CausalLM(config), 0), Tokenizer.from_folder(folder), folder)
 
 
 def rewards(problems: list[str], responses: list[str], golds: list[str]) -> list[float]:

@@ -34,6 +34,7 @@ def write_model(folder: Path, hidden: int, layers: int) -> None:
 
     from nanolaser.checkpoint import save_pretrained
     from nanolaser.model import CausalLM, ModelConfig
+    from nanolaser.tiny.__main__ import init_weights
     from nanolaser.tokenizer import Tokenizer
     from tests.conftest import write_tokenizer
 
@@ -44,7 +45,7 @@ def write_model(folder: Path, hidden: int, layers: int) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = CausalLM(config).bfloat16()
-    model = model.to_empty(device="cpu").init_weights(0)
+    model = init_weights(model.to_empty(device="cpu"), 0)
     with torch.no_grad():  # init_weights leaves the norms as they were made: here, unset memory
         for parameter in model.parameters():
             if parameter.dim() == 1:

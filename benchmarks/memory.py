@@ -32,6 +32,7 @@ from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.scale import plan as planning  # noqa: E402
 from nanolaser.scale.optimizer import Optimizer  # noqa: E402
+from nanolaser.tiny.__main__ import init_weights  # noqa: E402
 
 GOAL = 0.10  # of the measured peak
 
@@ -94,7 +95,7 @@ def run_case(o: Options, case: str) -> list[int]:
     """Train two steps; peak resident bytes of the second while sampling, updating, stepping."""
     size, dtype, checkpointing, n = CASES[case]
     config = SIZES[size]
-    model = CausalLM(config).to(getattr(torch, dtype)).init_weights(0)
+    model = init_weights(CausalLM(config).to(getattr(torch, dtype)), 0)
     model.gradient_checkpointing = checkpointing
     optimizer, tokenizer = Optimizer(model, 1e-5, 0.0), _Tokenizer(config.vocab_size)
     prompts = [[5 + i] * o.prompt_tokens for i in range(o.problems)]

@@ -36,6 +36,7 @@ from nanolaser.cli import main_guard, option, parse_args  # noqa: E402
 from nanolaser.model import CausalLM, ModelConfig  # noqa: E402
 from nanolaser.problems import made_up_problems  # noqa: E402
 from nanolaser.readout import loss_backward, token_logprobs  # noqa: E402
+from nanolaser.tiny.__main__ import init_weights  # noqa: E402
 
 GOALS = {"memory": 1 / 10, "time": 1.05}  # of plain torch
 
@@ -181,7 +182,7 @@ def random_90m(o: Options) -> tuple:
     """A random Qwen2 of 90M parameters; prompts, solutions and judgements of 64 tokens."""
     config = ModelConfig("qwen2", 32_000, 640, 1728, 16, 10, 2, 64, tie_word_embeddings=True,
                          attention_bias=True)  # fmt: skip
-    model, tokenizer = CausalLM(config).init_weights(0), _Endless(32_000)
+    model, tokenizer = init_weights(CausalLM(config), 0), _Endless(32_000)
     prompts = [[7 + i] * 64 for i in range(o.problems)]
     rollouts = sampler.generate(model, tokenizer, prompts, n=o.group_size, max_new_tokens=64)
     # the same conversation, and a question of 24 tokens

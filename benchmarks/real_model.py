@@ -54,7 +54,8 @@ from nanolaser.files import latest_checkpoint, read_json, read_jsonl  # noqa: E4
 from nanolaser.files import to_jsonl, write_atomic  # noqa: E402
 from nanolaser.judge import tokens_of  # noqa: E402
 from nanolaser.problems import Problem  # noqa: E402
-from nanolaser.rollout import Rollout, judged_rows  # noqa: E402
+from nanolaser.reward import judged_rows  # noqa: E402
+from nanolaser.rollout import Rollout  # noqa: E402
 from nanolaser.sampler import cut_by_tokens, pad  # noqa: E402
 from nanolaser.scale.optimizer import Optimizer  # noqa: E402
 from nanolaser.scoring import score  # noqa: E402

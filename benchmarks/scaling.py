@@ -49,6 +49,7 @@ from nanolaser.model import CausalLM  # noqa: E402
 from nanolaser.problems import made_up_problems  # noqa: E402
 from nanolaser.rollout import Rollout  # noqa: E402
 from nanolaser.scale.distributed import ALONE  # noqa: E402
+from nanolaser.tiny.__main__ import init_weights  # noqa: E402
 
 GOAL = 0.20  # by how much the cost of a token may differ between 32 and 512 rows
 PROBLEMS = 16
@@ -79,7 +80,7 @@ class Setting:
             tiny.config, hidden_size=width, intermediate_size=3 * width, num_attention_heads=heads,
             num_key_value_heads=heads // 2,
         )  # fmt: skip
-        self.model = CausalLM(config).init_weights(0)
+        self.model = init_weights(CausalLM(config), 0)
         self.optimizer = grpo.Optimizer(self.model, 1e-6, 0.01)
         self.problems = made_up_problems(PROBLEMS, 0)
         self.lengths = skewed_lengths(self.rows, length, 4 * length)

@@ -53,7 +53,7 @@ from nanolaser.files import finite, read_json, write_atomic  # noqa: E402
 from nanolaser.judge import confidences, judgement_prompt, p_yes, tokens_of  # noqa: E402
 from nanolaser.problems import load_problems  # noqa: E402
 from nanolaser.packing import cut_by_tokens, pad  # noqa: E402
-from nanolaser.rollout import judged_rows, self_reward  # noqa: E402
+from nanolaser.reward import judged_rows, self_reward  # noqa: E402
 from nanolaser.sampler import generate  # noqa: E402
 from nanolaser.scoring import read_last  # noqa: E402
 

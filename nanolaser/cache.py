@@ -2,8 +2,7 @@
 The key-value cache: what the model has computed of texts that are still being written.
 
 A new token looks at the keys and values of all tokens before it.  Those never change, so they are
-kept, and only the new token has to pass the model; the textbook (tests/plain.py) sends the whole
-text through it for every token.
+kept, and only the new token passes the model; in the textbook (tests/plain.py) the whole text does.
 
 An example.  Sequences 7 and 9 will both begin with prompt 0 (a b c), 8 with prompt 1 (f g):
 
@@ -29,8 +28,7 @@ one would make all others as long.  So rows lie in buckets of 64, 128, 256, ... 
 sequence that has filled its row moves one bucket up.  Memory and attention then follow the lengths
 there are: at worst half of a row is empty, and a row is copied each time its length doubles.
 
-Shapes: R running sequences, P prompts, T tokens, H query heads, K key-value heads, D head size, S
-slots that are looked at.
+Shapes: R sequences, P prompts, T tokens, H query heads, K key-value heads, D head size, S slots.
 """
 
 from __future__ import annotations
@@ -163,8 +161,7 @@ class KVCache:
         return Prefill(copies)
 
     def reserve(self) -> bool:
-        """A free slot for one more token of every sequence; False if the budget does not allow it:
-        drop one, and try again."""
+        """A free slot for one more token each; False beyond the budget: drop one, and try again."""
         # Whose row is full moves one bucket up.  From the top, so that nobody is looked at twice.
         for bucket, above in reversed(list(zip(self.buckets, self.buckets[1:]))):
             full = [r for r, n in enumerate(bucket.lengths) if n == bucket.slots]

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import laser
+from . import laser, log
 from .lora import merged
 from .model import CausalLM
 from .packing import Packing, micro_batches
@@ -142,8 +142,7 @@ class Loss:
 
 
 def loss(logprobs: Tensor, t: Targets, c: Loss, M: int, N: int) -> Tensor:
-    """What targets with these log-probs (n,) contribute to the loss of a batch of M response tokens
-    and N finished rollouts."""
+    """The share of targets with log-probs (n,) in the loss of M tokens and N finished rollouts."""
     policy, self_reward = loss_sums(logprobs, t, c)
     return policy / M + c.alpha * (self_reward / N)
 
@@ -222,12 +221,12 @@ def accumulate_gradients(
                 old_logprobs[i] = part[: len(rollouts[i].response_tokens)]
     # The host waits for the device here, once for all micro-batches.
     parts = [[*row, *size] for row, size in zip(torch.stack(sums).tolist(), sizes)]
-    return total(world.gather(parts), c, M, N)
+    return log.update_statistics(world.gather(parts), c.alpha, M, N)
 
 
 @torch.no_grad()
 def statistics(logprobs: Tensor, entropy: Tensor, t: Targets, c: Loss) -> Tensor:
-    """What the targets of a micro-batch add to the statistics of the batch, (9,): see `total`."""
+    """What a micro-batch adds to those of the batch, (9,): see log.update_statistics."""
     old, token = old_of(logprobs, t), t.advantage != 0
     moved = laser.off_policy(logprobs, old, t.advantage, c.clip_low, c.clip_high)
     # How far the sampler's numbers are off: against the policy that sampled, since how far this
@@ -239,36 +238,12 @@ def statistics(logprobs: Tensor, entropy: Tensor, t: Targets, c: Loss) -> Tensor
     return torch.stack((*loss_sums(logprobs, t, c), *moved, (entropy * token).sum(), *read, *gaps))
 
 
-def total(parts: list[list[float]], c: Loss, M: int, N: int) -> dict:
-    """The statistics of all micro-batches of all ranks, under the names of metrics.jsonl."""
-    # Entropy, KL and the gaps are of what was computed, the tokens of rollouts with an advantage
-    # and z_c of those with a weight; None if there were none.
-    columns = list(zip(*parts))
-    policy, self_reward, clipped, kl, entropy, tokens, ends = map(sum, columns[:7])
-    gap, zc_gap = map(max, columns[7:9])
-    padded, real = map(sum, columns[9:])
-    policy, self_reward = policy / M, self_reward / N
-    return {
-        "loss": policy + c.alpha * self_reward, "policy_loss": policy,
-        "self_reward_loss": self_reward, "clip_fraction": clipped / M,
-        "approx_kl": kl / tokens if tokens else None,
-        "entropy": entropy / tokens if tokens else None,
-        "sampler_gap": gap if tokens else None, "zc_gap": zc_gap if ends else None,
-        "padding_share": 1 - real / padded if padded else 0.0,
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------
-# the update
-
-
 def update(
     model: CausalLM, optimizer: Optimizer, rollouts: list[Rollout], advantages: Tensor,
     weights: Tensor, c: Loss, micro_batch_tokens: int, grad_clip: float, updates: int = 1,
 ) -> dict:  # fmt: skip
     """`updates` optimizer steps on one batch of rollouts with advantages and class weights (P, G);
-    returns the statistics and the gradient norm of the last one, and how many were skipped because
-    a gradient was not finite."""
+    returns statistics and gradient norm of the last, and how many were skipped: norm not finite."""
     advantages, weights = advantages.flatten(), weights.flatten()
     # From the second step on the model is no longer the one that sampled: the first one keeps its
     # log-probs.  (The sampler's own would do but for rounding: by one code, the first ratio is 1.)

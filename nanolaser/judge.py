@@ -27,7 +27,8 @@ from .files import read_jsonl
 from .model import CausalLM
 from .packing import cut_by_tokens, pad
 from .readout import BLOCK_LOGITS
-from .rollout import Rollout, self_reward
+from .reward import self_reward
+from .rollout import Rollout
 from .sampler import generate
 from .scale.plan import default_kv_cache_gb
 from .scoring import read_last, score

@@ -26,8 +26,7 @@ sample, score, then raise the log-probability of what scored well.  That is all 
 *  Ratio and clip.  Samples are dear, so one may wish to make several updates with them.  After the
    first one the model is no longer the one that sampled; the ratio pi / pi_old of each token
    corrects for that, and the clip stops paying for a token once its ratio has left 1 +- 0.2.
-   With ONE update a batch, as in the paper, the ratio is 1 everywhere, its gradient is that of
-   log pi, and the clip is idle.
+   With ONE update a batch, as in the paper, the ratio is 1, its gradient grad log pi: no clip.
 
 What LaSeR adds
 ---------------
@@ -40,8 +39,7 @@ Why one log-probability is enough (PAPER, method): let the policy answer "is y c
 for yes, and be paid for it by RL with a KL penalty beta_v towards the starting model.  Its optimum
 has a closed form,  r = beta_v log(pi(z_c) / pi_ref(z_c)) + beta_v log Z.  pi_ref(z_c) is tiny
 (e^-23 for Qwen2.5-7B), so Z - 1 is about e^-23 * e^10 = 2e-6: log Z is nothing.  And
-log pi_ref(z_c) hardly varies (-23.11 +- 0.04 nats), so the constant c_ref replaces a whole second
-model.
+log pi_ref(z_c) hardly varies (-23.11 +- 0.04 nats), so a constant, c_ref, replaces a second model.
 
 Equations carry the PAPER's number where it could be confirmed, else the name of its section.
 P problems, G group size, M response tokens; log-probabilities in nats.  A truncated solution has no
@@ -156,8 +154,7 @@ def mixed_advantages(
     a_v = group_advantages(r_v, by_std)
     if tau == 0.0:
         return a_v
-    # A truncated solution counts as r_s = 0, the least there is: it can never be rewarded for an
-    # ending that it does not have.
+    # A truncated solution counts as r_s = 0, the least: no reward for an ending that is not there.
     r_s = torch.where(finished, r_s.clamp(0, 1), 0.0)
     # The PAPER's ablation, r_s as the only reward: there is no A_v to fall back on.
     if tau == 1.0:
@@ -188,10 +185,6 @@ def token_weights(lengths: Tensor, counted: Tensor, aggregate: str, longest: int
     return counted * lengths.sum() / divisor
 
 
-# ---------------------------------------------------------------------------------------------
-# the policy loss
-
-
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2,
     clip_high: float = 0.2, dual_clip: float = 3.0,
@@ -206,8 +199,7 @@ def policy_loss(
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.max(pg_loss1, pg_loss2)
-    # Dual clip: where the advantage is negative and the ratio explodes, max() above has no
-    # ceiling; -dual_clip * A is one.
+    # Dual clip: for A < 0 an exploding ratio makes a loss without a ceiling; -dual_clip * A is one.
     return torch.where(advantages < 0, torch.min(loss, -dual_clip * advantages), loss).sum()
 
 

@@ -52,6 +52,29 @@ def statistics(rollouts: list[Rollout], group_size: int) -> dict:
     }
 
 
+def update_statistics(parts: list[list[float]], alpha: float, M: int, N: int) -> dict:
+    """What one update says, from a row of sums of each micro-batch of each rank (grpo.statistics,
+    then two sizes); M response tokens, N finished rollouts."""
+    # Entropy, KL and the gaps are of what was computed, the tokens of rollouts with an advantage
+    # and z_c of those with a weight; None if there were none.
+    columns = list(zip(*parts))
+    policy, self_reward, clipped, kl, entropy, tokens, ends = map(sum, columns[:7])
+    gap, zc_gap = map(max, columns[7:9])
+    padded, real = map(sum, columns[9:])
+    policy, self_reward = policy / M, self_reward / N
+    return {
+        "loss": policy + alpha * self_reward,
+        "policy_loss": policy,
+        "self_reward_loss": self_reward,
+        "clip_fraction": clipped / M,
+        "approx_kl": kl / tokens if tokens else None,
+        "entropy": entropy / tokens if tokens else None,
+        "sampler_gap": gap if tokens else None,
+        "zc_gap": zc_gap if ends else None,
+        "padding_share": 1 - real / padded if padded else 0.0,
+    }
+
+
 # What a newcomer has to know to read the lines of a phase.
 PHASES = {
     "reasoning": "plain GRPO learns to solve.  r_s is only read: near 0 for every solution, so "
@@ -128,12 +151,23 @@ def vote_lines(rows: list[dict]) -> str:
 
 
 class Watch:
-    """Notices when there is nothing to learn from, and says the likely cause."""
+    """Notices when there is nothing to learn from, and says the likely cause; and when the model is
+    broken."""
 
     PATIENCE = 20  # steps: a few empty ones in a row are chance
+    MAX_SKIPPED = 5  # updates without a finite gradient: one may be a wild batch
 
     def __init__(self):
         self.steps = [0, 0, 0]  # for how many each of the three signs has been there
+        self.skipped = 0  # updates in a row
+
+    def broken(self, m: dict) -> bool:
+        """Whether the last MAX_SKIPPED updates were all skipped; each has harmed nothing."""
+        if m["skipped_updates"]:
+            self.skipped += 1
+        elif m["grad_norm"]:  # a batch without any gradient, norm 0, is no sign of health
+            self.skipped = 0
+        return self.skipped >= self.MAX_SKIPPED
 
     def look(self, m: dict, problems: int) -> list[str]:
         """After this step's metrics: [] or, every PATIENCE steps that it goes on, a warning."""

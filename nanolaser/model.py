@@ -137,8 +137,7 @@ class Attention(nn.Module):
             #     scores = q @ k.mT / D**0.5                              # (B, H, T, T)
             #     scores = scores.masked_fill(ones(T, T).triu(1), -inf)   # nobody looks right
             #     y = scores.softmax(-1) @ v                              # (B, H, T, D)
-            # Neither scores nor repeated heads ever exist here: torch takes a fast kernel, which
-            # skips what lies to the right.
+            # Neither scores nor repeated heads exist here: a fast kernel skips what lies right.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
@@ -214,20 +213,6 @@ class CausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype the forward pass computes in."""
         return self.model.norm.weight.dtype
-
-    def init_weights(self, seed: int) -> CausalLM:
-        """Weights to train from nothing: normal(0, initializer_range), biases zero."""
-        g, std = torch.Generator().manual_seed(seed), self.config.initializer_range
-        # 2 L branches are added to the residual stream: else its variance would grow with L
-        branch = std / (2 * self.config.num_hidden_layers) ** 0.5
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                if name.endswith("bias"):
-                    p.zero_()
-                elif p.dim() == 2:
-                    back = name.endswith(("o_proj.weight", "down_proj.weight"))
-                    p.normal_(0.0, branch if back else std, generator=g)
-        return self
 
     def forward(self, input_ids: Tensor, past=None) -> Tensor:
         """(B, T) token ids, padded on the right -> (B, T, C) hidden states after the final norm.

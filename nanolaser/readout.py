@@ -78,8 +78,7 @@ def _blocks(hidden: Tensor, weight: Tensor, targets: Tensor, inverse_temperature
     buffer = hidden.new_empty(n, V, dtype=wide)  # the only (., V) tensor there is
     for start in range(0, N, max(n, 1)):
         rows = slice(start, min(start + n, N))
-        # 1. Logits.  The temperature divides the n * C hidden numbers, not the n * V logits, unless
-        #    those have to stay bf16.
+        # 1. Logits.  The temperature divides n * C hidden numbers, not n * V logits, but in bf16.
         logits = buffer[: rows.stop - start]  # (n, V)
         if mixed(weight):
             torch.mm(hidden[rows], weight.T, out_dtype=wide, out=logits)

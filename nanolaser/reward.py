@@ -1,6 +1,7 @@
 """
-r_v, the verified reward: what the checker says of the boxed answer, or a function of the user's own
-in its place, --reward my_reward.py:function.
+The two rewards of a solution that is there: r_v, what the checker says of the boxed answer, and r_s
+on the scale that its model was trained on.  A function of the user's own may take the checker's
+place, --reward my_reward.py:function.
 
     def function(problem, response, answer): ...       # texts -> a number in [0, 1]
     def function(problems, responses, answers): ...    # lists of texts -> as many numbers
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import laser
 from .checker import extract_answer, is_equivalent
 
 
@@ -52,6 +54,26 @@ def judge(
         texts = zip(*((r.problem, r.response, r.gold) for r in rollouts))
         for r, r_v in zip(rollouts, reward(*texts)):
             r.r_v = r_v
+
+
+def judged_rows(
+    rollouts: list, problems: Sequence, tokenizer, token_ids: bool = False, reward=None
+) -> list[dict]:
+    """Rollouts as rows with answer, r_v and r_s, for those who only use a model."""
+    judge(rollouts, problems, tokenizer, reward=reward)
+    for r in rollouts:
+        r.r_s = self_reward(r.logp_zc, tokenizer)
+    return [r.row(token_ids) for r in rollouts]
+
+
+def self_reward(logp_zc: float | None, tokenizer) -> float | None:
+    """r_s of a log pi(z_c) in nats, on the scale that this model was trained on; None where there
+    is no log pi(z_c), or no c_ref yet."""
+    if logp_zc is None or tokenizer.c_ref is None:
+        return None
+    return laser.self_reward(
+        logp_zc, tokenizer.c_ref, tokenizer.beta_v, tokenizer.self_reward_loss
+    )
 
 
 def boxed_answer(response: str, gate: str | None) -> str | None:

@@ -1,6 +1,5 @@
 """
-The one noun of this project: a rollout, one sampled solution, from its first token to its line in
-the log.
+The one noun of this project: a rollout, one sampled solution, from first token to line in the log.
 
     sampler    fills in the tokens, their log-probs, and log pi(z_c) after the end
     judge      decodes them once, extracts the boxed answer, and asks the checker:  r_v (reward.py)
@@ -13,11 +12,7 @@ for people, and never encoded again: that would not give the same tokens back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from . import laser
-from .reward import judge
 
 
 @dataclass
@@ -55,23 +50,3 @@ class Rollout:
             row["prompt_token_ids"] = self.prompt_tokens
             row["response_token_ids"] = self.response_tokens
         return row
-
-
-def judged_rows(
-    rollouts: list[Rollout], problems: Sequence, tokenizer, token_ids: bool = False, reward=None
-) -> list[dict]:
-    """Rollouts as rows with answer, r_v and r_s, for those who only use a model."""
-    judge(rollouts, problems, tokenizer, reward=reward)
-    for r in rollouts:
-        r.r_s = self_reward(r.logp_zc, tokenizer)
-    return [r.row(token_ids) for r in rollouts]
-
-
-def self_reward(logp_zc: float | None, tokenizer) -> float | None:
-    """r_s of a log pi(z_c) in nats, on the scale that this model was trained on; None where there
-    is no log pi(z_c), or no c_ref yet."""
-    if logp_zc is None or tokenizer.c_ref is None:
-        return None
-    return laser.self_reward(
-        logp_zc, tokenizer.c_ref, tokenizer.beta_v, tokenizer.self_reward_loss
-    )

@@ -32,8 +32,7 @@ from .judge import check_prompts
 from .lora import Lora, fingerprint
 from .model import CausalLM
 from .problems import Problem, ProblemStream, train_and_test
-from .reward import load_reward
-from .rollout import judged_rows
+from .reward import judged_rows, load_reward
 from .scale.distributed import World, local
 from .scale.optimizer import Optimizer
 from .scale.plan import settle

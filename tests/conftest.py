@@ -112,11 +112,12 @@ def make_checkpoint():
     """make_checkpoint(folder, seed=0, **changes of the config) writes a random checkpoint."""
     from nanolaser.checkpoint import save_pretrained
     from nanolaser.model import CausalLM, ModelConfig
+    from nanolaser.tiny.__main__ import init_weights
     from nanolaser.tokenizer import Tokenizer
 
     def make(folder: Path, seed: int = 0, **changes) -> Path:
         write_tokenizer(folder / "tokenizer")
-        model = CausalLM(ModelConfig(**{**TINY, **changes})).init_weights(seed)
+        model = init_weights(CausalLM(ModelConfig(**{**TINY, **changes})), seed)
         save_pretrained(model, Tokenizer.from_folder(folder / "tokenizer"), folder)
         shutil.rmtree(folder / "tokenizer")
         return folder

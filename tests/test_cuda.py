@@ -11,6 +11,7 @@ from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.packing import Packing
 from nanolaser.sampler import generate
 from nanolaser.scale import plan as planning
+from nanolaser.tiny.__main__ import init_weights
 from tests.core import (
     C_REF, FakeTokenizer, make_batch, random_model, random_rollouts, update)
 
@@ -104,7 +105,7 @@ def test_the_plan_is_within_a_tenth_of_the_peak():
     """An update of four groups of eight, 200 + 300 tokens, on a model of 300M."""
     shape = ModelConfig("qwen2", 64_000, 1024, 4096, 16, 16, 4, 64, tie_word_embeddings=True,
                         attention_bias=True)  # fmt: skip
-    model = CausalLM(shape).init_weights(0).bfloat16().cuda()
+    model = init_weights(CausalLM(shape), 0).bfloat16().cuda()
     work = planning.Workload(4, 8, prompt_tokens=200, max_new_tokens=300)
     settings = planning.Settings(2 * (200 + 8 * 300))
     plan = planning.Plan(shape, 10**12, 10**12, torch.bfloat16, device="cuda", work=work,

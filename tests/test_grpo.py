@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from nanolaser import grpo, laser, log, scoring
 from nanolaser import reward as reward_module
-from nanolaser.reward import boxed_answer, judge
-from nanolaser.rollout import Rollout, judged_rows
+from nanolaser.reward import boxed_answer, judge, judged_rows
+from nanolaser.rollout import Rollout
 from nanolaser.sampler import generate
 from tests.core import (
     BETA_V, C_REF, FakeTokenizer, all_logprobs, make_batch, random_model, random_rollouts,

@@ -11,6 +11,7 @@ import torch
 from nanolaser.checkpoint import config_from_hf, config_to_hf, load_pretrained, save_pretrained
 from nanolaser.cache import KVCache
 from nanolaser.model import CausalLM, ModelConfig, inverse_frequencies
+from nanolaser.tiny.__main__ import init_weights
 from nanolaser.tokenizer import Tokenizer
 
 from .conftest import TINY, write_tokenizer
@@ -110,7 +111,7 @@ def test_inverse_frequencies_equal_those_of_transformers(transformers, factor):
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_loads_what_we_save(tmp_path, transformers, changes, dtype):
-    model = CausalLM(ModelConfig(**{**TINY, **changes})).init_weights(3).to(getattr(torch, dtype))
+    model = init_weights(CausalLM(ModelConfig(**{**TINY, **changes})), 3).to(getattr(torch, dtype))
     write_tokenizer(tmp_path / "t")
     tokenizer = Tokenizer.from_folder(tmp_path / "t")
     save_pretrained(model, tokenizer, tmp_path / "m")
@@ -137,7 +138,7 @@ def test_transformers_loads_what_we_save(tmp_path, transformers, changes, dtype)
     {**QWEN3, "head_dim": 12},
 ], ids=["qwen2", "llama", "qwen3"])  # fmt: skip
 def test_cached_decoding_of_unequal_prompts_equals_the_full_forward(changes):
-    model = CausalLM(ModelConfig(**{**TINY, **changes})).init_weights(4)
+    model = init_weights(CausalLM(ModelConfig(**{**TINY, **changes})), 4)
     generator = torch.Generator().manual_seed(5)
     lengths, steps = [3, 60, 9, 70], 12
     rows = [torch.randint(0, 272, (n + steps,), generator=generator) for n in lengths]

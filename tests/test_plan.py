@@ -24,6 +24,7 @@ from nanolaser.model import CausalLM, ModelConfig
 from nanolaser.scale import plan as planning
 from nanolaser.scale.optimizer import Optimizer
 from nanolaser.scale.plan import FILL, GIB, SHAPES, Plan, Settings, Workload
+from nanolaser.tiny.__main__ import init_weights
 
 SHAPE = ModelConfig(
     "qwen2", 17_000, 128, 384, 3, 4, 2, 32, tie_word_embeddings=True, attention_bias=True
@@ -142,7 +143,7 @@ def test_each_phase_of_a_step_peaks_where_the_plan_says(dtype, checkpointing, ra
     del planned["Python, torch"]
     totals = dict(zip(planning.PHASES, map(sum, zip(*planned.values()))))
 
-    model = CausalLM(SHAPE).init_weights(0).to(dtype)
+    model = init_weights(CausalLM(SHAPE), 0).to(dtype)
     if rank:
         attach(model, Lora(rank, 16))
         fill(model)

@@ -239,6 +239,22 @@ def optimizers(model: CausalLM) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(others, **adam), torch.optim.Muon(matrices, **muon)]
 
 
+@torch.no_grad()
+def init_weights(model: CausalLM, seed: int) -> CausalLM:
+    """The same model, ready to be trained from nothing: normal(0, initializer_range), biases zero
+    (GPT-2, section 2.3)."""
+    g, std = torch.Generator().manual_seed(seed), model.config.initializer_range
+    # 2 L branches are added to the residual stream: else its variance would grow with L
+    branch = std / (2 * model.config.num_hidden_layers) ** 0.5
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.zero_()
+        elif p.dim() == 2:
+            back = name.endswith(("o_proj.weight", "down_proj.weight"))
+            p.normal_(0.0, branch if back else std, generator=g)
+    return model
+
+
 def train(model: CausalLM, encode, options: Options) -> None:
     """Supervised training on random texts for options.updates steps; cosine learning rate."""
     # Two optimizers, and one schedule for both: up in 100 steps, then half a cosine down to 2 %.
@@ -287,7 +303,7 @@ def main() -> None:
     torch.set_num_threads(1)  # several would add up in another order, and make another model
     out = Path(options.out or folder)
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written fails now, not in half an hour
-    model = CausalLM(dataclasses.replace(CONFIG, **smaller)).init_weights(options.seed)
+    model = init_weights(CausalLM(dataclasses.replace(CONFIG, **smaller)), options.seed)
     # Trained in a folder of its own and copied at the end: the shipped model is replaced by a
     # whole one or not at all.
     with tempfile.TemporaryDirectory() as temporary:
